@@ -1,0 +1,433 @@
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::tensor::LayerIndex;
+use std::path::PathBuf;
+
+/// A safety guard for llama.cpp models.
+///
+/// Steering vectors found on a small model, carried over by a learned mapping, guard a larger quantized one.
+#[derive(Debug, Parser)]
+#[command(name = "pilotfish", version, max_term_width = 110)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The whole story on two real models.
+    Demo(DemoArguments),
+    /// Model files that Pilotfish knows how to get.
+    #[command(subcommand)]
+    Models(ModelsCommand),
+    /// Find steering vectors: directions from negative to positive prompts.
+    Extract(ExtractArguments),
+    /// Learn a mapping between two models' activation spaces.
+    Map(MapArguments),
+    /// Make and look at guards.
+    #[command(subcommand)]
+    Guard(GuardCommand),
+    /// Set a guard's gate thresholds on benign prompts.
+    Calibrate(CalibrateArguments),
+    /// Gate scores of prompts, without generating.
+    Score(ScoreArguments),
+    /// Generate, guarded or not.
+    Run(RunArguments),
+    /// Measure a guard beside its controls.
+    Eval(EvalArguments),
+    /// Time a guarded model against the same model unguarded, in turn.
+    Bench(BenchArguments),
+}
+
+/// Which model, and how to load it.
+#[derive(Debug, Args)]
+pub struct ModelArguments {
+    /// A GGUF file, or a name from `pilotfish models list`
+    #[arg(long, value_name = "M")]
+    pub model: String,
+    #[command(flatten)]
+    pub load: LoadArguments,
+}
+
+#[derive(Debug, Args, Clone)]
+pub struct LoadArguments {
+    /// Layers to put on a GPU
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub gpu_layers: u32,
+    /// Read prompts as they are, without the model's template
+    #[arg(long)]
+    pub raw: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DemoArguments {
+    /// Make the guard from nothing instead of using the shipped one (about ten minutes)
+    #[arg(long)]
+    pub rebuild: bool,
+    /// Where the shipped guards are
+    #[arg(long, default_value = "guards", value_name = "DIR")]
+    pub guards: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// Names, sizes, licences, and which are here
+    List,
+    /// Fetch a model and verify it
+    Pull { name: String },
+    /// Where a pulled model is
+    Path { name: String },
+}
+
+#[derive(Debug, Args)]
+pub struct ExtractArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// Prompts with the property (.jsonl, .csv or .txt)
+    #[arg(long, value_name = "F")]
+    pub positive: PathBuf,
+    /// Prompts without it
+    #[arg(long, value_name = "F")]
+    pub negative: PathBuf,
+    /// Layers, as `8,10,12`; `auto` is all of them
+    #[arg(long, default_value = "auto", value_name = "auto|L,…")]
+    pub layers: Layers,
+    #[arg(long, value_enum, default_value_t = Method::Mean)]
+    pub method: Method,
+    /// Name of the vectors
+    #[arg(long, default_value = "direction")]
+    pub name: String,
+    /// Where to write the vectors
+    #[arg(short, long, value_name = "FILE.safetensors")]
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Method {
+    /// Difference of the classes' means
+    Mean,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Layers {
+    Auto,
+    Chosen(Vec<LayerIndex>),
+}
+
+impl std::str::FromStr for Layers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let layer = |part: &str| {
+            part.trim().parse().map(LayerIndex).map_err(|_| format!("`{part}` is no layer; give `auto` or `8,10,12`"))
+        };
+        text.split(',').map(layer).collect::<Result<_, _>>().map(Self::Chosen)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum LayerPairs {
+    Auto,
+    Chosen(Vec<(LayerIndex, LayerIndex)>),
+}
+
+impl std::str::FromStr for LayerPairs {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let pair = |part: &str| {
+            let (source, target) = part.split_once(':')?;
+            Some((LayerIndex(source.trim().parse().ok()?), LayerIndex(target.trim().parse().ok()?)))
+        };
+        let pairs: Option<Vec<_>> = text.split(',').map(pair).collect();
+        pairs.map(Self::Chosen).ok_or_else(|| format!("`{text}` is no list of layer pairs; give `auto` or `24:10,27:12`"))
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct MapArguments {
+    /// The small model
+    #[arg(long, value_name = "M")]
+    pub source: String,
+    /// The model to guard
+    #[arg(long, value_name = "M")]
+    pub target: String,
+    /// Texts that both models read (.jsonl, .csv or .txt), or `self`: the source model writes them
+    #[arg(long, value_name = "F|self")]
+    pub corpus: String,
+    /// Pairs of source and target layers, as `24:10,27:12`; `auto` surveys the candidates and keeps the best
+    #[arg(long, default_value = "auto", value_name = "auto|S:T,…")]
+    pub layers: LayerPairs,
+    /// How many of the surveyed pairs to keep, best first
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub keep: usize,
+    #[arg(long, value_enum, default_value_t = MappingKindArgument::Affine)]
+    pub kind: MappingKindArgument,
+    /// Documents that `self` writes
+    #[arg(long, default_value_t = 400, value_name = "N")]
+    pub documents: usize,
+    /// Seed of the corpus and of the held-out split
+    #[arg(long, default_value_t = 0)]
+    pub seed: u32,
+    #[command(flatten)]
+    pub load: LoadArguments,
+    /// Where to write the mapping
+    #[arg(short, long, value_name = "NAME.map.safetensors")]
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum MappingKindArgument {
+    /// Standardised ridge regression
+    Affine,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum GuardCommand {
+    /// Compose vectors, a mapping and a policy into a guard
+    Build(BuildArguments),
+    /// What a guard says and does
+    Inspect {
+        guard: PathBuf,
+        /// Compile it for this model too
+        #[arg(long, value_name = "M")]
+        model: Option<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check a guard's files, and with a model that they belong together
+    Verify {
+        guard: PathBuf,
+        #[arg(long, value_name = "M")]
+        model: Option<String>,
+    },
+    /// Make a guard from a llama.cpp control vector (GGUF)
+    Import {
+        /// The control vector
+        file: PathBuf,
+        #[arg(long)]
+        name: String,
+        /// The model that it is for
+        #[arg(long, value_name = "M")]
+        model: String,
+        #[arg(long, default_value_t = 1.0)]
+        strength: f32,
+        #[arg(short, long, value_name = "DIR")]
+        output: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct BuildArguments {
+    /// Name of the guard
+    #[arg(long)]
+    pub name: String,
+    #[arg(long, default_value = "")]
+    pub description: String,
+    /// The model to guard
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// Vectors from `pilotfish extract`
+    #[arg(long, value_name = "FILE")]
+    pub vectors: PathBuf,
+    /// Mapping from `pilotfish map`, if the vectors are of another model
+    #[arg(long, value_name = "FILE")]
+    pub mapping: Option<PathBuf>,
+    /// Layer of the vector; with a mapping, the pair of layers
+    #[arg(long, value_name = "L|S:T")]
+    pub layer: Option<String>,
+    /// Choose the layers by how well the vector tells these prompts from `--negative` in the guarded model
+    #[arg(long, value_name = "F", requires = "negative", conflicts_with = "layer")]
+    pub positive: Option<PathBuf>,
+    #[arg(long, value_name = "F", requires = "positive")]
+    pub negative: Option<PathBuf>,
+    /// Store the mapped vector instead of the vector and its mapping
+    #[arg(long)]
+    pub baked: bool,
+    /// Add a prompt gate on the vector
+    #[arg(long, value_name = "NAME")]
+    pub gate: Option<String>,
+    /// How the gate's projections over the prompt become a score
+    #[arg(long, value_enum, default_value_t = AggregateArgument::Last)]
+    pub aggregate: AggregateArgument,
+    /// What a fired gate does
+    #[arg(long, value_enum, default_value_t = OnFireArgument::Steer)]
+    pub on_fire: OnFireArgument,
+    /// Add an intervention with the vector; with a gate, it acts when the gate fires
+    #[arg(long, value_enum)]
+    pub intervene: Option<InterventionArgument>,
+    #[arg(long, default_value_t = 1.0)]
+    pub strength: f32,
+    /// Lowest projection that `clamp` leaves alone
+    #[arg(long, allow_hyphen_values = true)]
+    pub low: Option<f64>,
+    /// Highest projection that `clamp` leaves alone
+    #[arg(long, allow_hyphen_values = true)]
+    pub high: Option<f64>,
+    #[arg(long, value_enum, default_value_t = PositionsArgument::All)]
+    pub positions: PositionsArgument,
+    /// What a run-time fault means
+    #[arg(long, value_enum, default_value_t = OnErrorArgument::Block)]
+    pub on_error: OnErrorArgument,
+    /// What the caller of a blocked sequence is told
+    #[arg(long)]
+    pub message: Option<String>,
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum AggregateArgument {
+    Last,
+    Mean,
+    Max,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum OnFireArgument {
+    Steer,
+    Block,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum InterventionArgument {
+    Add,
+    Ablate,
+    Clamp,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum PositionsArgument {
+    All,
+    Prompt,
+    Generated,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum OnErrorArgument {
+    Block,
+    Pass,
+}
+
+#[derive(Debug, Args)]
+pub struct CalibrateArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[arg(long, value_name = "DIR")]
+    pub guard: PathBuf,
+    /// Benign prompts
+    #[arg(long, value_name = "F")]
+    pub benign: PathBuf,
+    /// Share of benign prompts that may fire
+    #[arg(long, default_value_t = 0.05, value_name = "SHARE")]
+    pub false_positive_rate: f64,
+}
+
+#[derive(Debug, Args)]
+pub struct ScoreArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[arg(long, value_name = "DIR")]
+    pub guard: PathBuf,
+    #[arg(long, value_name = "F")]
+    pub prompts: PathBuf,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[arg(long, value_name = "DIR")]
+    pub guard: Option<PathBuf>,
+    #[command(flatten)]
+    pub input: RunInput,
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub max_tokens: usize,
+    /// Multiply an intervention's strength: `NAME=X` (0 is off)
+    #[arg(long, value_name = "NAME=X")]
+    pub strength: Vec<String>,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    #[arg(long, default_value_t = 0)]
+    pub seed: u32,
+    /// Tokens that prompt and answer have room for
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    pub context: u32,
+    /// A line of JSON a prompt
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct RunInput {
+    #[arg(short, long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    #[arg(long, value_name = "F")]
+    pub prompts: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArguments {
+    #[arg(long, value_enum)]
+    pub task: Task,
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[arg(long, value_name = "DIR")]
+    pub guard: PathBuf,
+    /// Prompts that should fire, never used in the making
+    #[arg(long, value_name = "F")]
+    pub positive: PathBuf,
+    /// Prompts that should not
+    #[arg(long, value_name = "F")]
+    pub negative: PathBuf,
+    /// Positive prompts that the guard was made from, for the model's own direction as a control
+    #[arg(long, value_name = "F", requires = "native_negative")]
+    pub native_positive: Option<PathBuf>,
+    /// Negative prompts that the guard was made from
+    #[arg(long, value_name = "F", requires = "native_positive")]
+    pub native_negative: Option<PathBuf>,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Task {
+    /// How well the gates tell positive from negative prompts
+    Detection,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[arg(long, value_name = "DIR")]
+    pub guard: PathBuf,
+    #[arg(long, default_value_t = 9)]
+    pub pairs: usize,
+    /// Tokens of the prompt that is prefilled
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub prompt_tokens: usize,
+    /// Tokens that are decoded after it
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub tokens: usize,
+    /// How the residual is reached
+    #[arg(long, value_enum, default_value_t = ExecutorArgument::Host)]
+    pub executor: ExecutorArgument,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum ExecutorArgument {
+    Host,
+    Copy,
+}

@@ -1,0 +1,144 @@
+use super::args::{BenchArguments, ExecutorArgument};
+use super::models::load;
+use super::progress::Bar;
+use super::table::table;
+use super::{Outcome, guard};
+use anyhow::ensure;
+use pilotfish::engine::{EngineError, Model, Session, SessionOptions};
+use pilotfish::hook::{ContextError, ExecutorKind};
+use pilotfish::tensor::quantile;
+use serde::Serialize;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+/// Speeds in tokens per second: medians over interleaved pairs, and the median and spread of each pair's ratio.
+#[derive(Debug, Serialize)]
+pub struct BenchReport {
+    pairs: usize,
+    executor: String,
+    pub prefill: Compared,
+    pub decode: Compared,
+    /// Lowest and highest ratio of all pairs, prefill and decode.
+    ratio_spread: [f64; 2],
+}
+
+#[derive(Debug, Serialize)]
+pub struct Compared {
+    pub unguarded: f64,
+    pub guarded: f64,
+    pub ratio: f64,
+    pub spread: [f64; 2],
+}
+
+pub fn bench(arguments: BenchArguments) -> anyhow::Result<Outcome> {
+    ensure!(arguments.pairs > 0 && arguments.tokens > 0, "a bench needs at least one pair and one token");
+    let model = load(&arguments.model)?;
+    let guard = guard::load_guard(&arguments.guard)?;
+    let kind = match arguments.executor {
+        ExecutorArgument::Host => ExecutorKind::Host,
+        ExecutorArgument::Copy => ExecutorKind::Copy,
+    };
+    let shape = Shape { prompt_tokens: arguments.prompt_tokens, tokens: arguments.tokens, pairs: arguments.pairs };
+    let report = compare(&model, &guard, shape, kind)?;
+    let mut out = std::io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+    } else {
+        writeln!(out, "{}", report.table())?;
+    }
+    Ok(Outcome::Done)
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    pub prompt_tokens: usize,
+    pub tokens: usize,
+    pub pairs: usize,
+}
+
+/// Runs the same tokens guarded and unguarded in turn, each pair in the other order than the one before.
+pub fn compare(
+    model: &Model,
+    guard: &pilotfish::guard::Guard,
+    shape: Shape,
+    kind: ExecutorKind,
+) -> anyhow::Result<BenchReport> {
+    let n_ctx = (shape.prompt_tokens + shape.tokens) as u32;
+    let options = SessionOptions { n_ctx, ..Default::default() };
+    let mut unguarded = Session::new(model, None, options)?;
+    let mut guarded = Session::new(model, Some(guard), options)?;
+    guarded.set_executor(kind);
+    let text = model.prompt_tokens("The pilot fish swims beside the shark and keeps it clean. ")?;
+    let tokens: Vec<_> = text.iter().copied().cycle().take(shape.prompt_tokens + shape.tokens).collect();
+    let time = |session: &mut Session<'_>| -> anyhow::Result<[f64; 2]> {
+        let (prompt, answer) = tokens.split_at(shape.prompt_tokens);
+        let start = Instant::now();
+        unless_blocked(session.prefill(prompt))?;
+        let prefill = start.elapsed();
+        let start = Instant::now();
+        for (index, token) in answer.iter().enumerate() {
+            unless_blocked(session.step(prompt.len() + index, *token))?;
+        }
+        Ok([per_second(prompt.len(), prefill), per_second(answer.len(), start.elapsed())])
+    };
+
+    let bar = Bar::new("timing");
+    // Once each before anything counts: the first run pages the weights in.
+    time(&mut unguarded)?;
+    time(&mut guarded)?;
+    let mut pairs = Vec::with_capacity(shape.pairs);
+    for pair in 0..shape.pairs {
+        pairs.push(if pair % 2 == 0 {
+            let without = time(&mut unguarded)?;
+            (without, time(&mut guarded)?)
+        } else {
+            let with = time(&mut guarded)?;
+            (time(&mut unguarded)?, with)
+        });
+        bar.at(pair + 1, shape.pairs);
+    }
+    let compared = |phase: usize| {
+        let median = |values: Vec<f64>| quantile(&values, 0.5);
+        let ratios: Vec<f64> = pairs.iter().map(|(without, with)| with[phase] / without[phase]).collect();
+        Compared {
+            unguarded: median(pairs.iter().map(|(without, _)| without[phase]).collect()),
+            guarded: median(pairs.iter().map(|(_, with)| with[phase]).collect()),
+            spread: [quantile(&ratios, 0.0), quantile(&ratios, 1.0)],
+            ratio: median(ratios),
+        }
+    };
+    let (prefill, decode) = (compared(0), compared(1));
+    let ratio_spread = [prefill.spread[0].min(decode.spread[0]), prefill.spread[1].max(decode.spread[1])];
+    Ok(BenchReport { pairs: shape.pairs, executor: kind.to_string(), prefill, decode, ratio_spread })
+}
+
+impl BenchReport {
+    pub fn table(&self) -> String {
+        let row = |name: &str, compared: &Compared| {
+            [
+                name.to_owned(),
+                format!("{:.1}", compared.unguarded),
+                format!("{:.1}", compared.guarded),
+                format!("{:.3}", compared.ratio),
+                format!("{:.3} – {:.3}", compared.spread[0], compared.spread[1]),
+            ]
+        };
+        table(
+            ["tokens per second", "unguarded", "guarded", "ratio (median of pairs)", "spread"],
+            [row("prefill", &self.prefill), row("decode", &self.decode)],
+        )
+        .to_string()
+    }
+}
+
+/// A gate that blocks here is no matter: the work has been done when it speaks.
+fn unless_blocked(outcome: Result<i32, EngineError>) -> Result<(), EngineError> {
+    match outcome {
+        Ok(_) | Err(EngineError::Context(ContextError::Blocked { .. })) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn per_second(tokens: usize, time: Duration) -> f64 {
+    tokens as f64 / time.as_secs_f64()
+}

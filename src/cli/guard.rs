@@ -1,0 +1,444 @@
+use super::Outcome;
+use super::args::{
+    AggregateArgument, BuildArguments, GuardCommand, InterventionArgument, LoadArguments, OnErrorArgument,
+    OnFireArgument, PositionsArgument,
+};
+use super::models::{load, load_named};
+use super::progress::Bar;
+use super::{prompts, table::table};
+use anyhow::{Context, bail, ensure};
+use pilotfish::engine::{GuardOptions, Model, Session, SessionOptions, probe_of};
+use pilotfish::guard::manifest::{
+    FORMAT, GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, TargetEntry, TensorsEntry,
+    VectorEntry,
+};
+use pilotfish::guard::{
+    Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions,
+    Source, VectorFile, from_control_vector, write_guard,
+};
+use pilotfish::learn;
+use pilotfish::mapping::AffineMap;
+use pilotfish::program::Calibration;
+use pilotfish::steering::{ControlVector, SteeringVector};
+use pilotfish::tensor::{LayerIndex, norm};
+use std::io::Write;
+use std::path::Path;
+
+/// What the probe of a guard asks: plain English that every model has seen the like of.
+const PROBE_PROMPT: &str = "The pilot fish swims beside the shark, eats what it leaves, and keeps it clean.";
+
+pub fn guard(command: GuardCommand) -> anyhow::Result<Outcome> {
+    match command {
+        GuardCommand::Build(arguments) => build(arguments)?,
+        GuardCommand::Inspect { guard, model, json } => inspect(&guard, model.as_deref(), json)?,
+        GuardCommand::Verify { guard, model } => verify(&guard, model.as_deref())?,
+        GuardCommand::Import { file, name, model, strength, output } => {
+            let bytes = read(&file)?;
+            let vector = ControlVector::from_gguf(&bytes).with_context(|| format!("`{}`", file.display()))?;
+            let model = load_plain(&model)?;
+            let (manifest, tensors) = from_control_vector(&name, &vector, model.identity(), f64::from(strength));
+            let guard = write_guard(&output, &manifest, &tensors, &[])?;
+            eprintln!("wrote guard `{}` with {} vectors to {}", guard.name(), guard.vectors().len(), output.display());
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+/// Loads and validates a guard folder.
+pub fn load_guard(directory: &Path) -> anyhow::Result<Guard> {
+    Ok(Guard::load(directory)?)
+}
+
+/// Applies `--strength NAME=X`.
+pub fn with_strengths(guard: Guard, strengths: &[String]) -> anyhow::Result<Guard> {
+    strengths.iter().try_fold(guard, |guard, strength| {
+        let parsed = strength.split_once('=').and_then(|(name, value)| Some((name, value.parse().ok()?)));
+        let (name, value) = parsed.with_context(|| format!("`--strength {strength}`: expected `NAME=X`"))?;
+        Ok(guard.with_strength(name, value)?)
+    })
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))
+}
+
+fn load_plain(model: &str) -> anyhow::Result<Model> {
+    load_named(model, &LoadArguments { gpu_layers: 0, raw: false })
+}
+
+fn verify(directory: &Path, model: Option<&str>) -> anyhow::Result<()> {
+    let guard = load_guard(directory)?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}: files verified, sha256 {}", guard.name(), guard.content_hash())?;
+    if let Some(name) = model {
+        let model = load_plain(name)?;
+        // Making a session checks the fingerprint, compiles, asks the probe and runs dry.
+        Session::new(&model, Some(&guard), SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
+        writeln!(out, "{}: is for {name}; its probe is answered and every hook point fires", guard.name())?;
+    }
+    Ok(())
+}
+
+/// A guard that is not calibrated yet can be looked at, but not run.
+fn lenient(guard: &Guard) -> GuardOptions {
+    let calibrated = guard.gates().iter().all(|gate| gate.calibration.is_some() && gate.threshold.is_some());
+    let calibration = if calibrated { Calibration::Required } else { Calibration::Ignored };
+    GuardOptions { calibration, probe: true }
+}
+
+fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<()> {
+    let guard = load_guard(directory)?;
+    let executor = model
+        .map(|name| -> anyhow::Result<_> {
+            let model = load_plain(name)?;
+            let session = Session::new(&model, Some(&guard), SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
+            Ok(session.executor().map(|kind| kind.to_string()).unwrap_or_default())
+        })
+        .transpose()?;
+    let mut out = std::io::stdout().lock();
+    let text = |value: Option<String>| value.unwrap_or_else(|| "–".into());
+    if json {
+        let gates: Vec<_> = guard
+            .gates()
+            .iter()
+            .map(|gate| {
+                let vector = &guard.vectors()[gate.vector];
+                serde_json::json!({ "name": gate.name, "vector": vector.name, "layer": vector.layer,
+                    "threshold": gate.threshold, "aggregate": gate.aggregate, "on_fire": gate.on_fire })
+            })
+            .collect();
+        let interventions: Vec<_> = guard
+            .interventions()
+            .iter()
+            .map(|intervention| {
+                let vector = &guard.vectors()[intervention.vector];
+                serde_json::json!({ "name": intervention.name, "vector": vector.name, "layer": vector.layer,
+                    "kind": intervention.kind.name(), "strength": intervention.strength, "positions": intervention.positions,
+                    "when": intervention.when.map(|gate| &guard.gates()[gate].name) })
+            })
+            .collect();
+        let value = serde_json::json!({
+            "name": guard.name(), "description": guard.description(), "sha256": guard.content_hash().to_string(),
+            "on_error": guard.on_error(), "architecture": guard.target().architecture,
+            "fingerprint": guard.target().fingerprint.to_string(), "source": guard.source().map(|source| &source.model),
+            "executor": executor, "gates": gates, "interventions": interventions, "results": guard.results(),
+        });
+        writeln!(out, "{value}")?;
+        return Ok(());
+    }
+    writeln!(out, "{}: {}", guard.name(), guard.description())?;
+    writeln!(out, "for {} {}", guard.target().architecture, guard.target().fingerprint)?;
+    if let Some(source) = guard.source() {
+        writeln!(out, "learnt on {} {}", source.model, source.fingerprint)?;
+    }
+    if let Some(executor) = executor {
+        writeln!(out, "executor: {executor}")?;
+    }
+    let vectors = guard.vectors().iter().map(|vector| {
+        [
+            vector.name.clone(),
+            vector.layer.to_string(),
+            format!("{:.2}", norm(&vector.direction)),
+            text(vector.mapped_from.as_ref().map(|from| {
+                format!("layer {} by `{}`, {:.2} unexplained", from.layer, from.mapping, from.quality.fraction_unexplained)
+            })),
+        ]
+    });
+    writeln!(out, "{}", table(["vector", "layer", "norm", "mapped from"], vectors))?;
+    if !guard.gates().is_empty() {
+        let gates = guard.gates().iter().map(|gate| {
+            [
+                gate.name.clone(),
+                guard.vectors()[gate.vector].name.clone(),
+                format!("{:?}", gate.aggregate).to_lowercase(),
+                text(gate.threshold.map(|threshold| format!("{threshold:+.2}"))),
+                format!("{:?}", gate.on_fire).to_lowercase(),
+            ]
+        });
+        writeln!(out, "{}", table(["gate", "vector", "aggregate", "threshold", "on fire"], gates))?;
+    }
+    if !guard.interventions().is_empty() {
+        let interventions = guard.interventions().iter().map(|intervention| {
+            [
+                intervention.name.clone(),
+                intervention.kind.name().to_owned(),
+                guard.vectors()[intervention.vector].name.clone(),
+                intervention.strength.to_string(),
+                format!("{:?}", intervention.positions).to_lowercase(),
+                text(intervention.when.map(|gate| guard.gates()[gate].name.clone())),
+            ]
+        });
+        writeln!(out, "{}", table(["intervention", "kind", "vector", "strength", "positions", "when"], interventions))?;
+    }
+    for result in guard.results() {
+        writeln!(out, "{}: {} on {}", result.name, result.value, result.on)?;
+    }
+    Ok(())
+}
+
+fn build(arguments: BuildArguments) -> anyhow::Result<()> {
+    let target = load(&arguments.model)?;
+    let choose_on = match (&arguments.positive, &arguments.negative) {
+        (Some(positive), Some(negative)) => Some((prompts::read(positive)?, prompts::read(negative)?)),
+        _ => None,
+    };
+    let choice = match (&arguments.layer, choose_on.as_ref()) {
+        (Some(layer), _) => LayerChoice::Given(layer),
+        (None, Some((positive, negative))) => LayerChoice::Separating { positive, negative },
+        (None, None) => LayerChoice::Best,
+    };
+    let policy = Policy {
+        name: arguments.name,
+        description: arguments.description,
+        gate: arguments.gate,
+        aggregate: match arguments.aggregate {
+            AggregateArgument::Last => Aggregate::Last,
+            AggregateArgument::Mean => Aggregate::Mean,
+            AggregateArgument::Max => Aggregate::Max,
+        },
+        on_fire: match arguments.on_fire {
+            OnFireArgument::Steer => OnFire::Steer,
+            OnFireArgument::Block => OnFire::Block,
+        },
+        intervention: arguments.intervene.map(|kind| InterventionEntry {
+            strength: f64::from(arguments.strength),
+            positions: match arguments.positions {
+                PositionsArgument::All => Positions::All,
+                PositionsArgument::Prompt => Positions::Prompt,
+                PositionsArgument::Generated => Positions::Generated,
+            },
+            low: arguments.low,
+            high: arguments.high,
+            ..InterventionEntry::new(
+                match kind {
+                    InterventionArgument::Add => InterventionName::Add,
+                    InterventionArgument::Ablate => InterventionName::Ablate,
+                    InterventionArgument::Clamp => InterventionName::Clamp,
+                },
+                "",
+            )
+        }),
+        on_error: match arguments.on_error {
+            OnErrorArgument::Block => OnError::Block,
+            OnErrorArgument::Pass => OnError::Pass,
+        },
+        message: arguments.message,
+        baked: arguments.baked,
+    };
+    build_to(&target, &arguments.vectors, arguments.mapping.as_deref(), choice, policy, &arguments.output)?;
+    Ok(())
+}
+
+/// What a guard built from one vector does.
+pub struct Policy {
+    pub name: String,
+    pub description: String,
+    pub gate: Option<String>,
+    pub aggregate: Aggregate,
+    pub on_fire: OnFire,
+    pub intervention: Option<InterventionEntry>,
+    pub on_error: OnError,
+    pub message: Option<String>,
+    pub baked: bool,
+}
+
+/// Which layer of the vectors, or which pair of the mapping, a guard is built on.
+pub enum LayerChoice<'a> {
+    /// `L`, or `S:T` with a mapping.
+    Given(&'a str),
+    /// Where the vector best tells these prompts apart in the target.
+    Separating { positive: &'a [String], negative: &'a [String] },
+    /// The mapping's pair that leaves least unexplained; without a mapping, the only layer there is.
+    Best,
+}
+
+/// Composes vectors and mapping under `policy` into a guard for `target`, with a probe of it, and writes it.
+pub fn build_to(
+    target: &Model,
+    vectors: &Path,
+    mapping: Option<&Path>,
+    choice: LayerChoice<'_>,
+    policy: Policy,
+    output: &Path,
+) -> anyhow::Result<Guard> {
+    ensure!(
+        policy.gate.is_some() || policy.intervention.is_some(),
+        "a guard needs `--gate NAME`, `--intervene KIND` or both"
+    );
+    let vectors_label = vectors.display().to_string();
+    let file = VectorFile::from_bytes(&vectors_label, &read(vectors)?)?;
+    let mapping = mapping
+        .map(|path| -> anyhow::Result<_> {
+            let bytes = read(path)?;
+            let parsed = MappingFile::from_bytes(&path.display().to_string(), &bytes)?;
+            ensure!(
+                parsed.source.fingerprint == file.model.fingerprint,
+                "`{}` maps from {}, but the vectors in `{vectors_label}` are of {}",
+                path.display(),
+                parsed.source.name,
+                file.model.name
+            );
+            ensure!(
+                parsed.target.fingerprint == target.identity().fingerprint,
+                "`{}` maps to {}, but the guard is for {}",
+                path.display(),
+                parsed.target.name,
+                target.identity().name
+            );
+            Ok(parsed)
+        })
+        .transpose()?;
+    if mapping.is_none() {
+        ensure!(
+            file.model.fingerprint == target.identity().fingerprint,
+            "the vectors in `{vectors_label}` are of {}, not of {}: give `--mapping`",
+            file.model.name,
+            target.identity().name
+        );
+    }
+    let (vector, map) = choose(target, &file, mapping.as_ref(), choice)?;
+
+    let name = vector.name.clone();
+    let (mut mappings, mut mapping_files) = (Vec::new(), Vec::new());
+    let carried = match (&mapping, map) {
+        (Some(mapping), Some(map)) if !policy.baked => {
+            // Only the pair that is used: a guard is to be small.
+            let pair = mapping.pair(map.source_layer(), map.target_layer()).expect("the chosen pair").clone();
+            let bytes = MappingFile { pairs: vec![pair], ..mapping.clone() }.to_bytes()?;
+            let (source, target) = (&mapping.source.name, &mapping.target.name);
+            let pair_name = format!("{source}-{}-to-{target}-{}", map.source_layer(), map.target_layer());
+            mappings.push(MappingEntry {
+                name: pair_name.clone(),
+                sha256: Digest::of(&bytes),
+                kind: MappingKind::Affine,
+                source_layer: map.source_layer(),
+                target_layer: map.target_layer(),
+            });
+            mapping_files.push((format!("{pair_name}{MAPPING_SUFFIX}"), bytes));
+            Some(pair_name)
+        }
+        _ => None,
+    };
+    let in_target = map.map_or_else(|| vector.values.clone(), |map| map.apply_direction(&vector.values));
+    let target_layer = map.map_or(vector.layer, |map| map.target_layer());
+    let (layer, values) =
+        if carried.is_some() { (vector.layer, vector.values.clone()) } else { (target_layer, in_target.clone()) };
+    let tensor = format!("{name}.{layer}");
+
+    let source = map.map(|_| Source { model: file.model.name.clone(), fingerprint: file.model.fingerprint.clone() });
+    let last_layer = target.shape().n_layer - 1;
+    // At the last layer only rows with logits exist, so a probe over a prompt's tokens can't be taken there.
+    let probe = (target_layer.0 < last_layer)
+        .then(|| probe_of(target, PROBE_PROMPT, &name, target_layer, &in_target))
+        .transpose()?;
+    let manifest = Manifest {
+        format: FORMAT,
+        name: policy.name,
+        description: policy.description,
+        on_error: policy.on_error,
+        message: policy.message,
+        target: TargetEntry {
+            architecture: target.identity().architecture.clone(),
+            fingerprint: target.identity().fingerprint.clone(),
+            probe,
+        },
+        source,
+        tensors: TensorsEntry::default(),
+        vectors: vec![VectorEntry {
+            name: name.clone(),
+            layer,
+            tensor: tensor.clone(),
+            mapping: carried,
+            method: Some(vector.method.to_string()),
+            mean_norm: Some(vector.mean_norm),
+        }],
+        mappings,
+        gates: policy
+            .gate
+            .iter()
+            .map(|gate| GateEntry {
+                name: gate.clone(),
+                vector: name.clone(),
+                scope: Scope::Prompt,
+                aggregate: policy.aggregate,
+                threshold: None,
+                mean: None,
+                deviation: None,
+                on_fire: policy.on_fire,
+            })
+            .collect(),
+        interventions: policy
+            .intervention
+            .into_iter()
+            .map(|intervention| InterventionEntry { vector: name.clone(), when: policy.gate.clone(), ..intervention })
+            .collect(),
+        results: Vec::new(),
+    };
+    let guard = write_guard(output, &manifest, &[(tensor, values)], &mapping_files)?;
+    eprintln!("wrote guard `{}` to {}", guard.name(), output.display());
+    Ok(guard)
+}
+
+fn choose<'a>(
+    target: &Model,
+    file: &'a VectorFile,
+    mapping: Option<&'a MappingFile>,
+    choice: LayerChoice<'_>,
+) -> anyhow::Result<(&'a SteeringVector, Option<&'a AffineMap>)> {
+    let vector_at = |layer: LayerIndex| {
+        file.vectors.iter().find(|vector| vector.layer == layer).with_context(|| {
+            let layers: Vec<_> = file.vectors.iter().map(|vector| vector.layer.to_string()).collect();
+            format!("there is no vector of layer {layer}; there are {}", layers.join(", "))
+        })
+    };
+    let Some(mapping) = mapping else {
+        return match choice {
+            LayerChoice::Given(layer) => {
+                let layer = layer.parse().map(LayerIndex);
+                let layer = layer.context("without a mapping `--layer` is one layer, as `10`")?;
+                Ok((vector_at(layer)?, None))
+            }
+            LayerChoice::Best | LayerChoice::Separating { .. } => match file.vectors.as_slice() {
+                [only] => Ok((only, None)),
+                several => bail!("there are vectors of {} layers: choose one with `--layer`", several.len()),
+            },
+        };
+    };
+    // Best first, by held-out variance explained.
+    let mut pairs: Vec<_> = mapping.pairs.iter().collect();
+    pairs.sort_by(|a, b| a.1.fraction_unexplained.total_cmp(&b.1.fraction_unexplained));
+    pairs.retain(|(map, _)| vector_at(map.source_layer()).is_ok());
+    ensure!(!pairs.is_empty(), "the mapping has no pair from a layer that there is a vector of");
+    let maps: Vec<&AffineMap> = pairs.iter().map(|(map, _)| map).collect();
+    let map = match choice {
+        LayerChoice::Best => maps[0],
+        LayerChoice::Given(pair) => {
+            let wanted = pair.split_once(':').and_then(|(s, t)| Some((s.parse().ok()?, t.parse().ok()?)));
+            let (source, to) = wanted.context("with a mapping `--layer` is a pair of layers, as `24:10`")?;
+            let found =
+                maps.iter().find(|map| map.source_layer() == LayerIndex(source) && map.target_layer() == LayerIndex(to));
+            found.copied().with_context(|| {
+                let known: Vec<_> =
+                    maps.iter().map(|map| format!("{}:{}", map.source_layer(), map.target_layer())).collect();
+                format!("the mapping has no pair {pair}; it has {}", known.join(", "))
+            })?
+        }
+        LayerChoice::Separating { positive, negative } => {
+            let separations = {
+                let bar = Bar::new("choosing layers");
+                let step = &mut |done, total| bar.at(done, total);
+                learn::separation_by_map(target, &file.vectors, &maps, positive, negative, step)?
+            };
+            let rated = maps.iter().zip(separations).filter_map(|(map, auc)| Some((*map, auc?)));
+            let (map, auc) = rated.max_by(|a, b| a.1.total_cmp(&b.1)).context("no pair could be rated")?;
+            eprintln!(
+                "chose layers {}:{} of {} pairs (AUC {auc:.3} on the prompts given)",
+                map.source_layer(),
+                map.target_layer(),
+                maps.len()
+            );
+            map
+        }
+    };
+    Ok((vector_at(map.source_layer())?, Some(map)))
+}

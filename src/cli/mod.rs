@@ -1,0 +1,80 @@
+//! The command line: arguments become library calls, results become text or JSON.
+//!
+//! Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the guard blocked, 2 operational error, 64 usage. Nobody
+//! imports this room.
+
+mod args;
+mod bench;
+mod demo;
+mod eval;
+mod guard;
+mod learn;
+mod models;
+mod progress;
+mod prompts;
+mod run;
+mod table;
+
+use args::{Arguments, Command};
+use clap::Parser;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+/// What a command ended with, when it did not fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    /// A guard kept at least one prompt from being answered.
+    Blocked,
+}
+
+const BLOCKED: u8 = 1;
+const OPERATIONAL: u8 = 2;
+const USAGE: u8 = 64;
+
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version go to stdout and are no error.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("PILOTFISH_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("pilotfish=warn,off"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().init();
+
+    match execute(arguments.command) {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Blocked) => ExitCode::from(BLOCKED),
+        // The reader of our output has seen enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "error: {error:#}");
+            ExitCode::from(OPERATIONAL)
+        }
+    }
+}
+
+fn execute(command: Command) -> anyhow::Result<Outcome> {
+    match command {
+        Command::Demo(arguments) => demo::demo(arguments),
+        Command::Models(command) => models::models(command),
+        Command::Extract(arguments) => learn::extract(arguments),
+        Command::Map(arguments) => learn::map(arguments),
+        Command::Guard(command) => guard::guard(command),
+        Command::Calibrate(arguments) => learn::calibrate(arguments),
+        Command::Score(arguments) => run::score(arguments),
+        Command::Run(arguments) => run::run(arguments),
+        Command::Eval(arguments) => eval::eval(arguments),
+        Command::Bench(arguments) => bench::bench(arguments),
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,165 @@
+use super::EngineError;
+use super::model::{Model, backend, shape_of};
+use crate::hook::{GuardedBatch, GuardedContext};
+use crate::program::{ModelShape, Program, RowKind};
+use crate::tensor::{LayerIndex, Residual, SequenceId, TokenPosition};
+use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_2::llama_backend::LlamaBackend;
+use llama_cpp_2::model::LlamaModel;
+use llama_cpp_2::token::LlamaToken;
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+/// Reads residual activations of a model, prompt by prompt, at several layers in one pass.
+pub struct ActivationReader<'model> {
+    context: GuardedContext<'model>,
+    shape: ModelShape,
+    layers: Vec<LayerIndex>,
+    batch: GuardedBatch,
+    capacity: usize,
+}
+
+/// Residual rows by layer, the same rows of the same tokens at each.
+#[derive(Debug, Clone, Default)]
+pub struct Activations {
+    width: usize,
+    /// Position of each row's token.
+    positions: Vec<TokenPosition>,
+    layers: BTreeMap<LayerIndex, Vec<f32>>,
+}
+
+const ONLY: SequenceId = SequenceId(0);
+
+impl<'model> ActivationReader<'model> {
+    /// A reader of `layers` of a model that this room loaded.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of(model: &'model Model, layers: Vec<LayerIndex>, capacity: usize) -> Result<Self, EngineError> {
+        Self::new(model.llama(), backend()?, layers, capacity)
+    }
+
+    /// A reader of `layers` for prompts of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// A layer that the model does not have, or llama.cpp can't make the context.
+    pub fn new(
+        model: &'model LlamaModel,
+        backend: &LlamaBackend,
+        layers: Vec<LayerIndex>,
+        capacity: usize,
+    ) -> Result<Self, EngineError> {
+        let shape = shape_of(model);
+        if let Some(layer) = layers.iter().find(|layer| layer.0 >= shape.n_layer) {
+            return Err(EngineError::NoLayer { layer: *layer, last: shape.n_layer - 1 });
+        }
+        let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
+        let params = LlamaContextParams::default()
+            .with_n_ctx(NonZeroU32::new(size))
+            .with_n_batch(size)
+            .with_n_ubatch(size.min(512));
+        let mut context = GuardedContext::new(model, backend, params, Arc::new(Program::observer(shape)))?;
+        context.capture(layers.iter().copied());
+        Ok(Self { context, shape, layers, batch: GuardedBatch::new(size as usize), capacity: size as usize })
+    }
+
+    pub fn layers(&self) -> &[LayerIndex] {
+        &self.layers
+    }
+
+    /// Activations of the last token of `tokens`: one row a layer.
+    ///
+    /// # Errors
+    /// The prompt is empty or too long, or llama.cpp fails.
+    pub fn last_token(&mut self, tokens: &[LlamaToken]) -> Result<Activations, EngineError> {
+        self.read(tokens, true)
+    }
+
+    /// Activations of every token of `tokens` but the first, whose activations are those of an attention sink.
+    ///
+    /// # Errors
+    /// As [`last_token`](Self::last_token); and the model's last layer, where llama.cpp keeps only rows with logits.
+    pub fn every_token(&mut self, tokens: &[LlamaToken]) -> Result<Activations, EngineError> {
+        let last = self.shape.n_layer - 1;
+        if let Some(layer) = self.layers.iter().find(|layer| layer.0 == last) {
+            return Err(EngineError::NotEveryToken { layer: *layer, last });
+        }
+        self.read(tokens, false)
+    }
+
+    fn read(&mut self, tokens: &[LlamaToken], only_last: bool) -> Result<Activations, EngineError> {
+        if tokens.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if tokens.len() > self.capacity {
+            return Err(EngineError::PromptTooLong { found: tokens.len(), capacity: self.capacity });
+        }
+        self.context.clear();
+        self.batch.clear();
+        if only_last {
+            self.batch.add_prompt(ONLY, TokenPosition(0), tokens)
+        } else {
+            // Without logits: nobody reads them, and with a large vocabulary they cost more than the layers.
+            self.batch.add_prompt_part(ONLY, TokenPosition(0), tokens)
+        }
+        .map_err(crate::hook::ContextError::from)?;
+        self.context.decode(&mut self.batch)?;
+
+        let mut read = Activations { width: self.shape.n_embd.0, ..Default::default() };
+        for captured in self.context.take_captured() {
+            let wanted =
+                if only_last { captured.row.kind == RowKind::PromptEnd } else { !captured.row.position.is_sink() };
+            if !wanted {
+                continue;
+            }
+            if captured.layer == self.layers[0] {
+                read.positions.push(captured.row.position);
+            }
+            read.layers.entry(captured.layer).or_default().extend_from_slice(&captured.values);
+        }
+        Ok(read)
+    }
+}
+
+impl Activations {
+    /// Rows at `layer`, `[n_rows, n_embd]`; none where the layer was not read.
+    ///
+    /// # Panics
+    /// On activations that no reader made.
+    pub fn layer(&self, layer: LayerIndex) -> Residual<'_> {
+        let values = self.layers.get(&layer).map_or(&[][..], Vec::as_slice);
+        Residual::new(values, self.width).expect("rows of the model's width")
+    }
+
+    pub fn positions(&self) -> &[TokenPosition] {
+        &self.positions
+    }
+
+    pub fn n_rows(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Appends the rows of `other`, which has the same layers.
+    pub fn append(&mut self, other: Self) {
+        self.width = other.width;
+        self.positions.extend(other.positions);
+        for (layer, values) in other.layers {
+            self.layers.entry(layer).or_default().extend(values);
+        }
+    }
+
+    /// Keeps the rows whose indices `rows` gives, in that order.
+    pub fn select(&self, rows: impl Iterator<Item = usize> + Clone) -> Self {
+        let positions = rows.clone().map(|row| self.positions[row]).collect();
+        let layers = self
+            .layers
+            .iter()
+            .map(|(layer, values)| {
+                let kept = rows.clone().flat_map(|row| &values[row * self.width..(row + 1) * self.width]).copied();
+                (*layer, kept.collect())
+            })
+            .collect();
+        Self { width: self.width, positions, layers }
+    }
+}

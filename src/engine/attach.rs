@@ -1,0 +1,141 @@
+//! From a guard and a model to a context that is guarded: identity, compilation, probe, dry run.
+
+use super::activations::ActivationReader;
+use super::model::{Model, backend, shape_of};
+use super::{EngineError, PromptTemplate, identity_of};
+use crate::guard::{Guard, Probe};
+use crate::hook::GuardedContext;
+use crate::program::{Calibration, Program};
+use crate::tensor::{self, LayerIndex};
+use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_2::llama_backend::LlamaBackend;
+use llama_cpp_2::model::LlamaModel;
+use std::sync::Arc;
+
+/// How strictly a guard is held against the model.
+#[derive(Debug, Clone, Copy)]
+pub struct GuardOptions {
+    pub calibration: Calibration,
+    /// Whether to run the guard's probe on the model.
+    pub probe: bool,
+}
+
+impl Default for GuardOptions {
+    fn default() -> Self {
+        Self { calibration: Calibration::Required, probe: true }
+    }
+}
+
+/// A context of `model` under `guard`: one call for apps that link llama-cpp-2.
+///
+/// Checks that the guard is for this model (fingerprint, then its probe), compiles it, and proves by a dry run that every hook point fires.
+///
+/// # Errors
+/// Whichever of those fails; no context is made then.
+pub fn guard_context<'model>(
+    model: &'model LlamaModel,
+    backend: &LlamaBackend,
+    params: LlamaContextParams,
+    guard: &Guard,
+) -> Result<GuardedContext<'model>, EngineError> {
+    let program = program_for(model, backend, guard, GuardOptions::default())?;
+    Ok(GuardedContext::new(model, backend, params, Arc::new(program))?)
+}
+
+/// Compiles `guard` for `model` after checking that it is the model that the guard was made for.
+///
+/// # Errors
+/// Another fingerprint, another answer to the probe, or a guard that does not compile for this model.
+pub fn program_for(
+    model: &LlamaModel,
+    backend: &LlamaBackend,
+    guard: &Guard,
+    options: GuardOptions,
+) -> Result<Program, EngineError> {
+    let identity = identity_of("", model)?;
+    let target = guard.target();
+    if target.architecture != identity.architecture || target.fingerprint != identity.fingerprint {
+        return Err(EngineError::OtherModel {
+            guard: guard.name().into(),
+            expected: format!("`{}` {}", target.architecture, target.fingerprint.short()),
+            found: format!("`{}` {}", identity.architecture, identity.fingerprint.short()),
+        });
+    }
+    let program = Program::compile(guard, shape_of(model), options.calibration)?;
+    if let Some(probe) = target.probe.as_ref().filter(|_| options.probe) {
+        check_probe(model, backend, guard, probe)?;
+    }
+    Ok(program)
+}
+
+fn check_probe(model: &LlamaModel, backend: &LlamaBackend, guard: &Guard, probe: &Probe) -> Result<(), EngineError> {
+    let vector = guard
+        .vectors()
+        .iter()
+        .find(|vector| vector.name == probe.vector && vector.layer == probe.layer)
+        .ok_or_else(|| EngineError::ProbeVector {
+            guard: guard.name().into(),
+            vector: probe.vector.clone(),
+            layer: probe.layer,
+        })?;
+    let found = measure_probe(model, backend, &probe.prompt, &probe.vector, probe.layer, &vector.direction)?;
+    let mismatch = |quantity, expected: f64, found: f64, margin: f64| {
+        // A NaN is within no margin.
+        if (found - expected).abs() <= margin {
+            return Ok(());
+        }
+        Err(EngineError::Probe { guard: guard.name().into(), quantity, expected, found, margin })
+    };
+    mismatch("mean norm", probe.mean_norm, found.mean_norm, probe.tolerance * probe.mean_norm)?;
+    let margin = probe.tolerance * probe.projection.abs().max(probe.spread);
+    mismatch("projection", probe.projection, found.projection, margin)
+}
+
+/// [`measure_probe`] on a model that this room loaded.
+///
+/// # Errors
+/// As there.
+pub fn probe_of(
+    model: &Model,
+    prompt: &str,
+    vector: &str,
+    layer: LayerIndex,
+    direction: &[f32],
+) -> Result<Probe, EngineError> {
+    measure_probe(model.llama(), backend()?, prompt, vector, layer, direction)
+}
+
+/// Statistics of the residual of `prompt` (as plain text, no template) at `layer` over all tokens but the first: its mean norm, and the
+/// mean and standard deviation of its projection on the unit vector of `direction` (`[n_embd]`).
+///
+/// # Errors
+/// The prompt has fewer than three tokens, or the model can't run it.
+pub fn measure_probe(
+    model: &LlamaModel,
+    backend: &LlamaBackend,
+    prompt: &str,
+    vector: &str,
+    layer: LayerIndex,
+    direction: &[f32],
+) -> Result<Probe, EngineError> {
+    let tokens = PromptTemplate::Raw.tokens(model, prompt)?;
+    let mut reader = ActivationReader::new(model, backend, vec![layer], tokens.len())?;
+    let activations = reader.every_token(&tokens)?;
+    let unit = tensor::unit(direction).unwrap_or_default();
+    let residual = activations.layer(layer);
+    let projections: Vec<f64> = residual.rows().map(|row| f64::from(tensor::dot(row, &unit))).collect();
+    let (projection, spread) = tensor::mean_and_deviation(&projections).ok_or(EngineError::EmptyPrompt)?;
+    let mean_norm = residual.rows().map(tensor::norm).sum::<f64>() / residual.n_rows() as f64;
+    Ok(Probe {
+        prompt: prompt.to_owned(),
+        vector: vector.to_owned(),
+        layer,
+        mean_norm,
+        projection,
+        spread,
+        tolerance: PROBE_TOLERANCE,
+    })
+}
+
+/// Room for quantization and kernels: between Q4 and Q8 files of one model residual norms differ by a few per cent.
+const PROBE_TOLERANCE: f64 = 0.15;

@@ -1,0 +1,63 @@
+//! llama.cpp through llama-cpp-2: loading a model, putting prompts into its template, running them guarded or not, and reading
+//! residual activations.
+//!
+//! In: a GGUF file, prompts, a validated [`Guard`](crate::guard::Guard). Out: text, gate decisions, timings, activations. This room
+//! never parses a guard file and never speaks HTTP.
+
+mod activations;
+mod attach;
+mod identity;
+mod model;
+mod prompt;
+mod session;
+
+pub use activations::{ActivationReader, Activations};
+pub use attach::{GuardOptions, guard_context, measure_probe, probe_of, program_for};
+pub use identity::identity_of;
+pub use model::{Model, ModelOptions};
+pub use prompt::{PromptLayout, PromptTemplate};
+pub use session::{Finish, GateReading, Generation, GenerationOptions, Session, SessionOptions};
+
+use crate::guard::GuardError;
+use crate::hook::ContextError;
+use crate::program::CompileError;
+use crate::tensor::LayerIndex;
+use std::path::PathBuf;
+
+/// Why a model could not be loaded, guarded or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    #[error("no model file at `{}`", .path.display())]
+    NoFile { path: PathBuf },
+    #[error("llama.cpp can't load `{}`: {reason}", .path.display())]
+    Load { path: PathBuf, reason: String },
+    #[error("llama.cpp did not start: {0}")]
+    Backend(String),
+    #[error("the model's metadata lacks `{key}`")]
+    Metadata { key: &'static str },
+    #[error("the model's chat template can't be applied: {reason}")]
+    Template { reason: String },
+    #[error("guard `{guard}` is for another model: it expects {expected}, this one is {found}")]
+    OtherModel { guard: String, expected: String, found: String },
+    #[error(
+        "guard `{guard}`: the model answers its probe otherwise: {quantity} is {found:.4}, expected {expected:.4} within {margin:.4}; its weights are not the ones that the guard was made for"
+    )]
+    Probe { guard: String, quantity: &'static str, expected: f64, found: f64, margin: f64 },
+    #[error("guard `{guard}`: its probe names vector `{vector}` at layer {layer}, where the guard has no such vector")]
+    ProbeVector { guard: String, vector: String, layer: LayerIndex },
+    #[error("the prompt has {found} tokens and the context {capacity}: raise the context size or shorten the prompt")]
+    PromptTooLong { found: usize, capacity: usize },
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    #[error("layer {layer} is not a hook point of every token: llama.cpp keeps only rows with logits at the last of the model's layers (0 to {last})")]
+    NotEveryToken { layer: LayerIndex, last: u32 },
+    #[error("the model has layers 0 to {last}, so there is no layer {layer}")]
+    NoLayer { layer: LayerIndex, last: u32 },
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    #[error(transparent)]
+    Context(#[from] ContextError),
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+}

@@ -1,0 +1,126 @@
+use super::EngineError;
+use llama_cpp_2::model::{LlamaChatMessage, LlamaChatTemplate, LlamaModel};
+use llama_cpp_2::token::LlamaToken;
+
+/// What is put around a prompt before the model reads it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PromptTemplate {
+    /// Nothing.
+    Raw,
+    /// The model's own chat template, the prompt as the user's turn.
+    Chat,
+    /// A text with `{prompt}` in it, for models without a chat template.
+    Text(String),
+}
+
+/// The tokens of a prompt in its template.
+#[derive(Debug, Clone)]
+pub struct PromptLayout {
+    pub tokens: Vec<LlamaToken>,
+    /// Byte of the prompt at which each token ends, or `None` where it ends in the template.
+    pub ends: Vec<Option<usize>>,
+}
+
+/// Where the prompt stands in a [`PromptTemplate::Text`].
+const PLACEHOLDER: &str = "{prompt}";
+
+impl PromptTemplate {
+    /// The model's chat template if it has one, else `fallback`, else nothing.
+    pub fn of(model: &LlamaModel, fallback: Option<&str>) -> Self {
+        if model.chat_template(None).is_ok() {
+            Self::Chat
+        } else {
+            fallback.map_or(Self::Raw, |text| Self::Text(text.to_owned()))
+        }
+    }
+
+    /// The text that the model reads for `prompt`.
+    ///
+    /// # Errors
+    /// llama.cpp does not know the chat template, or a text template lacks `{prompt}`.
+    pub fn apply(&self, model: &LlamaModel, prompt: &str) -> Result<String, EngineError> {
+        let problem = |reason: String| EngineError::Template { reason };
+        match self {
+            Self::Raw => Ok(prompt.to_owned()),
+            Self::Text(text) => match text.split_once(PLACEHOLDER) {
+                Some((before, after)) => Ok(format!("{before}{prompt}{after}")),
+                None => Err(problem(format!("`{text}` has no `{PLACEHOLDER}`"))),
+            },
+            Self::Chat => {
+                let template: LlamaChatTemplate =
+                    model.chat_template(None).map_err(|error| problem(error.to_string()))?;
+                let message = LlamaChatMessage::new("user".into(), prompt.to_owned())
+                    .map_err(|_| problem("the prompt holds a NUL character".into()))?;
+                model.apply_chat_template(&template, &[message], true).map_err(|error| problem(error.to_string()))
+            }
+        }
+    }
+
+    /// The template's text before and after the prompt.
+    fn around(&self, model: &LlamaModel) -> Result<(String, String), EngineError> {
+        let around = self.apply(model, PLACEHOLDER)?;
+        let (before, after) = around
+            .split_once(PLACEHOLDER)
+            .ok_or_else(|| EngineError::Template { reason: "it does not carry the prompt over as it is".into() })?;
+        Ok((before.to_owned(), after.to_owned()))
+    }
+
+    /// The template's text before the prompt.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn before_prompt(&self, model: &LlamaModel) -> Result<String, EngineError> {
+        Ok(self.around(model)?.0)
+    }
+
+    /// The tokens that the model reads for `prompt`, each with the byte of the prompt at which it ends.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn layout(&self, model: &LlamaModel, prompt: &str) -> Result<PromptLayout, EngineError> {
+        let vocab = model.vocab();
+        let text = self.apply(model, prompt)?;
+        let before = self.around(model)?.0.len();
+        let tokens = vocab.tokenize(text.as_bytes(), true, true);
+        let mut pieces: Vec<Vec<u8>> = tokens.iter().map(|token| vocab.token_to_piece(*token, true, None)).collect();
+        // The tokenizer puts a beginning-of-sequence token before the text, and may close it, without either being in the text.
+        if tokens.first() == Some(&vocab.bos()) && !text.as_bytes().starts_with(&pieces[0]) {
+            pieces[0].clear();
+        }
+        let mut end = 0;
+        let mut ends = Vec::with_capacity(tokens.len());
+        for piece in &pieces {
+            if !text.as_bytes()[end..].starts_with(piece) {
+                return Err(EngineError::Template {
+                    reason: format!("the tokenizer changes the text at byte {end}, so its tokens can't be told apart"),
+                });
+            }
+            end += piece.len();
+            ends.push((end > before && end <= before + prompt.len()).then(|| end - before));
+        }
+        Ok(PromptLayout { tokens, ends })
+    }
+
+    /// The tokens that the model reads for `prompt`.
+    ///
+    /// Text of the prompt that spells a control token (`<|im_end|>`) is read as plain text, so that a prompt can't end its own turn.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn tokens(&self, model: &LlamaModel, prompt: &str) -> Result<Vec<LlamaToken>, EngineError> {
+        let vocab = model.vocab();
+        if *self == Self::Raw {
+            return Ok(vocab.tokenize(prompt.as_bytes(), true, true));
+        }
+        let spells_control = vocab.tokenize(prompt.as_bytes(), false, true).iter().any(|token| vocab.is_control(*token));
+        if !spells_control {
+            // In one piece: a tokenizer may join the template's last character with the prompt's first.
+            return Ok(vocab.tokenize(self.apply(model, prompt)?.as_bytes(), true, true));
+        }
+        let (before, after) = self.around(model)?;
+        let mut tokens = vocab.tokenize(before.as_bytes(), true, true);
+        tokens.extend(vocab.tokenize(prompt.as_bytes(), false, false));
+        tokens.extend(vocab.tokenize(after.as_bytes(), false, true));
+        Ok(tokens)
+    }
+}

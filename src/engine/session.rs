@@ -1,0 +1,307 @@
+use super::attach::program_for;
+use super::model::{Model, backend};
+use super::{EngineError, GuardOptions};
+use crate::guard::Guard;
+use crate::hook::{ContextError, ExecutorKind, GuardedBatch, GuardedContext};
+use crate::program::Gate;
+use crate::tensor::{SequenceId, TokenPosition};
+use llama_cpp_2::context::LlamaContext;
+use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_2::llama_batch::LlamaBatch;
+use llama_cpp_2::sampling::LlamaSampler;
+use llama_cpp_2::token::LlamaToken;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// One sequence on one context, guarded or not.
+pub struct Session<'model> {
+    model: &'model Model,
+    context: SessionContext<'model>,
+    n_ctx: usize,
+}
+
+enum SessionContext<'model> {
+    Plain { context: LlamaContext<'model>, batch: LlamaBatch<'static> },
+    Guarded { context: GuardedContext<'model>, batch: GuardedBatch },
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct SessionOptions {
+    /// Tokens that prompt and answer have room for.
+    pub n_ctx: u32,
+    pub guard: GuardOptions,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self { n_ctx: 2048, guard: GuardOptions::default() }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct GenerationOptions {
+    pub max_tokens: usize,
+    /// 0 is greedy.
+    pub temperature: f32,
+    pub seed: u32,
+    /// Go on after an end-of-generation token: for timing a fixed number of tokens.
+    pub ignore_end: bool,
+}
+
+/// What came of one prompt.
+#[derive(Debug, Clone)]
+pub struct Generation {
+    pub text: String,
+    pub finish: Finish,
+    pub prompt_tokens: usize,
+    pub tokens: Vec<LlamaToken>,
+    pub gates: Vec<GateReading>,
+    pub prefill_time: Duration,
+    pub decode_time: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finish {
+    /// The model ended its answer.
+    Stop,
+    /// The answer has the tokens that were asked for, or the context is full.
+    Length,
+    /// The guard blocked: what the caller is told.
+    Blocked(String),
+}
+
+/// What a gate made of the prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GateReading {
+    pub gate: String,
+    /// In benign standard deviations; `None` where nothing could be read.
+    pub score: Option<f64>,
+    pub fired: bool,
+}
+
+const ONLY: SequenceId = SequenceId(0);
+
+/// Rows that llama.cpp takes in one `llama_decode`.
+const BATCH: usize = 512;
+
+impl<'model> Session<'model> {
+    /// # Errors
+    /// The guard is not for this model or does not compile, or llama.cpp can't make the context.
+    pub fn new(model: &'model Model, guard: Option<&Guard>, options: SessionOptions) -> Result<Self, EngineError> {
+        let backend = backend()?;
+        let params = LlamaContextParams::default()
+            .with_n_ctx(NonZeroU32::new(options.n_ctx))
+            .with_n_batch(BATCH as u32)
+            .with_n_ubatch(BATCH as u32);
+        let context = match guard {
+            None => SessionContext::Plain {
+                context: model.llama().new_context(backend, params).map_err(ContextError::from)?,
+                batch: LlamaBatch::new(BATCH, 1),
+            },
+            Some(guard) => {
+                let program = program_for(model.llama(), backend, guard, options.guard)?;
+                SessionContext::Guarded {
+                    context: GuardedContext::new(model.llama(), backend, params, Arc::new(program))?,
+                    batch: GuardedBatch::new(BATCH),
+                }
+            }
+        };
+        let n_ctx = context.llama().n_ctx() as usize;
+        Ok(Self { model, context, n_ctx })
+    }
+
+    /// Chooses how a guarded session reaches the residual.
+    pub fn set_executor(&mut self, kind: ExecutorKind) {
+        if let SessionContext::Guarded { context, .. } = &mut self.context {
+            context.set_executor(kind);
+        }
+    }
+
+    /// How a guarded session reaches the residual; `None` unguarded.
+    pub fn executor(&self) -> Option<ExecutorKind> {
+        match &self.context {
+            SessionContext::Plain { .. } => None,
+            SessionContext::Guarded { context, .. } => Some(context.executor()),
+        }
+    }
+
+    /// Forgets what came before, reads `prompt`, and returns the index of its logits.
+    ///
+    /// # Errors
+    /// The prompt is empty or too long, or the guard fails or blocks.
+    pub fn prefill(&mut self, prompt: &[LlamaToken]) -> Result<i32, EngineError> {
+        if prompt.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if prompt.len() > self.n_ctx {
+            return Err(EngineError::PromptTooLong { found: prompt.len(), capacity: self.n_ctx });
+        }
+        self.context.clear();
+        let mut last = 0;
+        let n_chunks = prompt.len().div_ceil(BATCH);
+        for (index, chunk) in prompt.chunks(BATCH).enumerate() {
+            last = self.context.decode_prompt(index * BATCH, chunk, index + 1 == n_chunks)?;
+        }
+        Ok(last)
+    }
+
+    /// Feeds `token` at `position`, and returns the index of its logits.
+    ///
+    /// # Errors
+    /// The guard fails, or llama.cpp does.
+    pub fn step(&mut self, position: usize, token: LlamaToken) -> Result<i32, EngineError> {
+        self.context.decode_generated(position, token)
+    }
+
+    /// Logits of the row `index` of the last decode, `[n_vocab]`.
+    pub fn logits(&self, index: i32) -> &[f32] {
+        self.context.llama().get_logits_ith(index)
+    }
+
+    /// Answers `prompt`. `on_token` is shown each token's bytes as it comes.
+    ///
+    /// # Errors
+    /// Whatever keeps the prompt from being answered, but a block by the guard, which is [`Finish::Blocked`].
+    pub fn generate(
+        &mut self,
+        prompt: &[LlamaToken],
+        options: GenerationOptions,
+        mut on_token: impl FnMut(&[u8]),
+    ) -> Result<Generation, EngineError> {
+        let vocab = self.model.llama().vocab();
+        let mut sampler = if options.temperature > 0.0 {
+            LlamaSampler::chain_simple([LlamaSampler::temp(options.temperature), LlamaSampler::dist(options.seed)])
+        } else {
+            LlamaSampler::greedy()
+        };
+        let mut tokens = Vec::with_capacity(options.max_tokens);
+        let mut bytes = Vec::new();
+        let start = Instant::now();
+        let mut outcome = self.prefill(prompt);
+        let prefill_time = start.elapsed();
+        let start = Instant::now();
+        let finish = loop {
+            let index = match outcome {
+                Ok(index) => index,
+                Err(error) => break blocked(error)?,
+            };
+            if tokens.len() >= options.max_tokens || prompt.len() + tokens.len() >= self.n_ctx {
+                break Finish::Length;
+            }
+            let token = sampler.sample(self.context.llama(), index);
+            if !options.ignore_end && vocab.is_eog(token) {
+                break Finish::Stop;
+            }
+            let piece = vocab.token_to_piece(token, false, None);
+            on_token(&piece);
+            bytes.extend(piece);
+            tokens.push(token);
+            if tokens.len() >= options.max_tokens {
+                break Finish::Length;
+            }
+            outcome = self.step(prompt.len() + tokens.len() - 1, token);
+        };
+        Ok(Generation {
+            text: String::from_utf8_lossy(&bytes).into_owned(),
+            finish,
+            prompt_tokens: prompt.len(),
+            tokens,
+            gates: self.gate_readings(),
+            prefill_time,
+            decode_time: start.elapsed(),
+        })
+    }
+
+    /// What the gates made of the last prompt; none in an unguarded session.
+    pub fn gate_readings(&self) -> Vec<GateReading> {
+        let SessionContext::Guarded { context, .. } = &self.context else { return Vec::new() };
+        let reading = |(gate, decision): (&Gate, Option<crate::program::GateDecision>)| GateReading {
+            gate: gate.name.clone(),
+            score: decision.and_then(|decision| decision.score),
+            fired: decision.is_some_and(|decision| decision.fired),
+        };
+        context.program().gates().iter().zip(context.gate_decisions(ONLY)).map(reading).collect()
+    }
+
+    /// What the gates make of `prompt`, without an answer. A gate that blocks is no error here.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill).
+    pub fn score(&mut self, prompt: &[LlamaToken]) -> Result<Vec<GateReading>, EngineError> {
+        match self.prefill(prompt) {
+            Ok(_) | Err(EngineError::Context(ContextError::Blocked { .. })) => Ok(self.gate_readings()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// A block by the guard is an end of the answer; any other error stays one.
+fn blocked(error: EngineError) -> Result<Finish, EngineError> {
+    match error {
+        EngineError::Context(blocked @ ContextError::Blocked { .. }) => Ok(Finish::Blocked(blocked.to_string())),
+        other => Err(other),
+    }
+}
+
+impl<'model> SessionContext<'model> {
+    fn llama(&self) -> &LlamaContext<'model> {
+        match self {
+            Self::Plain { context, .. } => context,
+            Self::Guarded { context, .. } => context,
+        }
+    }
+
+    fn clear(&mut self) {
+        match self {
+            Self::Plain { context, .. } => context.clear_kv_cache(),
+            Self::Guarded { context, .. } => context.clear(),
+        }
+    }
+
+    fn decode_prompt(&mut self, start: usize, tokens: &[LlamaToken], ends: bool) -> Result<i32, EngineError> {
+        let position = TokenPosition(start as i32);
+        match self {
+            Self::Guarded { context, batch } => {
+                batch.clear();
+                let last = if ends {
+                    batch.add_prompt(ONLY, position, tokens)
+                } else {
+                    batch.add_prompt_part(ONLY, position, tokens)
+                };
+                let last = last.map_err(ContextError::from)?;
+                context.decode(batch)?;
+                Ok(last)
+            }
+            Self::Plain { context, batch } => {
+                batch.clear();
+                for (offset, token) in tokens.iter().enumerate() {
+                    let output = ends && offset + 1 == tokens.len();
+                    batch
+                        .add(*token, position.0 + offset as i32, &[ONLY.0], output)
+                        .expect("chunks are no longer than the batch");
+                }
+                context.decode(batch).map_err(ContextError::from)?;
+                Ok(tokens.len() as i32 - 1)
+            }
+        }
+    }
+
+    fn decode_generated(&mut self, position: usize, token: LlamaToken) -> Result<i32, EngineError> {
+        let position = TokenPosition(position as i32);
+        match self {
+            Self::Guarded { context, batch } => {
+                batch.clear();
+                let index = batch.add_generated(ONLY, position, token).map_err(ContextError::from)?;
+                context.decode(batch)?;
+                Ok(index)
+            }
+            Self::Plain { context, batch } => {
+                batch.clear();
+                batch.add(token, position.0, &[ONLY.0], true).expect("an empty batch has room for one token");
+                context.decode(batch).map_err(ContextError::from)?;
+                Ok(0)
+            }
+        }
+    }
+}

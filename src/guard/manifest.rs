@@ -1,0 +1,322 @@
+//! The manifest as it is written: TOML and nothing else checked. [`Guard`](super::Guard) is what it becomes.
+
+use super::error::{GuardError, Location, shown};
+use super::{Digest, Fingerprint, MAX_MANIFEST_BYTES, location};
+use crate::tensor::LayerIndex;
+use serde::{Deserialize, Serialize};
+
+/// The only `format` this version reads and writes.
+pub const FORMAT: u32 = 1;
+
+/// `guard.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    pub name: String,
+    pub description: String,
+    #[serde(default)]
+    pub on_error: OnError,
+    /// What the caller of a blocked sequence is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    pub target: TargetEntry,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    pub tensors: TensorsEntry,
+    #[serde(default, rename = "vector", skip_serializing_if = "Vec::is_empty")]
+    pub vectors: Vec<VectorEntry>,
+    #[serde(default, rename = "mapping", skip_serializing_if = "Vec::is_empty")]
+    pub mappings: Vec<MappingEntry>,
+    #[serde(default, rename = "gate", skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<GateEntry>,
+    #[serde(default, rename = "intervention", skip_serializing_if = "Vec::is_empty")]
+    pub interventions: Vec<InterventionEntry>,
+    #[serde(default, rename = "result", skip_serializing_if = "Vec::is_empty")]
+    pub results: Vec<MeasuredResult>,
+}
+
+/// What a run-time fault means for the sequence that it meets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// No more tokens.
+    #[default]
+    Block,
+    /// Go on unguarded.
+    Pass,
+}
+
+/// `[target]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetEntry {
+    pub architecture: String,
+    pub fingerprint: Fingerprint,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Probe>,
+}
+
+/// A known answer: statistics of the residual of a fixed prompt over every token but the first. It tells the right weights from a
+/// look-alike's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Probe {
+    /// Plain text, no template.
+    pub prompt: String,
+    /// The vector whose unit direction the projection is on.
+    pub vector: String,
+    pub layer: LayerIndex,
+    pub mean_norm: f64,
+    /// Mean of the projection.
+    pub projection: f64,
+    /// Standard deviation of the projection.
+    pub spread: f64,
+    /// As a fraction: of `mean_norm`, and of the larger of `projection` and `spread`.
+    pub tolerance: f64,
+}
+
+/// `[source]`: the model that vectors with a mapping were learnt on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    pub model: String,
+    pub fingerprint: Fingerprint,
+}
+
+/// `[tensors]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorsEntry {
+    /// A bare name in the guard's folder.
+    pub file: String,
+    pub sha256: Digest,
+}
+
+impl Default for TensorsEntry {
+    /// The usual name; [`write_guard`](super::write_guard) fills in the sha256.
+    fn default() -> Self {
+        Self { file: "tensors.safetensors".to_owned(), sha256: Digest::default() }
+    }
+}
+
+/// `[[vector]]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VectorEntry {
+    pub name: String,
+    /// Where the vector was found: a layer of the source with a mapping, of the target without.
+    pub layer: LayerIndex,
+    /// F32 and one-dimensional, in the tensor file.
+    pub tensor: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mapping: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean_norm: Option<f64>,
+}
+
+/// `[[mapping]]`: one pair of layers of a mapping file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MappingEntry {
+    pub name: String,
+    pub sha256: Digest,
+    pub kind: MappingKind,
+    pub source_layer: LayerIndex,
+    pub target_layer: LayerIndex,
+}
+
+/// Kinds of mapping the format knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MappingKind {
+    Affine,
+    /// Reserved: no version runs it yet.
+    Autoencoder,
+}
+
+/// `[[gate]]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GateEntry {
+    pub name: String,
+    pub vector: String,
+    #[serde(default)]
+    pub scope: Scope,
+    #[serde(default)]
+    pub aggregate: Aggregate,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deviation: Option<f64>,
+    #[serde(default)]
+    pub on_fire: OnFire,
+}
+
+/// What a gate reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// The prompt; decided at its end and latched for the sequence.
+    #[default]
+    Prompt,
+    /// Reserved: no version runs it yet.
+    Token,
+}
+
+/// How the projections of a prompt's tokens become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Aggregate {
+    #[default]
+    Last,
+    Mean,
+    Max,
+}
+
+/// What a gate that fires does by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFire {
+    /// Lets the interventions that name it act.
+    #[default]
+    Steer,
+    /// Blocks the sequence: its caller gets the guard's message.
+    Block,
+}
+
+/// `[[intervention]]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InterventionEntry {
+    pub kind: InterventionName,
+    /// The vector's name where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub vector: String,
+    #[serde(default = "one")]
+    pub strength: f64,
+    #[serde(default)]
+    pub positions: Positions,
+    /// A gate's name; always where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when: Option<String>,
+    #[serde(default)]
+    pub first_position: bool,
+    /// `ablate` only: the projection that is left, 0 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean: Option<f64>,
+    /// `clamp` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low: Option<f64>,
+    /// `clamp` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub high: Option<f64>,
+}
+
+impl InterventionEntry {
+    /// At strength 1, always, everywhere but at the first position.
+    pub fn new(kind: InterventionName, vector: impl Into<String>) -> Self {
+        Self {
+            kind,
+            name: None,
+            vector: vector.into(),
+            strength: one(),
+            positions: Positions::default(),
+            when: None,
+            first_position: false,
+            mean: None,
+            low: None,
+            high: None,
+        }
+    }
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// Kinds of intervention the format knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InterventionName {
+    Add,
+    Ablate,
+    Clamp,
+    /// Reserved: no version runs it yet.
+    Rotate,
+    /// Reserved: no version runs it yet.
+    Switch,
+}
+
+/// Which tokens an intervention acts on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Positions {
+    #[default]
+    All,
+    Prompt,
+    Generated,
+}
+
+/// `[[result]]`: a figure that was measured with this guard.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MeasuredResult {
+    /// What was measured.
+    pub name: String,
+    pub value: f64,
+    /// The data that it was measured on.
+    pub on: String,
+    /// What measures it again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+}
+
+/// What every format has, so that an unknown one is named as such and not by the first key that is new in it.
+#[derive(Deserialize)]
+struct AnyFormat {
+    format: i64,
+}
+
+impl Manifest {
+    /// Reads TOML. `file` is what errors call it.
+    ///
+    /// # Errors
+    /// Not UTF-8, not TOML, another format, or a key or a value that a manifest does not have.
+    pub fn parse(file: &str, bytes: &[u8]) -> Result<Self, GuardError> {
+        if bytes.len() as u64 > MAX_MANIFEST_BYTES {
+            return Err(GuardError::TooLarge { file: shown(file), limit: MAX_MANIFEST_BYTES });
+        }
+        let text = text_of(file, bytes)?;
+        let problem = |error: toml::de::Error| location::of_toml_error(file, text, &error);
+        let AnyFormat { format } = toml::from_str(text).map_err(problem)?;
+        if format != i64::from(FORMAT) {
+            let reason = GuardError::Format { expected: FORMAT.to_string(), found: format.to_string() };
+            return Err(location::at_key(file, text, "format", Box::new(reason)));
+        }
+        toml::from_str(text).map_err(problem)
+    }
+
+    /// As [`parse`](Self::parse) reads it.
+    ///
+    /// # Errors
+    /// A value that TOML can't hold.
+    pub fn to_toml(&self) -> Result<String, GuardError> {
+        toml::to_string(self).map_err(|error| GuardError::Syntax { reason: shown(&error.to_string()) })
+    }
+}
+
+/// `bytes` as text.
+pub(super) fn text_of<'a>(file: &str, bytes: &'a [u8]) -> Result<&'a str, GuardError> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
+        let reason = Box::new(GuardError::Syntax { reason: "not UTF-8".to_owned() });
+        GuardError::Manifest { at: Location { file: shown(file), line, key: None }, reason }
+    })
+}

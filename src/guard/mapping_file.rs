@@ -1,0 +1,162 @@
+use super::error::{GuardError, shown};
+use super::tensors::{self, TensorData, TensorFile};
+use super::{MAX_WIDTH, ModelIdentity};
+use crate::mapping::{AffineMap, MappingQuality, Standardization};
+use crate::tensor::LayerIndex;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+const FORMAT: &str = "pilotfish-mapping-1";
+const TENSORS_OF_A_PAIR: usize = 5;
+
+/// Mappings between the residuals of two models, as `map` writes them. A guard picks one by its pair of layers.
+///
+/// In safetensors a pair of layers S and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
+/// (`[d_s]`), `S-T.target_mean` and `S-T.target_scale` (`[d_t]`), and the metadata key `S-T`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MappingFile {
+    pub source: ModelIdentity,
+    pub target: ModelIdentity,
+    /// What both models read, for people.
+    pub corpus: String,
+    /// Of the split into training and held-out documents.
+    pub seed: u64,
+    /// Read in the order of source layer, then target layer.
+    pub pairs: Vec<(AffineMap, MappingQuality)>,
+}
+
+/// What the metadata says of a pair of layers.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Description {
+    kind: Kind,
+    lambda: f64,
+    fraction_unexplained: f64,
+    cosine: f64,
+    n_train: usize,
+    n_heldout: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Affine,
+}
+
+impl MappingFile {
+    /// The pair from `source` to `target`.
+    pub fn pair(&self, source: LayerIndex, target: LayerIndex) -> Option<&(AffineMap, MappingQuality)> {
+        self.pairs.iter().find(|(map, _)| map.source_layer() == source && map.target_layer() == target)
+    }
+
+    /// The same file for the same pairs, in whatever order.
+    ///
+    /// # Errors
+    /// A pair of layers twice, or a quality figure that is not finite.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, GuardError> {
+        let mut metadata = BTreeMap::from([
+            ("format".to_owned(), FORMAT.to_owned()),
+            ("source".to_owned(), json(&self.source)),
+            ("target".to_owned(), json(&self.target)),
+            ("corpus".to_owned(), self.corpus.clone()),
+            ("seed".to_owned(), self.seed.to_string()),
+        ]);
+        let mut tensors = BTreeMap::new();
+        for (map, quality) in &self.pairs {
+            let pair = format!("{}-{}", map.source_layer(), map.target_layer());
+            for figure in [quality.lambda, quality.fraction_unexplained, quality.cosine] {
+                if !figure.is_finite() {
+                    return Err(GuardError::value("finite quality figures", format!("{figure} for the pair {pair}")));
+                }
+            }
+            let description = Description {
+                kind: Kind::Affine,
+                lambda: quality.lambda,
+                fraction_unexplained: quality.fraction_unexplained,
+                cosine: quality.cosine,
+                n_train: quality.n_train,
+                n_heldout: quality.n_heldout,
+            };
+            if metadata.insert(pair.clone(), json(&description)).is_some() {
+                return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
+            }
+            let weight = TensorData { shape: vec![map.source_width(), map.target_width()], values: map.weight() };
+            tensors.insert(format!("{pair}.weight"), weight);
+            for (part, values) in [
+                ("source_mean", &map.source().mean),
+                ("source_scale", &map.source().scale),
+                ("target_mean", &map.target().mean),
+                ("target_scale", &map.target().scale),
+            ] {
+                tensors.insert(format!("{pair}.{part}"), TensorData { shape: vec![values.len()], values });
+            }
+        }
+        Ok(tensors::to_bytes(&metadata, &tensors))
+    }
+
+    /// `file` is what errors call it.
+    ///
+    /// # Errors
+    /// Bytes that are not such a file, or a map that [`AffineMap::new`] refuses.
+    pub fn from_bytes(file: &str, bytes: &[u8]) -> Result<Self, GuardError> {
+        let tensors = TensorFile::parse(file, bytes)?;
+        let mut described = tensors.described();
+        described.format(FORMAT)?;
+        let (source, target) = (described.json("source")?, described.json("target")?);
+        let corpus = described.text("corpus")?.to_owned();
+        let seed = described.parsed("seed")?;
+        let mut pairs = Vec::new();
+        for key in described.keys() {
+            let layers = layers_of(&key).ok_or_else(|| described.problem(&key, "unknown".to_owned()))?;
+            let Description { kind: Kind::Affine, lambda, fraction_unexplained, cosine, n_train, n_heldout } =
+                described.json(&key)?;
+            let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout };
+            pairs.push((read_map(file, &tensors, &key, layers)?, quality));
+        }
+        // Every pair has read all of its own, and no two share any.
+        let (expected, found) = (TENSORS_OF_A_PAIR * pairs.len(), tensors.names().len());
+        if found != expected {
+            let reason = format!("the pairs of layers in its metadata have {expected} tensors, it has {found}");
+            return Err(GuardError::Safetensors { file: shown(file), reason });
+        }
+        pairs.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
+        Ok(Self { source, target, corpus, seed, pairs })
+    }
+}
+
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("strings and finite numbers are JSON")
+}
+
+/// `24-10` as layers; no other spelling of them.
+fn layers_of(key: &str) -> Option<(LayerIndex, LayerIndex)> {
+    let (source, target) = key.split_once('-')?;
+    let (source, target) = (source.parse::<u32>().ok()?, target.parse::<u32>().ok()?);
+    (format!("{source}-{target}") == key).then_some((LayerIndex(source), LayerIndex(target)))
+}
+
+fn read_map(
+    file: &str,
+    tensors: &TensorFile<'_>,
+    pair: &str,
+    (source_layer, target_layer): (LayerIndex, LayerIndex),
+) -> Result<AffineMap, GuardError> {
+    let weight = format!("{pair}.weight");
+    let (source_width, target_width) = tensors.matrix_shape(&weight)?;
+    if source_width.max(target_width) > MAX_WIDTH {
+        let reason = format!("tensor `{weight}` is wider than {MAX_WIDTH}");
+        return Err(GuardError::Safetensors { file: shown(file), reason });
+    }
+    let side = |side: &str, width: usize| -> Result<Standardization, GuardError> {
+        Ok(Standardization {
+            mean: tensors.shaped(&format!("{pair}.{side}_mean"), &[width])?,
+            scale: tensors.shaped(&format!("{pair}.{side}_scale"), &[width])?,
+        })
+    };
+    let (source, target) = (side("source", source_width)?, side("target", target_width)?);
+    let weight = tensors.shaped(&weight, &[source_width, target_width])?;
+    AffineMap::new(source_layer, target_layer, source, target, weight).map_err(|error| GuardError::Safetensors {
+        file: shown(file),
+        reason: format!("pair of layers {pair}: {error}"),
+    })
+}

@@ -1,0 +1,245 @@
+//! Guard files: what a guard says, checked once, into a type that cannot be wrong.
+//!
+//! In: the bytes of a manifest, its tensors and its mappings, or the folder that holds them. Out: an immutable [`Guard`], every
+//! direction already in its target's space; or such a folder written, and the files that vectors and mappings travel in. This room
+//! never learns of a network, a clock or a loaded model. The format, its limits and what they defend against are in
+//! `docs/guard-format.md`.
+
+mod digest;
+pub mod edit;
+mod error;
+mod folder;
+mod identity;
+mod location;
+pub mod manifest;
+mod mapping_file;
+mod tensors;
+mod validate;
+mod vector_file;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+pub use digest::Digest;
+pub use error::{GuardError, Location};
+pub use identity::{Fingerprint, ModelIdentity};
+pub use manifest::{Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Source};
+pub use mapping_file::MappingFile;
+pub use vector_file::VectorFile;
+pub use write::{from_control_vector, replace_manifest, write_guard};
+
+use crate::mapping::MappingQuality;
+use crate::tensor::LayerIndex;
+use folder::{Folder, InMemory};
+use std::path::Path;
+
+/// The manifest's name in a guard's folder.
+pub const MANIFEST_FILE: &str = "guard.toml";
+/// How the name of every mapping file ends; guards find a mapping among such files by its sha256.
+pub const MAPPING_SUFFIX: &str = ".map.safetensors";
+/// The folder beside guards' folders whose mappings they share.
+pub const MAPPINGS_FOLDER: &str = "mappings";
+
+/// Bytes a manifest may have.
+pub const MAX_MANIFEST_BYTES: u64 = 1 << 20;
+/// Bytes a tensor file or a mapping file may have.
+pub const MAX_TENSOR_BYTES: u64 = 1 << 30;
+/// Entries a list of the manifest may have.
+pub const MAX_ENTRIES: usize = 1024;
+/// Values a vector may have: several times the widest residual there is.
+pub const MAX_WIDTH: usize = 1 << 16;
+
+/// A policy for one model: what to read from its residual, what to do to it, and when. Every value has been checked: indices are in
+/// range, numbers finite, vectors non-zero and in the target's space.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Guard {
+    name: String,
+    description: String,
+    on_error: OnError,
+    message: Option<String>,
+    target: Target,
+    source: Option<Source>,
+    vectors: Vec<GuardVector>,
+    gates: Vec<Gate>,
+    interventions: Vec<Intervention>,
+    results: Vec<MeasuredResult>,
+    content_hash: Digest,
+}
+
+/// The model that a guard is for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Target {
+    pub architecture: String,
+    pub fingerprint: Fingerprint,
+    pub probe: Option<Probe>,
+}
+
+/// A direction in the target's residual.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GuardVector {
+    pub name: String,
+    /// The target's layer.
+    pub layer: LayerIndex,
+    /// `[n_embd]` of the target, mapped if need be, not normalised: strength 1.0 of `add` is this vector itself.
+    pub direction: Vec<f32>,
+    pub mapped_from: Option<MappedFrom>,
+    /// How the vector was extracted, where the manifest says.
+    pub method: Option<String>,
+    /// Mean norm of the residual that it was extracted from, where the manifest says.
+    pub mean_norm: Option<f64>,
+}
+
+/// Where a mapped vector comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MappedFrom {
+    /// The source's layer.
+    pub layer: LayerIndex,
+    /// The mapping's name in the manifest.
+    pub mapping: String,
+    pub quality: MappingQuality,
+}
+
+/// A condition on the prompt, decided once a sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gate {
+    pub name: String,
+    /// Index into [`Guard::vectors`].
+    pub vector: usize,
+    pub aggregate: Aggregate,
+    pub calibration: Option<Calibration>,
+    /// In benign standard deviations from the benign mean; a score at or above it fires.
+    pub threshold: Option<f64>,
+    pub on_fire: OnFire,
+}
+
+/// Statistics of a gate's projection over benign prompts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Calibration {
+    pub mean: f64,
+    /// Positive.
+    pub deviation: f64,
+}
+
+/// What is done to a residual.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Intervention {
+    pub name: String,
+    /// Index into [`Guard::vectors`].
+    pub vector: usize,
+    pub kind: InterventionKind,
+    /// 1.0 is the intervention as its formula has it, 0 is off.
+    pub strength: f32,
+    pub positions: Positions,
+    /// Index into [`Guard::gates`]; `None` acts always.
+    pub when: Option<usize>,
+    /// Whether position 0, the attention sink, is patched too.
+    pub first_position: bool,
+}
+
+/// The formula of an intervention at strength 1, with `v̂` the vector's unit direction.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum InterventionKind {
+    /// `x + v`
+    Add,
+    /// `x − (v̂·x − mean) v̂`
+    Ablate { mean: f64 },
+    /// `x + (clip(v̂·x, low, high) − v̂·x) v̂`
+    Clamp { low: f64, high: f64 },
+}
+
+impl InterventionKind {
+    /// As manifests call it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Ablate { .. } => "ablate",
+            Self::Clamp { .. } => "clamp",
+        }
+    }
+}
+
+impl Guard {
+    /// Reads the guard in the folder `directory`, with mappings from there and from [`MAPPINGS_FOLDER`] beside it.
+    ///
+    /// # Errors
+    /// Whatever is unreadable, malformed, inconsistent or not what its sha256 says, in one line with file, key and line.
+    pub fn load(directory: &Path) -> Result<Self, GuardError> {
+        let folder = Folder::new(directory);
+        let manifest = folder.manifest()?;
+        validate::guard(&folder.label(MANIFEST_FILE), &manifest, &folder)
+    }
+
+    /// A guard from bytes: its manifest, the tensor file that this names, and mapping files in any order. `file` is what errors call
+    /// the manifest.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load). Nothing in the bytes can make this panic.
+    pub fn from_parts(file: &str, manifest: &[u8], tensors: &[u8], mappings: &[&[u8]]) -> Result<Self, GuardError> {
+        validate::guard(file, manifest, &InMemory { tensors, mappings })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+
+    /// What a run-time fault means.
+    pub fn on_error(&self) -> OnError {
+        self.on_error
+    }
+
+    /// What the caller of a blocked sequence is told.
+    pub fn message(&self) -> Option<&str> {
+        self.message.as_deref()
+    }
+
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// The model that mapped vectors were learnt on.
+    pub fn source(&self) -> Option<&Source> {
+        self.source.as_ref()
+    }
+
+    pub fn vectors(&self) -> &[GuardVector] {
+        &self.vectors
+    }
+
+    pub fn gates(&self) -> &[Gate] {
+        &self.gates
+    }
+
+    pub fn interventions(&self) -> &[Intervention] {
+        &self.interventions
+    }
+
+    pub fn results(&self) -> &[MeasuredResult] {
+        &self.results
+    }
+
+    /// The sha256 of the manifest's bytes, which in turn fixes tensors and mappings by theirs. [`with_strength`](Self::with_strength)
+    /// leaves it as it is.
+    pub fn content_hash(&self) -> Digest {
+        self.content_hash
+    }
+
+    /// This guard with another strength for one intervention.
+    ///
+    /// # Errors
+    /// No intervention of that name, or a strength that is not finite or takes the vector out of `f32`.
+    pub fn with_strength(&self, intervention: &str, strength: f64) -> Result<Self, GuardError> {
+        let index = self.interventions.iter().position(|known| known.name == intervention).ok_or_else(|| {
+            GuardError::unknown("intervention", intervention, self.interventions.iter().map(|known| &known.name))
+        })?;
+        let mut changed = self.clone();
+        let found = &mut changed.interventions[index];
+        found.strength = validate::strength(strength, found.kind, &self.vectors[found.vector].direction)?;
+        Ok(changed)
+    }
+}

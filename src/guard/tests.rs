@@ -1,0 +1,1355 @@
+//! The format from the outside: a guard that is valid, and all the ways in which it stops being that.
+
+use super::manifest::{InterventionEntry, InterventionName, TargetEntry, TensorsEntry, VectorEntry};
+use super::*;
+use crate::mapping::{AffineMap, Standardization};
+use crate::steering::{ControlVector, ExtractionMethod, SteeringVector};
+use crate::tensor::norm;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::fs;
+
+const SOURCE: &str = "1111111111111111111111111111111111111111111111111111111111111111";
+const TARGET: &str = "2222222222222222222222222222222222222222222222222222222222222222";
+
+/// Everything a manifest can say, of one target of width 3 and a source of width 2.
+const MANIFEST: &str = r#"format = 1
+name = "harm-gate"
+description = "Detects harmful requests"
+message = "This request was blocked."
+
+[target]
+architecture = "gemma3"
+fingerprint = "TARGET"
+probe = { prompt = "The sea is", vector = "harm", layer = 10, mean_norm = 812.4, projection = 3.1, spread = 0.5, tolerance = 0.15 }
+
+[source]
+model = "smollm2-135m-instruct"
+fingerprint = "SOURCE"
+
+[tensors]
+file = "tensors.safetensors"
+sha256 = "TENSORS"
+
+[[vector]]
+name = "harm"
+layer = 24
+tensor = "harm.24"
+mapping = "small-to-large"
+method = "mean"
+mean_norm = 31.5
+
+[[vector]]
+name = "refusal"
+layer = 8
+tensor = "refusal.8"
+
+[[mapping]]
+name = "small-to-large"
+sha256 = "MAPPING"
+kind = "affine"
+source_layer = 24
+target_layer = 10
+
+[[gate]]
+name = "harmful"
+vector = "harm"
+scope = "prompt"
+aggregate = "mean"
+threshold = 1.7
+mean = -2.5
+deviation = 0.75
+on_fire = "block"
+
+[[intervention]]
+kind = "add"
+vector = "refusal"
+strength = 1.2
+positions = "generated"
+when = "harmful"
+
+[[intervention]]
+kind = "ablate"
+name = "unharm"
+vector = "harm"
+mean = -2.5
+first_position = true
+
+[[intervention]]
+kind = "clamp"
+name = "hold"
+vector = "harm"
+low = -1
+high = 4.5
+positions = "prompt"
+
+[[result]]
+name = "AUC"
+value = 0.94
+on = "200 + 200 unseen prompts"
+command = "pilotfish eval"
+"#;
+
+fn identity(name: &str, architecture: &str, fingerprint: &str) -> ModelIdentity {
+    ModelIdentity { name: name.into(), architecture: architecture.into(), fingerprint: fingerprint.parse().unwrap() }
+}
+
+fn map(source_layer: u32, target_layer: u32, scale: f32) -> (AffineMap, MappingQuality) {
+    let source = Standardization { mean: vec![0.5, -1.0], scale: vec![2.0, 0.5] };
+    let target = Standardization { mean: vec![1.0, 2.0, 3.0], scale: vec![scale, 1.0, 0.25] };
+    let weight = vec![1.0, 2.0, 3.0, -1.0, 0.5, 0.1];
+    let map = AffineMap::new(LayerIndex(source_layer), LayerIndex(target_layer), source, target, weight).unwrap();
+    let quality =
+        MappingQuality { lambda: 0.1, fraction_unexplained: 0.3, cosine: 1.0 / 3.0, n_train: 80, n_heldout: 20 };
+    (map, quality)
+}
+
+fn mapping_file() -> MappingFile {
+    MappingFile {
+        source: identity("smollm2", "llama", SOURCE),
+        target: identity("gemma", "gemma3", TARGET),
+        corpus: "four hundred \"documents\"\n".into(),
+        seed: u64::MAX,
+        pairs: vec![map(24, 8, 1.0), map(24, 10, 4.0)],
+    }
+}
+
+const HARM: [f32; 2] = [1.5, -2.0];
+const REFUSAL: [f32; 3] = [0.0, 3.0, -4.0];
+
+fn tensors() -> Vec<u8> {
+    tensors_of(&[("harm.24", &HARM), ("refusal.8", &REFUSAL)])
+}
+
+fn tensors_of(vectors: &[(&str, &[f32])]) -> Vec<u8> {
+    let vectors: Vec<_> = vectors.iter().map(|(name, values)| ((*name).to_owned(), values.to_vec())).collect();
+    write::tensor_bytes(&vectors).unwrap()
+}
+
+fn with_digests(manifest: &str, tensors: &[u8], mapping: &[u8]) -> String {
+    manifest
+        .replace("TARGET", TARGET)
+        .replace("SOURCE", SOURCE)
+        .replace("TENSORS", &Digest::of(tensors).to_string())
+        .replace("MAPPING", &Digest::of(mapping).to_string())
+}
+
+fn load(manifest: &str, tensors: &[u8], mapping: &[u8]) -> Result<Guard, GuardError> {
+    let manifest = with_digests(manifest, tensors, mapping);
+    Guard::from_parts("guard.toml", manifest.as_bytes(), tensors, &[b"another file", mapping])
+}
+
+fn valid() -> Guard {
+    load(MANIFEST, &tensors(), &mapping_file().to_bytes().unwrap()).unwrap()
+}
+
+fn edited(from: &str, to: &str) -> String {
+    assert_eq!(MANIFEST.matches(from).count(), 1, "`{from}` must be there once");
+    MANIFEST.replace(from, to)
+}
+
+#[test]
+fn everything_said_is_in_the_guard() {
+    let guard = valid();
+    assert_eq!((guard.name(), guard.description()), ("harm-gate", "Detects harmful requests"));
+    assert_eq!((guard.on_error(), guard.message()), (OnError::Block, Some("This request was blocked.")));
+    assert_eq!(guard.target().architecture, "gemma3");
+    assert_eq!(guard.target().fingerprint.to_string(), TARGET);
+    assert_eq!(guard.source().unwrap().fingerprint.to_string(), SOURCE);
+    let probe = guard.target().probe.as_ref().unwrap();
+    assert_eq!((probe.vector.as_str(), probe.layer, probe.spread), ("harm", LayerIndex(10), 0.5));
+
+    let [harm, refusal] = guard.vectors() else { panic!("two vectors") };
+    assert_eq!(harm.layer, LayerIndex(10));
+    assert_eq!(harm.direction, map(24, 10, 4.0).0.apply_direction(&HARM));
+    let from = harm.mapped_from.as_ref().unwrap();
+    assert_eq!((from.layer, from.mapping.as_str(), from.quality.n_train), (LayerIndex(24), "small-to-large", 80));
+    assert_eq!((harm.method.as_deref(), harm.mean_norm), (Some("mean"), Some(31.5)));
+    assert_eq!((refusal.layer, refusal.direction.as_slice()), (LayerIndex(8), REFUSAL.as_slice()));
+    assert_eq!(refusal.mapped_from, None);
+
+    let gate = Gate {
+        name: "harmful".into(),
+        vector: 0,
+        aggregate: Aggregate::Mean,
+        calibration: Some(Calibration { mean: -2.5, deviation: 0.75 }),
+        threshold: Some(1.7),
+        on_fire: OnFire::Block,
+    };
+    assert_eq!(guard.gates(), [gate]);
+    let add = Intervention {
+        name: "refusal".into(),
+        vector: 1,
+        kind: InterventionKind::Add,
+        strength: 1.2,
+        positions: Positions::Generated,
+        when: Some(0),
+        first_position: false,
+    };
+    let ablate = Intervention {
+        name: "unharm".into(),
+        vector: 0,
+        kind: InterventionKind::Ablate { mean: -2.5 },
+        strength: 1.0,
+        positions: Positions::All,
+        when: None,
+        first_position: true,
+    };
+    let clamp = Intervention {
+        name: "hold".into(),
+        kind: InterventionKind::Clamp { low: -1.0, high: 4.5 },
+        positions: Positions::Prompt,
+        first_position: false,
+        ..ablate.clone()
+    };
+    assert_eq!(guard.interventions(), [add, ablate, clamp]);
+    assert_eq!(guard.results()[0].value, 0.94);
+}
+
+#[test]
+fn what_is_left_out_has_the_documented_default() {
+    let text = r#"
+format = 1
+name = "g"
+description = ""
+target = { architecture = "llama", fingerprint = "TARGET" }
+tensors = { file = "t.safetensors", sha256 = "TENSORS" }
+vector = [{ name = "v", layer = 0, tensor = "v" }]
+gate = [{ name = "g", vector = "v" }]
+intervention = [{ kind = "ablate", vector = "v" }]
+"#;
+    let guard = load(text, &tensors_of(&[("v", &[1.0])]), b"").unwrap();
+    let gate = &guard.gates()[0];
+    assert_eq!((gate.aggregate, gate.on_fire), (Aggregate::Last, OnFire::Steer));
+    assert_eq!((gate.threshold, gate.calibration), (None, None));
+    let intervention = &guard.interventions()[0];
+    assert_eq!(intervention.name, "v");
+    assert_eq!(intervention.kind, InterventionKind::Ablate { mean: 0.0 });
+    assert_eq!((intervention.strength, intervention.positions), (1.0, Positions::All));
+    assert_eq!((intervention.when, intervention.first_position), (None, false));
+    assert_eq!((guard.on_error(), guard.message()), (OnError::Block, None));
+}
+
+/// A change to [`MANIFEST`], the text whose line the error must name, and the rest of the error.
+type Broken = (&'static str, &'static str, &'static str, &'static str);
+
+#[test]
+fn a_broken_manifest_is_named_by_key_line_and_reason() {
+    let cases: &[Broken] = &[
+        // Not this format.
+        ("format = 1", "format = 2", "format = 2", "`format`: format 2 is not supported, expected 1"),
+        ("format = 1", "format = 2\nnew_key = 1", "format = 2", "`format`: format 2 is not supported, expected 1"),
+        ("format = 1", "format = -1", "format = -1", "`format`: format -1 is not supported, expected 1"),
+        ("format = 1", "format = \"1\"", "format = \"1\"", "`format`: invalid type: string \"1\", expected i64"),
+        ("format = 1\n", "", "name = \"harm-gate\"", "missing field `format`"),
+        ("[source]", "[source", "[source", "unclosed table, expected `]`"),
+        ("layer = 8", "layer = 8\nlayer = 9", "layer = 9", "duplicate key"),
+        // Keys that no manifest has.
+        (
+            "layer = 8",
+            "layer = 8\nlayr = 8",
+            "layr = 8",
+            "`vector[1].layr`: unknown field `layr`, expected one of `name`, `layer`, `tensor`, `mapping`, `method`, `mean_norm`",
+        ),
+        (
+            "spread = 0.5",
+            "spread = 0.5, unit = \"sd\"",
+            "probe = ",
+            "`target.probe.unit`: unknown field `unit`, expected one of `prompt`, `vector`, `layer`, `mean_norm`, `projection`, `spread`, `tolerance`",
+        ),
+        (
+            "[[result]]",
+            "[[results]]",
+            "[[results]]",
+            "`results`: unknown field `results`, expected one of `format`, `name`, `description`, `on_error`, `message`, `target`, `source`, `tensors`, `vector`, `mapping`, `gate`, `intervention`, `result`",
+        ),
+        ("tensor = \"refusal.8\"\n", "", "[[vector]]\nname = \"refusal\"", "`vector[1]`: missing field `tensor`"),
+        // Values of the wrong kind.
+        ("layer = 8", "layer = -8", "layer = -8", "`vector[1].layer`: invalid value: integer `-8`, expected u32"),
+        (
+            "layer = 8",
+            "layer = 4294967296",
+            "layer = 42",
+            "`vector[1].layer`: invalid value: integer `4294967296`, expected u32",
+        ),
+        (
+            "aggregate = \"mean\"",
+            "aggregate = \"median\"",
+            "\"median\"",
+            "`gate[0].aggregate`: unknown variant `median`, expected one of `last`, `mean`, `max`",
+        ),
+        (
+            "positions = \"generated\"",
+            "positions = { matching = \"x\" }",
+            "matching",
+            "`intervention[0].positions.matching`: unknown variant `matching`, expected one of `all`, `prompt`, `generated`",
+        ),
+        (
+            "kind = \"add\"",
+            "kind = \"subtract\"",
+            "\"subtract\"",
+            "`intervention[0].kind`: unknown variant `subtract`, expected one of `add`, `ablate`, `clamp`, `rotate`, `switch`",
+        ),
+        ("on_fire = \"block\"", "on_fire = true", "on_fire", "`gate[0].on_fire`: wanted string or table"),
+        (
+            "first_position = true",
+            "first_position = 1",
+            "first_position",
+            "`intervention[1].first_position`: invalid type: integer `1`, expected a boolean",
+        ),
+        (
+            "message = \"This request was blocked.\"",
+            "on_error = \"ignore\"",
+            "on_error",
+            "`on_error`: unknown variant `ignore`, expected `block` or `pass`",
+        ),
+        (
+            "fingerprint = \"SOURCE\"",
+            "fingerprint = \"12x\"",
+            "\"12x\"",
+            "`source.fingerprint`: expected 64 hexadecimal digits, found `12x`",
+        ),
+        (
+            "sha256 = \"TENSORS\"",
+            "sha256 = \"\"",
+            "sha256 = \"\"",
+            "`tensors.sha256`: expected 64 hexadecimal digits, found ``",
+        ),
+        // Names.
+        (
+            "name = \"harm-gate\"",
+            "name = \"Harm gate\"",
+            "Harm gate",
+            "`name`: expected 1 to 64 of the characters `a-z`, `0-9` and `-`, found `Harm gate`",
+        ),
+        (
+            "name = \"harm-gate\"",
+            "name = \"\"",
+            "name = \"\"",
+            "`name`: expected 1 to 64 of the characters `a-z`, `0-9` and `-`, found ``",
+        ),
+        (
+            "name = \"unharm\"",
+            "name = \"un=harm\"",
+            "un=harm",
+            "`intervention[1].name`: expected 1 to 64 letters, digits, `.`, `_` or `-`, found `un=harm`",
+        ),
+        (
+            "name = \"harmful\"",
+            "name = \"a\\nb\"",
+            "name = \"a\\nb\"",
+            "`gate[0].name`: expected 1 to 64 letters, digits, `.`, `_` or `-`, found `a\\nb`",
+        ),
+        (
+            "name = \"refusal\"",
+            "name = \"harm\"",
+            "name = \"harm\"\nlayer = 8",
+            "`vector[1].name`: the vector `harm` is there twice",
+        ),
+        (
+            "name = \"hold\"",
+            "name = \"unharm\"",
+            "name = \"unharm\"\nvector = \"harm\"\nlow",
+            "`intervention[2].name`: the intervention `unharm` is there twice",
+        ),
+        (
+            "kind = \"ablate\"\nname = \"unharm\"",
+            "kind = \"add\"\nname = \"refusal\"",
+            "name = \"refusal\"\nvector",
+            "`intervention[1].name`: the intervention `refusal` is there twice",
+        ),
+        (
+            "description = \"Detects harmful requests\"",
+            "description = \"\\u001b[2J\"",
+            "description",
+            "`description`: expected text without control characters, found \\u{1b}",
+        ),
+        (
+            "on = \"200 + 200 unseen prompts\"",
+            "on = \"\\u009b\"",
+            "on = \"\\u009b",
+            "`result[0].on`: expected text without control characters, found \\u{9b}",
+        ),
+        (
+            "model = \"smollm2-135m-instruct\"",
+            "model = \"\"",
+            "model = ",
+            "`source.model`: expected one line of text, found ``",
+        ),
+        // References.
+        (
+            "when = \"harmful\"",
+            "when = \"harmfull\"",
+            "when",
+            "`intervention[0].when`: there is no gate `harmfull`; known: `harmful`",
+        ),
+        (
+            "vector = \"harm\"\nscope",
+            "vector = \"horm\"\nscope",
+            "\"horm\"",
+            "`gate[0].vector`: there is no vector `horm`; known: `harm`, `refusal`",
+        ),
+        (
+            "vector = \"refusal\"",
+            "vector = \"refuse\"",
+            "\"refuse\"",
+            "`intervention[0].vector`: there is no vector `refuse`; known: `harm`, `refusal`",
+        ),
+        (
+            "mapping = \"small-to-large\"",
+            "mapping = \"large-to-small\"",
+            "mapping = ",
+            "`vector[0].mapping`: there is no mapping `large-to-small`; known: `small-to-large`",
+        ),
+        (
+            "vector = \"harm\", layer = 10",
+            "vector = \"hurt\", layer = 10",
+            "probe",
+            "`target.probe.vector`: there is no vector `hurt`; known: `harm`, `refusal`",
+        ),
+        (
+            "vector = \"harm\", layer = 10",
+            "vector = \"harm\", layer = 24",
+            "probe",
+            "`target.probe.layer`: expected 10, where vector `harm` is in the target, found 24",
+        ),
+        (
+            "layer = 24\ntensor",
+            "layer = 23\ntensor",
+            "layer = 23",
+            "`vector[0].layer`: expected 24, the source layer of mapping `small-to-large`, found 23",
+        ),
+        // Tensors.
+        (
+            "tensor = \"refusal.8\"",
+            "tensor = \"refusal\"",
+            "tensor = \"refusal\"",
+            "`vector[1].tensor`: `tensors.safetensors` has no tensor `refusal`; it has `harm.24`, `refusal.8`",
+        ),
+        (
+            "tensor = \"refusal.8\"",
+            "tensor = \"harm.24\"",
+            "tensor = \"harm.24\"\n\n",
+            "`vector[1].tensor`: vector `refusal` has 2 values in the target, but vector `harm` has 3",
+        ),
+        (
+            "tensor = \"harm.24\"",
+            "tensor = \"refusal.8\"",
+            "tensor = \"refusal.8\"\nmapping",
+            "`vector[0].tensor`: vector `harm` has 3 values, but mapping `small-to-large` takes 2",
+        ),
+        (
+            "sha256 = \"TENSORS\"",
+            "sha256 = \"SOURCE\"",
+            "sha256 = ",
+            "`tensors.sha256`: the sha256 of `tensors.safetensors` is TENSORS, expected SOURCE: it is not the file that the manifest was written for",
+        ),
+        (
+            "sha256 = \"MAPPING\"",
+            "sha256 = \"SOURCE\"",
+            "sha256 = \"SOURCE\"",
+            "`mapping[0].sha256`: no `*.map.safetensors` with sha256 SOURCE in the 2 mappings given",
+        ),
+        // Paths.
+        (
+            "file = \"tensors.safetensors\"",
+            "file = \"../tensors.safetensors\"",
+            "file",
+            "`tensors.file`: expected the bare name of a file in the guard's folder, ending in `.safetensors`, found `../tensors.safetensors`",
+        ),
+        (
+            "file = \"tensors.safetensors\"",
+            "file = \"/tensors.safetensors\"",
+            "file",
+            "`tensors.file`: expected the bare name of a file in the guard's folder, ending in `.safetensors`, found `/tensors.safetensors`",
+        ),
+        (
+            "file = \"tensors.safetensors\"",
+            "file = 'C:\\tensors.safetensors'",
+            "file",
+            "`tensors.file`: expected the bare name of a file in the guard's folder, ending in `.safetensors`, found `C:\\tensors.safetensors`",
+        ),
+        (
+            "file = \"tensors.safetensors\"",
+            "file = \".safetensors\"",
+            "file",
+            "`tensors.file`: expected the bare name of a file in the guard's folder, ending in `.safetensors`, found `.safetensors`",
+        ),
+        (
+            "file = \"tensors.safetensors\"",
+            "file = \"..\"",
+            "file",
+            "`tensors.file`: expected the bare name of a file in the guard's folder, ending in `.safetensors`, found `..`",
+        ),
+        // Mappings.
+        (
+            "target_layer = 10",
+            "target_layer = 11",
+            "source_layer",
+            "`mapping[0].source_layer`: mapping `mapping 1` has no pair of layers 24 → 11; it has `24 → 8`, `24 → 10`",
+        ),
+        (
+            "kind = \"affine\"",
+            "kind = \"autoencoder\"",
+            "kind = \"auto",
+            "`mapping[0].kind`: an `autoencoder` mapping is not supported by this version",
+        ),
+        (
+            "fingerprint = \"SOURCE\"",
+            "fingerprint = \"TARGET\"",
+            "sha256 = \"MAPPING\"",
+            "`mapping[0].sha256`: mapping `mapping 1` is from the model SOURCE, but this guard's source is TARGET",
+        ),
+        (
+            "fingerprint = \"TARGET\"",
+            "fingerprint = \"SOURCE\"",
+            "sha256 = \"MAPPING\"",
+            "`mapping[0].sha256`: mapping `mapping 1` is to the model TARGET, but this guard's target is SOURCE",
+        ),
+        (
+            "architecture = \"gemma3\"",
+            "architecture = \"gemma2\"",
+            "sha256 = \"MAPPING\"",
+            "`mapping[0].sha256`: mapping `mapping 1` is to the architecture gemma3, but this guard's target is gemma2",
+        ),
+        (
+            "[source]\nmodel = \"smollm2-135m-instruct\"\nfingerprint = \"SOURCE\"\n",
+            "",
+            "mapping = \"small",
+            "`vector[0].mapping`: missing: a vector with a mapping needs the table `source`, which says what model it was learnt on",
+        ),
+        // Gates.
+        (
+            "scope = \"prompt\"",
+            "scope = \"token\"",
+            "scope",
+            "`gate[0].scope`: a gate of scope `token` is not supported by this version",
+        ),
+        ("threshold = 1.7", "threshold = nan", "threshold", "`gate[0].threshold`: expected a finite number, found NaN"),
+        (
+            "deviation = 0.75",
+            "deviation = 0",
+            "deviation",
+            "`gate[0].deviation`: expected a finite number above 0, found 0",
+        ),
+        (
+            "deviation = 0.75",
+            "deviation = inf",
+            "deviation",
+            "`gate[0].deviation`: expected a finite number above 0, found inf",
+        ),
+        (
+            "deviation = 0.75\n",
+            "",
+            "mean = -2.5\non_fire",
+            "`gate[0].mean`: missing: `mean` is there without `deviation`; `calibrate` sets both",
+        ),
+        (
+            "mean = -2.5\ndeviation",
+            "deviation",
+            "deviation",
+            "`gate[0].deviation`: missing: `deviation` is there without `mean`; `calibrate` sets both",
+        ),
+        // Interventions.
+        (
+            "strength = 1.2",
+            "strength = nan",
+            "strength",
+            "`intervention[0].strength`: expected a finite number that fits in `f32`, found NaN",
+        ),
+        (
+            "strength = 1.2",
+            "strength = 1e300",
+            "strength",
+            "`intervention[0].strength`: expected a finite number that fits in `f32`, found 1",
+        ),
+        (
+            "strength = 1.2",
+            "strength = 1e38",
+            "strength",
+            "`intervention[0].strength`: at strength 100000000000000000000000000000000000000 the vector has values that do not fit in `f32`",
+        ),
+        (
+            "strength = 1.2",
+            "mean = 1.2",
+            "mean = 1.2",
+            "`intervention[0].mean`: does not belong here: it is a key of `ablate`",
+        ),
+        (
+            "strength = 1.2",
+            "high = 1.2",
+            "high = 1.2",
+            "`intervention[0].high`: does not belong here: it is a key of `clamp`",
+        ),
+        (
+            "mean = -2.5\nfirst",
+            "low = -2.5\nfirst",
+            "low = -2.5",
+            "`intervention[1].low`: does not belong here: it is a key of `clamp`",
+        ),
+        (
+            "high = 4.5\n",
+            "",
+            "[[intervention]]\nkind = \"clamp\"",
+            "`intervention[2].high`: missing: `clamp` needs both `low` and `high`",
+        ),
+        ("high = 4.5", "high = -4.5", "low", "`intervention[2].low`: expected at most `high`, -4.5, found -1"),
+        (
+            "high = 4.5",
+            "high = inf",
+            "high",
+            "`intervention[2].high`: expected a finite number that fits in `f32`, found inf",
+        ),
+        (
+            "kind = \"ablate\"",
+            "kind = \"rotate\"",
+            "mean = -2.5\nfirst",
+            "`intervention[1].mean`: does not belong here: it is a key of `ablate`",
+        ),
+        (
+            "kind = \"add\"",
+            "kind = \"rotate\"",
+            "\"rotate\"",
+            "`intervention[0].kind`: a `rotate` intervention is not supported by this version",
+        ),
+        (
+            "kind = \"add\"",
+            "kind = \"switch\"",
+            "\"switch\"",
+            "`intervention[0].kind`: a `switch` intervention is not supported by this version",
+        ),
+        // Probe and results.
+        (
+            "tolerance = 0.15",
+            "tolerance = 1.0",
+            "probe",
+            "`target.probe.tolerance`: expected a fraction above 0 and below 1, found 1",
+        ),
+        (
+            "tolerance = 0.15",
+            "tolerance = nan",
+            "probe",
+            "`target.probe.tolerance`: expected a fraction above 0 and below 1, found NaN",
+        ),
+        (
+            "spread = 0.5",
+            "spread = -0.5",
+            "probe",
+            "`target.probe.spread`: expected a finite number, 0 or more, found -0.5",
+        ),
+        (
+            "mean_norm = 812.4",
+            "mean_norm = 0.0",
+            "probe",
+            "`target.probe.mean_norm`: expected a finite number above 0, found 0",
+        ),
+        (
+            "prompt = \"The sea is\"",
+            "prompt = \"\"",
+            "probe",
+            "`target.probe.prompt`: expected a prompt, found an empty one",
+        ),
+        ("value = 0.94", "value = inf", "value", "`result[0].value`: expected a finite number, found inf"),
+        (
+            "mean_norm = 31.5",
+            "mean_norm = inf",
+            "mean_norm = inf",
+            "`vector[0].mean_norm`: expected a finite number, found inf",
+        ),
+    ];
+    let (tensors, mapping) = (tensors(), mapping_file().to_bytes().unwrap());
+    let mut wrong = Vec::new();
+    for (from, to, at, expected) in cases {
+        let text = edited(from, to);
+        let line = text[..text.find(at).expect(at)].matches('\n').count() + 1;
+        let found = load(&text, &tensors, &mapping).expect_err(to).to_string();
+        let expected = with_digests(&format!("guard.toml:{line}: {expected}"), &tensors, &mapping);
+        // A huge number is written out whole: its first digit is enough.
+        let same = found == expected || (*to == "strength = 1e300" && found.starts_with(&expected));
+        if !same {
+            wrong.push(format!("{to:?}\n   found {found}\nexpected {expected}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_guard_that_does_nothing_is_an_error() {
+    let text = &MANIFEST[..MANIFEST.find("[[gate]]").unwrap()];
+    let found = load(text, &tensors(), &mapping_file().to_bytes().unwrap()).unwrap_err().to_string();
+    assert_eq!(found, "guard.toml:2: `name`: neither a gate nor an intervention: this guard would do nothing");
+}
+
+#[test]
+fn a_list_may_not_grow_without_bound() {
+    let more = "[[result]]\nname = \"n\"\nvalue = 1\non = \"o\"\n".repeat(MAX_ENTRIES);
+    let found = load(&format!("{MANIFEST}{more}"), &tensors(), &mapping_file().to_bytes().unwrap()).unwrap_err();
+    assert!(found.to_string().ends_with("`result`: expected at most 1024 entries, found 1025"), "{found}");
+    let found = Manifest::parse("guard.toml", &vec![b'\n'; MAX_MANIFEST_BYTES as usize + 1]).unwrap_err();
+    assert_eq!(found.to_string(), "`guard.toml` is larger than 1048576 bytes");
+}
+
+#[test]
+fn text_that_is_not_utf8_is_named_by_line() {
+    let found = Manifest::parse("guard.toml", b"format = 1\nname = \"\xff\"").unwrap_err();
+    assert_eq!(found.to_string(), "guard.toml:2: not UTF-8");
+}
+
+#[test]
+fn unusable_tensors_are_named() {
+    let with = |refusal: &[f32]| tensors_of(&[("harm.24", &HARM), ("refusal.8", refusal)]);
+    let raw = |dtype: &str, shape: &str, bytes: usize| {
+        let header = format!(
+            r#"{{"harm.24":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}},"refusal.8":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[8,{}]}}}}"#,
+            8 + bytes
+        );
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.bytes());
+        file.extend(HARM.iter().flat_map(|value| value.to_le_bytes()));
+        file.extend(vec![0x3c; bytes]);
+        file
+    };
+    let long = vec![1.0; MAX_WIDTH + 1];
+    let cases = [
+        (with(&[1.0, f32::NAN, 0.0]), "tensor `refusal.8` has a non-finite value (NaN) at index 1"),
+        (with(&[1.0, 0.0, f32::NEG_INFINITY]), "tensor `refusal.8` has a non-finite value (-inf) at index 2"),
+        (with(&[0.0, -0.0, 0.0]), "tensor `refusal.8` is zero everywhere, so it has no direction"),
+        (with(&[]), "tensor `refusal.8` is 0 values, expected 1 to 65536 values"),
+        (with(&long), "tensor `refusal.8` is 65537 values, expected 1 to 65536 values"),
+        (raw("F16", "[3]", 6), "tensor `refusal.8` is F16 of shape [3], expected F32 one-dimensional"),
+        (raw("F32", "[1,3]", 12), "tensor `refusal.8` is F32 of shape [1, 3], expected F32 one-dimensional"),
+        (raw("F32", "[]", 4), "tensor `refusal.8` is F32 of shape [], expected F32 one-dimensional"),
+    ];
+    let mapping = mapping_file().to_bytes().unwrap();
+    for (tensors, expected) in cases {
+        let found = load(MANIFEST, &tensors, &mapping).expect_err(expected).to_string();
+        assert_eq!(found, format!("guard.toml:30: `vector[1].tensor`: `tensors.safetensors`: {expected}"));
+    }
+    assert_eq!(load(MANIFEST, &raw("F32", "[3]", 12), &mapping).unwrap().vectors().len(), 2);
+}
+
+#[test]
+fn a_mapping_that_loses_the_vector_is_an_error() {
+    let file = MappingFile { pairs: vec![map(24, 10, f32::MAX)], ..mapping_file() };
+    let found = load(MANIFEST, &tensors(), &file.to_bytes().unwrap()).unwrap_err().to_string();
+    assert!(found.ends_with("mapped by `small-to-large`, vector `harm` is too large for `f32`"), "{found}");
+    let (full, quality) = map(24, 10, 1.0);
+    let null = AffineMap::new(
+        LayerIndex(24),
+        LayerIndex(10),
+        full.source().clone(),
+        full.target().clone(),
+        vec![0.0; full.weight().len()],
+    );
+    let file = MappingFile { pairs: vec![(null.unwrap(), quality)], ..mapping_file() };
+    let found = load(MANIFEST, &tensors(), &file.to_bytes().unwrap()).unwrap_err().to_string();
+    assert!(found.ends_with("mapped by `small-to-large`, vector `harm` is zero, so it has no direction"), "{found}");
+}
+
+#[test]
+fn no_truncation_of_a_tensor_file_is_readable() {
+    let bytes = tensors();
+    let vectors = vector_file().to_bytes().unwrap();
+    let mapping = mapping_file().to_bytes().unwrap();
+    let whole = |file: &[u8]| tensors::TensorFile::parse("t", file).is_ok();
+    for file in [&bytes, &vectors, &mapping] {
+        assert!(whole(file));
+        for length in 0..file.len() {
+            assert!(!whole(&file[..length]), "{length} of {} bytes", file.len());
+        }
+        let longer: Vec<u8> = file.iter().copied().chain([0]).collect();
+        assert!(!whole(&longer));
+    }
+}
+
+#[test]
+fn every_changed_byte_of_the_tensors_is_caught() {
+    let (tensors, mapping) = (tensors(), mapping_file().to_bytes().unwrap());
+    let manifest = with_digests(MANIFEST, &tensors, &mapping);
+    for index in 0..tensors.len() {
+        let mut changed = tensors.clone();
+        changed[index] ^= 1;
+        let found = Guard::from_parts("guard.toml", manifest.as_bytes(), &changed, &[&mapping]).unwrap_err();
+        let GuardError::Manifest { reason, .. } = &found else { panic!("{found}") };
+        assert!(matches!(**reason, GuardError::Sha256 { .. }), "byte {index}: {found}");
+    }
+}
+
+#[test]
+fn every_changed_byte_of_a_mapping_is_caught() {
+    let (tensors, mapping) = (tensors(), mapping_file().to_bytes().unwrap());
+    let manifest = with_digests(MANIFEST, &tensors, &mapping);
+    for index in 0..mapping.len() {
+        let mut changed = mapping.clone();
+        changed[index] ^= 1;
+        let found = Guard::from_parts("guard.toml", manifest.as_bytes(), &tensors, &[&changed]).unwrap_err();
+        let GuardError::Manifest { reason, .. } = &found else { panic!("{found}") };
+        assert!(matches!(**reason, GuardError::NoMapping { .. }), "byte {index}: {found}");
+    }
+}
+
+/// Sizes near 2⁶⁴ overflow the safetensors crate's own sum where overflow is checked.
+#[test]
+fn a_header_of_overflowing_sizes_is_an_error() {
+    let elements = (1u64 << 59) - 1;
+    let mut header = String::from("{");
+    let mut end = 0u64;
+    for index in 0..8 {
+        let start = end;
+        end += elements * 4;
+        header += &format!(r#""{index}":{{"dtype":"F32","shape":[{elements}],"data_offsets":[{start},{end}]}},"#);
+    }
+    header += &format!(r#""z":{{"dtype":"U8","shape":[{}],"data_offsets":[{end},{}]}}}}"#, u64::MAX - end, u64::MAX);
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.bytes());
+    let found = tensors::TensorFile::parse("t", &file).err().unwrap().to_string();
+    assert!(found.contains("18446744073709551615 bytes"), "{found}");
+}
+
+#[test]
+fn strength_can_be_overridden() {
+    let guard = valid();
+    let changed = guard.with_strength("unharm", 0.25).unwrap();
+    assert_eq!(changed.interventions()[1].strength, 0.25);
+    assert_eq!(changed.interventions()[0], guard.interventions()[0]);
+    assert_eq!(changed.content_hash(), guard.content_hash());
+    assert_eq!(changed.with_strength("unharm", 1.0).unwrap(), guard);
+    let problem = |name, strength| guard.with_strength(name, strength).unwrap_err().to_string();
+    assert_eq!(problem("harm", 1.0), "there is no intervention `harm`; known: `refusal`, `unharm`, `hold`");
+    assert_eq!(problem("hold", f64::NAN), "expected a finite number that fits in `f32`, found NaN");
+    assert!(problem("refusal", -2e38).contains("do not fit in `f32`"));
+}
+
+#[test]
+fn the_content_hash_is_the_manifests_sha256() {
+    let (tensors, mapping) = (tensors(), mapping_file().to_bytes().unwrap());
+    let manifest = with_digests(MANIFEST, &tensors, &mapping);
+    assert_eq!(valid().content_hash(), Digest::of(manifest.as_bytes()));
+    let commented = load(&format!("# why\n{MANIFEST}"), &tensors, &mapping).unwrap();
+    assert_ne!(commented.content_hash(), valid().content_hash());
+}
+
+/// The second mean norm is one that serde_json misreads without its feature `float_roundtrip`.
+fn vector_file() -> VectorFile {
+    let vector = |name: &str, layer, values: &[f32], mean_norm| SteeringVector {
+        name: name.into(),
+        layer: LayerIndex(layer),
+        values: values.into(),
+        method: ExtractionMethod::DifferenceOfMeans,
+        mean_norm,
+        n_positive: 200,
+        n_negative: 199,
+    };
+    VectorFile {
+        model: identity("smollm2 \"135M\"", "llama", SOURCE),
+        vectors: vec![vector("harm", 24, &HARM, 0.1 + 0.2), vector("harm.x", 7, &REFUSAL, 3.2292338679946637e299)],
+    }
+}
+
+#[test]
+fn a_vector_file_comes_back_and_its_bytes_are_one() {
+    let file = vector_file();
+    let bytes = file.to_bytes().unwrap();
+    assert_eq!(VectorFile::from_bytes("v", &bytes).unwrap(), file);
+    assert!(safetensors::SafeTensors::deserialize(&bytes).is_ok(), "others read it too");
+    let mut turned = file.clone();
+    turned.vectors.reverse();
+    for _ in 0..20 {
+        assert_eq!(turned.to_bytes().unwrap(), bytes);
+    }
+    // Golden: nothing may change these bytes but a new format.
+    assert_eq!(Digest::of(&bytes).to_string(), "c88d2d3f4aeffda494997f6b7c01531188dbb16b4313fbda6bce04ff4e54f532");
+}
+
+#[test]
+fn a_mapping_file_comes_back_and_its_bytes_are_one() {
+    let file = mapping_file();
+    let bytes = file.to_bytes().unwrap();
+    assert_eq!(MappingFile::from_bytes("m", &bytes).unwrap(), file);
+    let mut turned = file.clone();
+    turned.pairs.reverse();
+    for _ in 0..20 {
+        assert_eq!(turned.to_bytes().unwrap(), bytes);
+    }
+    assert_eq!(Digest::of(&bytes).to_string(), "85e9d570a7c1bc18f67cdf8e5747cb60ae334d16ab1edc1692ae4e920836098f");
+}
+
+#[test]
+fn what_cannot_be_read_back_is_not_written() {
+    let broken = |change: fn(&mut VectorFile)| {
+        let mut file = vector_file();
+        change(&mut file);
+        file.to_bytes().unwrap_err().to_string()
+    };
+    let cases = [
+        (
+            broken(|file| file.vectors[0].name = "a b".into()),
+            "expected 1 to 64 letters, digits, `.`, `_` or `-`, found `a b`",
+        ),
+        (
+            broken(|file| file.vectors[0].values[1] = f32::NAN),
+            "expected finite values, found one that is not in vector `harm.24`",
+        ),
+        (
+            broken(|file| file.vectors[1].mean_norm = f64::INFINITY),
+            "expected finite values, found one that is not in vector `harm.x.7`",
+        ),
+        (broken(|file| file.vectors[0].values.clear()), "expected 1 to 65536 values, found 0 in vector `harm.24`"),
+        (broken(|file| file.vectors[1] = file.vectors[0].clone()), "the vector `harm.24` is there twice"),
+    ];
+    for (found, expected) in cases {
+        assert_eq!(found, expected);
+    }
+    let mut file = mapping_file();
+    file.pairs[0].1.cosine = f64::NAN;
+    assert_eq!(
+        file.to_bytes().unwrap_err().to_string(),
+        "expected finite quality figures, found NaN for the pair 24-8"
+    );
+    file.pairs = vec![map(24, 10, 1.0), map(24, 10, 2.0)];
+    assert_eq!(file.to_bytes().unwrap_err().to_string(), "the pair of layers `24-10` is there twice");
+}
+
+/// The header of a safetensors file with `from` replaced.
+fn reheaded(bytes: &[u8], from: &str, to: &str) -> Vec<u8> {
+    let (length, rest) = bytes.split_first_chunk::<8>().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let header = std::str::from_utf8(header).unwrap();
+    assert!(header.contains(from), "`{from}` is not in {header}");
+    let header = header.replacen(from, to, 1);
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}
+
+#[test]
+fn a_self_describing_file_says_all_and_nothing_else() {
+    let (vectors, mapping) = (vector_file().to_bytes().unwrap(), mapping_file().to_bytes().unwrap());
+    let vector_cases = [
+        (
+            r#""format":"pilotfish-vectors-1""#,
+            r#""format":"pilotfish-vectors-2""#,
+            "`v`: metadata key `format`: expected `pilotfish-vectors-1`, found `pilotfish-vectors-2`",
+        ),
+        (r#""format":"pilotfish-vectors-1","#, "", "`v`: metadata key `format`: missing"),
+        (r#""architecture":"llama""#, r#""architecture":"llama","more":"x""#, "`v`: metadata key `more`: unknown"),
+        (SOURCE, "12", "`v`: metadata key `fingerprint`: expected 64 hexadecimal digits, found `12`"),
+        (
+            r#"{\"method\":\"mean\""#,
+            r#"{\"method\":\"magic\""#,
+            "`v`: metadata key `harm.24`: unknown variant `magic`, expected `mean` or `imported` at line 1 column 17",
+        ),
+        (
+            r#""harm.24":{"#,
+            r#""harm.+24":{"#,
+            "`v` is not a safetensors file that can be used: expected tensors named `NAME.LAYER`, found `harm.+24`",
+        ),
+        (r#""harm.24":{"#, r#""harm.25":{"#, "`v`: metadata key `harm.25`: missing"),
+    ];
+    for (from, to, expected) in vector_cases {
+        let found = VectorFile::from_bytes("v", &reheaded(&vectors, from, to)).expect_err(to).to_string();
+        assert_eq!(found, expected);
+    }
+    let mapping_cases = [
+        (
+            r#"{\"kind\":\"affine\""#,
+            r#"{\"kind\":\"autoencoder\""#,
+            "`m`: metadata key `24-10`: unknown variant `autoencoder`, expected `affine` at line 1 column 21",
+        ),
+        (r#""24-10":""#, r#""24-010":""#, "`m`: metadata key `24-010`: unknown"),
+        (
+            r#""24-10.weight""#,
+            r#""24-10.wait""#,
+            "`m` has no tensor `24-10.weight`; it has `24-10.source_mean`, `24-10.source_scale`, `24-10.target_mean`, `24-10.target_scale`, `24-10.wait`, `24-8.source_mean`, `24-8.source_scale`, `24-8.target_mean`, `24-8.target_scale`, `24-8.weight`",
+        ),
+        (
+            r#""shape":[2,3]"#,
+            r#""shape":[3,2]"#,
+            "`m`: tensor `24-10.source_mean` is F32 of shape [2], expected F32 of shape [3]",
+        ),
+        (r#""shape":[2,3]"#, r#""shape":[6]"#, "`m`: tensor `24-10.weight` is of shape [6], expected a matrix"),
+    ];
+    for (from, to, expected) in mapping_cases {
+        let found = MappingFile::from_bytes("m", &reheaded(&mapping, from, to)).expect_err(to).to_string();
+        assert_eq!(found, expected);
+    }
+    // A pair's tensors without its metadata.
+    let key = mapping.windows(8).position(|window| window == br#""24-8":""#).unwrap();
+    let header = String::from_utf8_lossy(&mapping[key..]).into_owned();
+    let description = &header[..header.find("}\"").unwrap() + 3];
+    let found = MappingFile::from_bytes("m", &reheaded(&mapping, description, "")).unwrap_err().to_string();
+    assert!(found.ends_with("the pairs of layers in its metadata have 5 tensors, it has 10"), "{found}");
+}
+
+fn manifest() -> Manifest {
+    let (tensors, mapping) = (tensors(), mapping_file().to_bytes().unwrap());
+    Manifest::parse("guard.toml", with_digests(MANIFEST, &tensors, &mapping).as_bytes()).unwrap()
+}
+
+fn guard_tensors() -> Vec<(String, Vec<f32>)> {
+    vec![("harm.24".into(), HARM.into()), ("refusal.8".into(), REFUSAL.into())]
+}
+
+#[test]
+fn a_manifest_comes_back() {
+    let manifest = manifest();
+    assert_eq!(Manifest::parse("guard.toml", manifest.to_toml().unwrap().as_bytes()).unwrap(), manifest);
+}
+
+#[test]
+fn a_written_guard_loads_with_its_own_mapping_or_a_shared_one() {
+    let guards = tempfile::tempdir().unwrap();
+    let mapping = mapping_file().to_bytes().unwrap();
+    let mut manifest = manifest();
+    manifest.tensors.sha256 = Digest::default();
+    let without_hash = |guard: &Guard| Guard { content_hash: Digest::default(), ..guard.clone() };
+
+    let own = guards.path().join("own");
+    let carried = [("a.map.safetensors".to_owned(), mapping.clone())];
+    let guard = write_guard(&own, &manifest, &guard_tensors(), &carried).unwrap();
+    assert_eq!(without_hash(&guard), without_hash(&valid()));
+    let mut files: Vec<_> = fs::read_dir(&own).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    files.sort();
+    assert_eq!(files, ["a.map.safetensors", "guard.toml", "tensors.safetensors"]);
+
+    let shared = guards.path().join("shared");
+    let missing = write_guard(&shared, &manifest, &guard_tensors(), &[]).unwrap_err().to_string();
+    let (own_folder, mappings) = (shared.display(), guards.path().join("mappings"));
+    let digest = Digest::of(&mapping);
+    let looked = format!("no `*.map.safetensors` with sha256 {digest} in `{own_folder}` or `{}`", mappings.display());
+    assert!(missing.ends_with(&looked), "{missing}");
+    assert!(!shared.exists(), "a guard that does not validate leaves nothing behind");
+
+    fs::create_dir(&mappings).unwrap();
+    fs::write(mappings.join("other.map.safetensors"), b"other").unwrap();
+    fs::write(mappings.join("z.map.safetensors"), &mapping).unwrap();
+    assert_eq!(write_guard(&shared, &manifest, &guard_tensors(), &[]).unwrap(), guard);
+    assert_eq!(Guard::load(&shared).unwrap(), guard);
+    assert_eq!(Guard::load(&shared.join(".")).unwrap(), guard);
+}
+
+#[test]
+fn a_failed_write_leaves_the_old_guard() {
+    let guards = tempfile::tempdir().unwrap();
+    let folder = guards.path().join("g");
+    let carried = [("a.map.safetensors".to_owned(), mapping_file().to_bytes().unwrap())];
+    let old = write_guard(&folder, &manifest(), &guard_tensors(), &carried).unwrap();
+    let mut broken = manifest();
+    broken.gates[0].deviation = Some(-1.0);
+    assert!(write_guard(&folder, &broken, &guard_tensors(), &carried).is_err());
+    assert!(write_guard(&folder, &manifest(), &guard_tensors()[..1], &carried).is_err());
+    let outside = [("../a.map.safetensors".to_owned(), carried[0].1.clone())];
+    assert!(write_guard(&folder, &manifest(), &guard_tensors(), &outside).is_err());
+    assert!(replace_manifest(&folder, "format = 1").is_err());
+    assert_eq!(Guard::load(&folder).unwrap(), old);
+    assert_eq!(fs::read_dir(guards.path()).unwrap().count(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_guards_own_files_stay_in_its_folder() {
+    use std::os::unix::fs::symlink;
+    let guards = tempfile::tempdir().unwrap();
+    let folder = guards.path().join("g");
+    let carried = [("a.map.safetensors".to_owned(), mapping_file().to_bytes().unwrap())];
+    let guard = write_guard(&folder, &manifest(), &guard_tensors(), &carried).unwrap();
+
+    let inside = folder.join("..data");
+    fs::create_dir(&inside).unwrap();
+    for name in ["tensors.safetensors", "guard.toml"] {
+        fs::rename(folder.join(name), inside.join(name)).unwrap();
+        symlink(inside.join(name), folder.join(name)).unwrap();
+    }
+    assert_eq!(Guard::load(&folder).unwrap(), guard, "a link inside the folder is as good as a file");
+
+    for name in ["tensors.safetensors", "guard.toml"] {
+        let outside = guards.path().join(name);
+        fs::rename(inside.join(name), &outside).unwrap();
+        fs::remove_file(folder.join(name)).unwrap();
+        symlink(&outside, folder.join(name)).unwrap();
+        let found = Guard::load(&folder).unwrap_err().to_string();
+        assert!(found.ends_with(&format!("{name}` is not a regular file inside its guard's folder")), "{found}");
+    }
+    fs::remove_file(folder.join("guard.toml")).unwrap();
+    fs::create_dir(folder.join("guard.toml")).unwrap();
+    let found = Guard::load(&folder).unwrap_err().to_string();
+    assert!(found.ends_with("guard.toml` is not a regular file inside its guard's folder"), "{found}");
+}
+
+#[test]
+fn a_missing_folder_or_file_is_named() {
+    let guards = tempfile::tempdir().unwrap();
+    let found = Guard::load(&guards.path().join("none")).unwrap_err().to_string();
+    assert!(found.starts_with("cannot read `") && found.contains("none") && found.contains("guard.toml`: "), "{found}");
+    let mut manifest = manifest();
+    manifest.mappings.clear();
+    manifest.vectors[0].mapping = None;
+    fs::write(guards.path().join("guard.toml"), manifest.to_toml().unwrap()).unwrap();
+    let found = Guard::load(guards.path()).unwrap_err().to_string();
+    assert!(found.contains("guard.toml:") && found.contains("`tensors.file`: cannot read `"), "{found}");
+}
+
+#[test]
+fn a_control_vector_becomes_adds_everywhere() {
+    let directions = BTreeMap::from([(LayerIndex(1), vec![1.0, 0.0]), (LayerIndex(12), vec![0.0, -2.0])]);
+    let vector = ControlVector::new("llama".into(), directions.clone()).unwrap();
+    let target = identity("smollm2", "llama", TARGET);
+    let (manifest, tensors) = from_control_vector("happy", &vector, &target, -0.5);
+    let guards = tempfile::tempdir().unwrap();
+    let guard = write_guard(&guards.path().join("happy"), &manifest, &tensors, &[]).unwrap();
+
+    assert_eq!((guard.target().fingerprint, guard.target().architecture.as_str()), (target.fingerprint, "llama"));
+    let found: BTreeMap<_, _> = guard.vectors().iter().map(|vector| (vector.layer, vector.direction.clone())).collect();
+    assert_eq!(found, directions);
+    for (intervention, name) in guard.interventions().iter().zip(["direction.1", "direction.12"]) {
+        assert_eq!(intervention.name, name);
+        assert_eq!(guard.vectors()[intervention.vector].name, name);
+        assert_eq!(intervention.kind, InterventionKind::Add);
+        assert_eq!((intervention.strength, intervention.positions), (-0.5, Positions::All));
+        assert!(intervention.first_position && intervention.when.is_none());
+    }
+    assert_eq!(guard.interventions().len(), 2);
+}
+
+/// What `edit` is for: the text of a user, with what the user wrote between the lines.
+#[test]
+fn an_edit_keeps_everything_else() {
+    let text = r#"# my guard
+[target]
+architecture = "llama" # as in the GGUF
+
+[[gate]] # first
+name = "harmful"
+threshold = 1.0 # by hand
+vector = "harm"
+
+[[gate]]
+name = "other"
+vector = "harm"
+
+[[intervention]]
+kind = "ablate"
+vector = "harm" # no name of its own
+"#;
+    let calibrated = edit::set_gate_calibration(text, "harmful", -2.5, 0.75, 1.7).unwrap();
+    let expected = text.replace("threshold = 1.0 # by hand", "threshold = 1.7 # by hand").replacen(
+        "vector = \"harm\"\n",
+        "vector = \"harm\"\nmean = -2.5\ndeviation = 0.75\n",
+        1,
+    );
+    assert_eq!(calibrated, expected);
+    assert_eq!(edit::set_gate_calibration(&calibrated, "harmful", -2.5, 0.75, 1.7).unwrap(), calibrated);
+    let unknown = edit::set_gate_calibration(text, "harm", 0.0, 1.0, 1.0).unwrap_err().to_string();
+    assert_eq!(unknown, "there is no gate `harm`; known: `harmful`, `other`");
+
+    assert_eq!(edit::set_ablate_mean(text, "harm", 3.0).unwrap(), format!("{text}mean = 3.0\n"));
+
+    let probe = Probe {
+        prompt: "The \"sea\" is".into(),
+        vector: "harm".into(),
+        layer: LayerIndex(10),
+        mean_norm: 812.4,
+        projection: 3.0,
+        spread: 0.5,
+        tolerance: 0.15,
+    };
+    let line = "probe = { prompt = 'The \"sea\" is', vector = \"harm\", layer = 10, mean_norm = 812.4, projection = 3.0, spread = 0.5, tolerance = 0.15 }\n";
+    let probed = edit::set_probe(text, &probe).unwrap();
+    assert_eq!(probed, text.replace("# as in the GGUF\n", &format!("# as in the GGUF\n{line}")));
+    let again = Probe { spread: 0.25, ..probe };
+    assert_eq!(edit::set_probe(&probed, &again).unwrap(), probed.replace("spread = 0.5", "spread = 0.25"));
+
+    let result = MeasuredResult { name: "AUC".into(), value: 0.94, on: "unseen".into(), command: Some("eval".into()) };
+    let with_result = edit::add_result(text, &result).unwrap();
+    let entry = "\n[[result]]\nname = \"AUC\"\nvalue = 0.94\non = \"unseen\"\ncommand = \"eval\"\n";
+    assert_eq!(with_result, format!("{text}{entry}"));
+    let better = MeasuredResult { value: 0.95, command: None, ..result.clone() };
+    let entry = entry.replace("0.94", "0.95").replace("command = \"eval\"\n", "");
+    assert_eq!(edit::add_result(&with_result, &better).unwrap(), format!("{text}{entry}"));
+    let inline = "result = []\n";
+    let found = edit::add_result(inline, &better).unwrap();
+    assert_eq!(found, "result = [{ name = \"AUC\", value = 0.95, on = \"unseen\" }]\n");
+
+    let broken = edit::add_result("a = 1\nb = ", &result).unwrap_err().to_string();
+    assert!(broken.starts_with("guard.toml:2: ") && !broken.contains('\n'), "{broken}");
+    assert!(edit::add_result("result = 1", &result).is_err());
+    assert!(edit::set_probe("name = 1", &again).is_err());
+}
+
+#[test]
+fn an_edited_manifest_is_what_the_guard_then_says() {
+    let guards = tempfile::tempdir().unwrap();
+    let carried = [("a.map.safetensors".to_owned(), mapping_file().to_bytes().unwrap())];
+    write_guard(guards.path(), &manifest(), &guard_tensors(), &carried).unwrap();
+    let text = fs::read_to_string(guards.path().join(MANIFEST_FILE)).unwrap();
+    let (mean, deviation, threshold) = (0.1 + 0.2, 1.0 / 3.0, 1e-7);
+    let text = edit::set_gate_calibration(&text, "harmful", mean, deviation, threshold).unwrap();
+    let text = edit::set_ablate_mean(&text, "unharm", 1e21).unwrap();
+    let probe = Probe { spread: 0.0, ..valid().target().probe.clone().unwrap() };
+    let text = edit::set_probe(&text, &probe).unwrap();
+    let guard = replace_manifest(guards.path(), &text).unwrap();
+    assert_eq!(guard.gates()[0].calibration, Some(Calibration { mean, deviation }));
+    assert_eq!(guard.gates()[0].threshold, Some(threshold));
+    assert_eq!(guard.interventions()[1].kind, InterventionKind::Ablate { mean: 1e21 });
+    assert_eq!(guard.target().probe, Some(probe));
+    let broken = edit::set_gate_calibration(&text, "harmful", 0.0, 0.0, 1.0).unwrap();
+    assert!(replace_manifest(guards.path(), &broken).is_err());
+    assert_eq!(Guard::load(guards.path()).unwrap(), guard);
+}
+
+fn one_line(error: &GuardError) -> Result<(), TestCaseError> {
+    let text = error.to_string();
+    prop_assert!(!text.contains(char::is_control), "{:?}", text);
+    Ok(())
+}
+
+/// Pieces that make nearly valid TOML more often than bytes do.
+fn toml_like() -> impl Strategy<Value = String> {
+    let pieces = prop::sample::select(vec![
+        "format = 1\n",
+        "name = ",
+        "\"harm\"",
+        "\"a\\nb\"",
+        "\n",
+        "[[vector]]\n",
+        "[target]\n",
+        "[[gate]]\n",
+        "layer = ",
+        "1",
+        "-1",
+        "1e400",
+        "nan",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        "a.b.c = ",
+        "\"\\u001b\" = 1\n",
+        "'''\n",
+        "\"\"\"",
+        "kind = \"add\"\n",
+        "#",
+        "\r\n",
+        "\u{feff}",
+        "1979-05-27",
+        "true",
+        "tensors",
+        ".",
+        "=",
+    ]);
+    prop::collection::vec(pieces, 0..40).prop_map(|pieces| pieces.concat())
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        for error in [
+            Guard::from_parts("guard\n.toml", &bytes, &bytes, &[&bytes]).unwrap_err(),
+            VectorFile::from_bytes("v\n", &bytes).unwrap_err(),
+            MappingFile::from_bytes("m\n", &bytes).unwrap_err(),
+        ] {
+            one_line(&error)?;
+        }
+    }
+
+    #[test]
+    fn no_toml_panics(text in toml_like()) {
+        one_line(&Guard::from_parts("guard\n.toml", text.as_bytes(), &[], &[]).unwrap_err())?;
+        let result = MeasuredResult { name: "n".into(), value: 1.0, on: "o".into(), command: None };
+        for edited in [
+            edit::add_result(&text, &result),
+            edit::set_ablate_mean(&text, "harm", 1.0),
+            edit::set_gate_calibration(&text, "harm", 0.0, 1.0, 1.0),
+        ] {
+            edited.err().as_ref().map_or(Ok(()), one_line)?;
+        }
+    }
+
+    /// One character of a valid manifest changed: it is a guard or an error of one line that names the file and a line.
+    #[test]
+    fn no_changed_manifest_panics(at in any::<prop::sample::Index>(), new in any::<char>()) {
+        let (tensors, mapping) = (tensors(), mapping_file().to_bytes().unwrap());
+        let text = with_digests(MANIFEST, &tensors, &mapping);
+        let mut characters: Vec<char> = text.chars().collect();
+        let at = at.index(characters.len());
+        characters[at] = new;
+        let text: String = characters.into_iter().collect();
+        if let Err(error) = Guard::from_parts("guard.toml", text.as_bytes(), &tensors, &[&mapping]) {
+            one_line(&error)?;
+            prop_assert!(error.to_string().starts_with("guard.toml:"), "{}", error);
+        }
+    }
+
+    /// One byte of a header changed, where no sha256 stands guard.
+    #[test]
+    fn no_changed_file_panics(at in any::<prop::sample::Index>(), new in any::<u8>()) {
+        let mut vectors = vector_file().to_bytes().unwrap();
+        let index = at.index(vectors.len());
+        vectors[index] = new;
+        VectorFile::from_bytes("v", &vectors).err().as_ref().map_or(Ok(()), one_line)?;
+        let mut mapping = mapping_file().to_bytes().unwrap();
+        let index = at.index(mapping.len());
+        mapping[index] = new;
+        MappingFile::from_bytes("m", &mapping).err().as_ref().map_or(Ok(()), one_line)?;
+    }
+
+    #[test]
+    fn vectors_come_back(
+        layers in prop::collection::btree_map(any::<u32>(), (prop::collection::vec(-1e30f32..1e30, 1..20), 0.0f64..1e300), 0..6),
+        name in "[A-Za-z0-9._-]{1,64}",
+        model in ".*",
+    ) {
+        let mut vectors: Vec<_> = layers
+            .into_iter()
+            .filter(|(_, (values, _))| norm(values) > 0.0)
+            .map(|(layer, (values, mean_norm))| SteeringVector {
+                name: name.clone(),
+                layer: LayerIndex(layer),
+                values,
+                method: ExtractionMethod::Imported,
+                mean_norm,
+                n_positive: usize::MAX,
+                n_negative: 0,
+            })
+            .collect();
+        vectors.sort_by_key(|vector| vector.layer.to_string());
+        let file = VectorFile { model: identity(&model, "llama", TARGET), vectors };
+        prop_assert_eq!(VectorFile::from_bytes("v", &file.to_bytes().unwrap()).unwrap(), file);
+    }
+
+    #[test]
+    fn any_manifest_that_is_written_is_read(
+        text in "\\PC*",
+        number in prop::num::f64::NORMAL,
+        layer in any::<u32>(),
+        positions in prop::sample::select(vec![Positions::All, Positions::Prompt, Positions::Generated]),
+    ) {
+        let written = Manifest {
+            format: manifest::FORMAT,
+            name: text.clone(),
+            description: text.clone(),
+            on_error: OnError::Pass,
+            message: Some(text.clone()),
+            target: TargetEntry { architecture: text.clone(), fingerprint: TARGET.parse().unwrap(), probe: None },
+            source: None,
+            tensors: TensorsEntry::default(),
+            vectors: vec![VectorEntry {
+                name: text.clone(),
+                layer: LayerIndex(layer),
+                tensor: text.clone(),
+                mapping: None,
+                method: None,
+                mean_norm: Some(number),
+            }],
+            mappings: vec![],
+            gates: vec![],
+            interventions: vec![InterventionEntry {
+                strength: number,
+                positions,
+                ..InterventionEntry::new(InterventionName::Add, text.clone())
+            }],
+            results: vec![MeasuredResult { name: text.clone(), value: number, on: text, command: None }],
+        };
+        let toml = written.to_toml().unwrap();
+        prop_assert_eq!(Manifest::parse("guard.toml", toml.as_bytes()).unwrap(), written);
+    }
+}

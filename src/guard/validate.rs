@@ -1,0 +1,463 @@
+//! From what a manifest says to what a guard is: every reference resolved, every number checked, every vector in target space.
+
+use super::error::{GuardError, listed, shown};
+use super::folder::Files;
+use super::manifest::{
+    GateEntry, InterventionEntry, InterventionName, Manifest, MappingKind, Scope, VectorEntry, text_of,
+};
+use super::tensors::TensorFile;
+use super::{
+    Calibration, Digest, Gate, Guard, GuardVector, Intervention, InterventionKind, MAX_ENTRIES, MappedFrom,
+    MappingFile, Probe, Target, location,
+};
+use crate::tensor::norm;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Characters a name may have.
+const MAX_NAME: usize = 64;
+
+/// A guard from its manifest's bytes and its other files.
+pub(super) fn guard(file: &str, bytes: &[u8], files: &impl Files) -> Result<Guard, GuardError> {
+    let manifest = Manifest::parse(file, bytes)?;
+    let text = text_of(file, bytes)?;
+    let check = Check { manifest: &manifest, files };
+    let Manifest { name, description, on_error, message, target, source, results, .. } = &manifest;
+    check.parts().map_err(|Problem { key, reason }| location::at_key(file, text, &key, reason)).map(
+        |Parts { vectors, gates, interventions }| Guard {
+            name: name.clone(),
+            description: description.clone(),
+            on_error: *on_error,
+            message: message.clone(),
+            target: Target {
+                architecture: target.architecture.clone(),
+                fingerprint: target.fingerprint,
+                probe: target.probe.clone(),
+            },
+            source: source.clone(),
+            vectors,
+            gates,
+            interventions,
+            results: results.clone(),
+            content_hash: Digest::of(bytes),
+        },
+    )
+}
+
+/// What is wrong, and at which key.
+struct Problem {
+    key: String,
+    reason: Box<GuardError>,
+}
+
+trait At<T> {
+    fn at(self, key: impl Into<String>) -> Result<T, Problem>;
+}
+
+impl<T> At<T> for Result<T, GuardError> {
+    fn at(self, key: impl Into<String>) -> Result<T, Problem> {
+        self.map_err(|reason| Problem { key: key.into(), reason: Box::new(reason) })
+    }
+}
+
+struct Parts {
+    vectors: Vec<GuardVector>,
+    gates: Vec<Gate>,
+    interventions: Vec<Intervention>,
+}
+
+struct Check<'a, F> {
+    manifest: &'a Manifest,
+    files: &'a F,
+}
+
+impl<F: Files> Check<'_, F> {
+    fn parts(&self) -> Result<Parts, Problem> {
+        self.head()?;
+        self.lists()?;
+        let vectors = self.vectors()?;
+        if let Some(probe) = &self.manifest.target.probe {
+            check_probe(probe, &vectors)?;
+        }
+        let gates = self.gates(&vectors)?;
+        let interventions = self.interventions(&vectors, &gates)?;
+        if gates.is_empty() && interventions.is_empty() {
+            return Err(GuardError::Idle).at("name");
+        }
+        Ok(Parts { vectors, gates, interventions })
+    }
+
+    fn head(&self) -> Result<(), Problem> {
+        let Manifest { name, description, message, target, source, results, tensors, .. } = self.manifest;
+        check_guard_name(name).at("name")?;
+        check_text(description).at("description")?;
+        message.as_deref().map_or(Ok(()), check_text).at("message")?;
+        check_label(&target.architecture).at("target.architecture")?;
+        if let Some(source) = source {
+            check_label(&source.model).at("source.model")?;
+        }
+        check_file_name(&tensors.file, ".safetensors").at("tensors.file")?;
+        for (index, result) in results.iter().enumerate() {
+            let at = |key: &str| format!("result[{index}].{key}");
+            check_label(&result.name).at(at("name"))?;
+            check_text(&result.on).at(at("on"))?;
+            check_finite(result.value).at(at("value"))?;
+            result.command.as_deref().map_or(Ok(()), check_text).at(at("command"))?;
+        }
+        Ok(())
+    }
+
+    /// Lengths of the lists, and names that are names and there once.
+    fn lists(&self) -> Result<(), Problem> {
+        let Manifest { vectors, mappings, gates, interventions, results, .. } = self.manifest;
+        let intervention_names = interventions.iter().map(intervention_name).collect();
+        let lists: [(&'static str, Vec<&str>); 4] = [
+            ("vector", vectors.iter().map(|entry| entry.name.as_str()).collect()),
+            ("mapping", mappings.iter().map(|entry| entry.name.as_str()).collect()),
+            ("gate", gates.iter().map(|entry| entry.name.as_str()).collect()),
+            ("intervention", intervention_names),
+        ];
+        for (what, length) in lists.iter().map(|(what, names)| (*what, names.len())).chain([("result", results.len())])
+        {
+            if length > MAX_ENTRIES {
+                return Err(GuardError::value(format!("at most {MAX_ENTRIES} entries"), length)).at(what);
+            }
+        }
+        for (what, names) in lists {
+            let mut seen = BTreeSet::new();
+            for (index, name) in names.into_iter().enumerate() {
+                let key = || format!("{what}[{index}].name");
+                check_name(name).at(key())?;
+                if !seen.insert(name) {
+                    return Err(GuardError::Duplicate { what, name: name.to_owned() }).at(key());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn vectors(&self) -> Result<Vec<GuardVector>, Problem> {
+        let Manifest { vectors: entries, tensors, .. } = self.manifest;
+        let bytes = self.files.tensors(&tensors.file).at("tensors.file")?;
+        let found = Digest::of(&bytes);
+        if found != tensors.sha256 {
+            let file = tensors.file.clone();
+            return Err(GuardError::Sha256 { file, expected: tensors.sha256, found }).at("tensors.sha256");
+        }
+        let file = TensorFile::parse(&tensors.file, &bytes).at("tensors.file")?;
+        let mappings = self.mappings()?;
+        let mut vectors: Vec<GuardVector> = Vec::with_capacity(entries.len());
+        for (index, entry) in entries.iter().enumerate() {
+            let vector = self.vector(index, entry, &file, &mappings)?;
+            if let Some(first) = vectors.first().filter(|first| first.direction.len() != vector.direction.len()) {
+                let (expected, found) = (first.direction.len(), vector.direction.len());
+                let (vector, other) = (vector.name, first.name.clone());
+                let reason = GuardError::TargetWidth { vector, other, expected, found };
+                return Err(reason).at(format!("vector[{index}].tensor"));
+            }
+            vectors.push(vector);
+        }
+        Ok(vectors)
+    }
+
+    fn vector(
+        &self,
+        index: usize,
+        entry: &VectorEntry,
+        tensors: &TensorFile<'_>,
+        mappings: &BTreeMap<Digest, (String, MappingFile)>,
+    ) -> Result<GuardVector, Problem> {
+        let at = |key: &str| format!("vector[{index}].{key}");
+        entry.method.as_deref().map_or(Ok(()), check_label).at(at("method"))?;
+        entry.mean_norm.map_or(Ok(()), check_finite).at(at("mean_norm"))?;
+        let values = tensors.direction(&entry.tensor).at(at("tensor"))?;
+        let vector = |layer, direction, mapped_from| GuardVector {
+            name: entry.name.clone(),
+            layer,
+            direction,
+            mapped_from,
+            method: entry.method.clone(),
+            mean_norm: entry.mean_norm,
+        };
+        let Some(name) = &entry.mapping else { return Ok(vector(entry.layer, values, None)) };
+
+        let known = self.manifest.mappings.iter().map(|mapping| &mapping.name);
+        let mapping = self.manifest.mappings.iter().find(|mapping| mapping.name == *name);
+        let mapping = mapping.ok_or_else(|| GuardError::unknown("mapping", name, known)).at(at("mapping"))?;
+        if entry.layer != mapping.source_layer {
+            let expected = format!("{}, the source layer of mapping `{name}`", mapping.source_layer);
+            return Err(GuardError::value(expected, entry.layer)).at(at("layer"));
+        }
+        let pair = mappings
+            .get(&mapping.sha256)
+            .and_then(|(_, file)| file.pair(mapping.source_layer, mapping.target_layer))
+            .ok_or_else(|| self.no_mapping(mapping.sha256));
+        let (map, quality) = pair.at(at("mapping"))?;
+        if values.len() != map.source_width() {
+            let (vector, mapping) = (entry.name.clone(), name.clone());
+            let (expected, found) = (map.source_width(), values.len());
+            return Err(GuardError::MappingWidth { vector, mapping, expected, found }).at(at("tensor"));
+        }
+        let direction = map.apply_direction(&values);
+        let problem = match norm(&direction) {
+            length if !length.is_finite() || direction.iter().any(|value| !value.is_finite()) => "too large for `f32`",
+            0.0 => "zero, so it has no direction",
+            _ => {
+                let from = MappedFrom { layer: entry.layer, mapping: name.clone(), quality: *quality };
+                return Ok(vector(mapping.target_layer, direction, Some(from)));
+            }
+        };
+        let (vector, mapping) = (entry.name.clone(), name.clone());
+        Err(GuardError::MappedVector { mapping, vector, problem }).at(at("mapping"))
+    }
+
+    /// The manifest's mapping files by sha256, each checked to be between the guard's two models and to have the pairs of layers asked
+    /// of it.
+    fn mappings(&self) -> Result<BTreeMap<Digest, (String, MappingFile)>, Problem> {
+        let Manifest { mappings: entries, source, target, vectors, .. } = self.manifest;
+        for (index, entry) in entries.iter().enumerate() {
+            if entry.kind == MappingKind::Autoencoder {
+                let what = "an `autoencoder` mapping";
+                return Err(GuardError::Unsupported { what }).at(format!("mapping[{index}].kind"));
+            }
+        }
+        if source.is_none()
+            && let Some(index) = vectors.iter().position(|vector| vector.mapping.is_some())
+        {
+            let why = "a vector with a mapping needs the table `source`, which says what model it was learnt on";
+            return Err(GuardError::Missing { why: why.to_owned() }).at(format!("vector[{index}].mapping"));
+        }
+        let wanted = entries.iter().map(|entry| entry.sha256).collect();
+        let found = self.files.mappings(&wanted).at("mapping")?;
+        let mut mappings = BTreeMap::new();
+        for (index, entry) in entries.iter().enumerate() {
+            let at = |key: &str| format!("mapping[{index}].{key}");
+            if let Entry::Vacant(vacant) = mappings.entry(entry.sha256) {
+                let known = found.get(&entry.sha256).ok_or_else(|| self.no_mapping(entry.sha256));
+                let (file, bytes) = known.at(at("sha256"))?;
+                let mapping = MappingFile::from_bytes(file, bytes).at(at("sha256"))?;
+                vacant.insert((file.clone(), mapping));
+            }
+            let (file, mapping) = &mappings[&entry.sha256];
+            let other = |side, side_of_guard, expected: &dyn ToString, found: &dyn ToString| {
+                let (expected, found) = (shown(&expected.to_string()), shown(&found.to_string()));
+                Err(GuardError::OtherModel { file: file.clone(), side, side_of_guard, expected, found })
+                    .at(at("sha256"))
+            };
+            let (from, to) = (&mapping.source, &mapping.target);
+            if let Some(source) = source.as_ref().filter(|source| source.fingerprint != from.fingerprint) {
+                return other("from the model", "source", &source.fingerprint, &from.fingerprint);
+            }
+            if target.fingerprint != to.fingerprint {
+                return other("to the model", "target", &target.fingerprint, &to.fingerprint);
+            }
+            if target.architecture != to.architecture {
+                return other("to the architecture", "target", &target.architecture, &to.architecture);
+            }
+            if mapping.pair(entry.source_layer, entry.target_layer).is_none() {
+                let pairs = mapping.pairs.iter();
+                let known = listed(pairs.map(|(map, _)| format!("{} → {}", map.source_layer(), map.target_layer())));
+                let (source_layer, target_layer) = (entry.source_layer.0, entry.target_layer.0);
+                let reason = GuardError::NoLayerPair { file: file.clone(), source_layer, target_layer, known };
+                return Err(reason).at(at("source_layer"));
+            }
+        }
+        Ok(mappings)
+    }
+
+    fn no_mapping(&self, sha256: Digest) -> GuardError {
+        GuardError::NoMapping { sha256, searched: self.files.searched() }
+    }
+
+    fn gates(&self, vectors: &[GuardVector]) -> Result<Vec<Gate>, Problem> {
+        let gate = |(index, entry): (usize, &GateEntry)| {
+            let at = |key: &str| format!("gate[{index}].{key}");
+            if entry.scope == Scope::Token {
+                return Err(GuardError::Unsupported { what: "a gate of scope `token`" }).at(at("scope"));
+            }
+            let vector = find_vector(vectors, &entry.vector).at(at("vector"))?;
+            entry.threshold.map_or(Ok(()), check_finite).at(at("threshold"))?;
+            let calibration = match (entry.mean, entry.deviation) {
+                (None, None) => None,
+                (Some(mean), Some(deviation)) => {
+                    check_finite(mean).at(at("mean"))?;
+                    check_positive(deviation).at(at("deviation"))?;
+                    Some(Calibration { mean, deviation })
+                }
+                (mean, _) => {
+                    let (there, missing) = if mean.is_some() { ("mean", "deviation") } else { ("deviation", "mean") };
+                    let why = format!("`{there}` is there without `{missing}`; `calibrate` sets both");
+                    return Err(GuardError::Missing { why }).at(at(there));
+                }
+            };
+            let GateEntry { name, aggregate, threshold, on_fire, .. } = entry;
+            let (aggregate, threshold, on_fire) = (*aggregate, *threshold, *on_fire);
+            Ok(Gate { name: name.clone(), vector, aggregate, calibration, threshold, on_fire })
+        };
+        self.manifest.gates.iter().enumerate().map(gate).collect()
+    }
+
+    fn interventions(&self, vectors: &[GuardVector], gates: &[Gate]) -> Result<Vec<Intervention>, Problem> {
+        let intervention = |(index, entry): (usize, &InterventionEntry)| {
+            let at = |key: &str| format!("intervention[{index}].{key}");
+            let kind = kind_of(index, entry)?;
+            let vector = find_vector(vectors, &entry.vector).at(at("vector"))?;
+            let strength = strength(entry.strength, kind, &vectors[vector].direction).at(at("strength"))?;
+            let when = entry.when.as_ref().map(|when| {
+                let known = || GuardError::unknown("gate", when, gates.iter().map(|gate| &gate.name));
+                gates.iter().position(|gate| gate.name == *when).ok_or_else(known)
+            });
+            Ok(Intervention {
+                name: intervention_name(entry).to_owned(),
+                vector,
+                kind,
+                strength,
+                positions: entry.positions,
+                when: when.transpose().at(at("when"))?,
+                first_position: entry.first_position,
+            })
+        };
+        self.manifest.interventions.iter().enumerate().map(intervention).collect()
+    }
+}
+
+fn intervention_name(entry: &InterventionEntry) -> &str {
+    entry.name.as_deref().unwrap_or(&entry.vector)
+}
+
+fn find_vector(vectors: &[GuardVector], name: &str) -> Result<usize, GuardError> {
+    let unknown = || GuardError::unknown("vector", name, vectors.iter().map(|vector| &vector.name));
+    vectors.iter().position(|vector| vector.name == name).ok_or_else(unknown)
+}
+
+fn kind_of(index: usize, entry: &InterventionEntry) -> Result<InterventionKind, Problem> {
+    let at = |key: &str| format!("intervention[{index}].{key}");
+    let foreign = |key: &str, value: Option<f64>, owner: &str| match value {
+        Some(_) => Err(GuardError::Misplaced { why: format!("it is a key of `{owner}`") }).at(at(key)),
+        None => Ok(()),
+    };
+    if entry.kind != InterventionName::Ablate {
+        foreign("mean", entry.mean, "ablate")?;
+    }
+    if entry.kind != InterventionName::Clamp {
+        foreign("low", entry.low, "clamp")?;
+        foreign("high", entry.high, "clamp")?;
+    }
+    match entry.kind {
+        InterventionName::Add => Ok(InterventionKind::Add),
+        InterventionName::Ablate => {
+            let mean = entry.mean.unwrap_or(0.0);
+            check_finite_f32(mean).at(at("mean"))?;
+            Ok(InterventionKind::Ablate { mean })
+        }
+        InterventionName::Clamp => {
+            let bound = |key: &str, value: Option<f64>| {
+                let missing = || GuardError::Missing { why: "`clamp` needs both `low` and `high`".to_owned() };
+                let value = value.ok_or_else(missing).at(at(key))?;
+                check_finite_f32(value).at(at(key)).map(|()| value)
+            };
+            let (low, high) = (bound("low", entry.low)?, bound("high", entry.high)?);
+            if low > high {
+                return Err(GuardError::value(format!("at most `high`, {high}"), low)).at(at("low"));
+            }
+            Ok(InterventionKind::Clamp { low, high })
+        }
+        InterventionName::Rotate => Err(GuardError::Unsupported { what: "a `rotate` intervention" }).at(at("kind")),
+        InterventionName::Switch => Err(GuardError::Unsupported { what: "a `switch` intervention" }).at(at("kind")),
+    }
+}
+
+/// `strength` as a program uses it.
+pub(super) fn strength(strength: f64, kind: InterventionKind, direction: &[f32]) -> Result<f32, GuardError> {
+    check_finite_f32(strength)?;
+    let scale = strength as f32;
+    if kind == InterventionKind::Add && direction.iter().any(|value| !(scale * value).is_finite()) {
+        return Err(GuardError::Strength { strength });
+    }
+    Ok(scale)
+}
+
+fn check_probe(probe: &Probe, vectors: &[GuardVector]) -> Result<(), Problem> {
+    let at = |key: &str| format!("target.probe.{key}");
+    if probe.prompt.is_empty() {
+        return Err(GuardError::value("a prompt", "an empty one")).at(at("prompt"));
+    }
+    let vector = &vectors[find_vector(vectors, &probe.vector).at(at("vector"))?];
+    if vector.layer != probe.layer {
+        let expected = format!("{}, where vector `{}` is in the target", vector.layer, vector.name);
+        return Err(GuardError::value(expected, probe.layer)).at(at("layer"));
+    }
+    check_positive(probe.mean_norm).at(at("mean_norm"))?;
+    check_finite(probe.projection).at(at("projection"))?;
+    if !(probe.spread.is_finite() && probe.spread >= 0.0) {
+        return Err(GuardError::value("a finite number, 0 or more", probe.spread)).at(at("spread"));
+    }
+    // A tolerance above 1 would let a residual of zeros pass.
+    if !(probe.tolerance > 0.0 && probe.tolerance < 1.0) {
+        return Err(GuardError::value("a fraction above 0 and below 1", probe.tolerance)).at(at("tolerance"));
+    }
+    Ok(())
+}
+
+fn check_finite(value: f64) -> Result<(), GuardError> {
+    if value.is_finite() { Ok(()) } else { Err(GuardError::value("a finite number", value)) }
+}
+
+fn check_finite_f32(value: f64) -> Result<(), GuardError> {
+    let fits = (value as f32).is_finite();
+    if fits { Ok(()) } else { Err(GuardError::value("a finite number that fits in `f32`", value)) }
+}
+
+fn check_positive(value: f64) -> Result<(), GuardError> {
+    let fits = value.is_finite() && value > 0.0;
+    if fits { Ok(()) } else { Err(GuardError::value("a finite number above 0", value)) }
+}
+
+fn check_guard_name(name: &str) -> Result<(), GuardError> {
+    let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(fits) {
+        let expected = format!("1 to {MAX_NAME} of the characters `a-z`, `0-9` and `-`");
+        return Err(GuardError::value(expected, format!("`{name}`")));
+    }
+    Ok(())
+}
+
+/// A name that can be written on a command line and before an equals sign.
+pub(super) fn check_name(name: &str) -> Result<(), GuardError> {
+    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(is_plain) {
+        let expected = format!("1 to {MAX_NAME} letters, digits, `.`, `_` or `-`");
+        return Err(GuardError::value(expected, format!("`{name}`")));
+    }
+    Ok(())
+}
+
+/// A bare file name: no separator of any system, no drive, nothing hidden, no step up.
+pub(super) fn check_file_name(name: &str, ending: &str) -> Result<(), GuardError> {
+    let long_enough = name.len() > ending.len() && name.len() <= 255;
+    if !(long_enough && name.ends_with(ending) && name.bytes().all(is_plain) && !name.starts_with('.')) {
+        let expected = format!("the bare name of a file in the guard's folder, ending in `{ending}`");
+        return Err(GuardError::value(expected, format!("`{name}`")));
+    }
+    Ok(())
+}
+
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-')
+}
+
+/// Text for people: whatever prints it may trust that it moves no cursor.
+fn check_text(text: &str) -> Result<(), GuardError> {
+    match text.chars().find(|character| character.is_control() && !matches!(character, '\n' | '\t')) {
+        Some(found) => Err(GuardError::value("text without control characters", found.escape_default())),
+        None => Ok(()),
+    }
+}
+
+/// Text of one line that is not empty.
+fn check_label(text: &str) -> Result<(), GuardError> {
+    check_text(text)?;
+    if text.is_empty() || text.contains(['\n', '\t']) {
+        return Err(GuardError::value("one line of text", format!("`{text}`")));
+    }
+    Ok(())
+}

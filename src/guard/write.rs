@@ -1,0 +1,168 @@
+use super::error::{GuardError, shown};
+use super::folder::{Files, Folder, MappingFiles};
+use super::manifest::{
+    FORMAT, InterventionEntry, InterventionName, Manifest, OnError, TargetEntry, TensorsEntry, VectorEntry,
+};
+use super::tensors::{self, TensorData};
+use super::validate::{self, check_file_name};
+use super::{Digest, Guard, MANIFEST_FILE, MAPPING_SUFFIX, ModelIdentity};
+use crate::steering::{ControlVector, ExtractionMethod};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+/// Writes a guard's folder and reads it back: the tensor file, mapping files to carry in it (`NAME.map.safetensors` and bytes), and the
+/// manifest with the tensor file's sha256 filled in. A mapping's own sha256 is its [`Digest`]; one that is not carried has to be among
+/// the shared mappings.
+///
+/// The guard is validated before anything is written, each file replaces its forerunner in one step, and the manifest comes last: a
+/// reader meets the old guard, the new one, or for a moment one that does not verify.
+///
+/// # Errors
+/// A guard that does not validate, or a folder that can't be written.
+pub fn write_guard(
+    directory: &Path,
+    manifest: &Manifest,
+    tensors: &[(String, Vec<f32>)],
+    mappings: &[(String, Vec<u8>)],
+) -> Result<Guard, GuardError> {
+    let tensors = tensor_bytes(tensors)?;
+    let mut manifest = manifest.clone();
+    manifest.tensors.sha256 = Digest::of(&tensors);
+    let text = manifest.to_toml()?;
+
+    let folder = Folder::new(directory);
+    let planned = Planned { folder: &folder, tensors: &tensors, mappings };
+    validate::guard(&folder.label(MANIFEST_FILE), text.as_bytes(), &planned)?;
+    for (name, _) in mappings {
+        check_file_name(name, MAPPING_SUFFIX)?;
+    }
+
+    fs::create_dir_all(directory).map_err(GuardError::io("create", directory))?;
+    for (name, bytes) in mappings {
+        replace(directory, name, bytes)?;
+    }
+    replace(directory, &manifest.tensors.file, &tensors)?;
+    replace(directory, MANIFEST_FILE, text.as_bytes())?;
+    Guard::load(directory)
+}
+
+/// Replaces the manifest of the guard in `directory` by `text` (see [`edit`](super::edit)), if the guard is valid with it.
+///
+/// # Errors
+/// A guard that does not validate, which leaves the old manifest, or a folder that can't be written.
+pub fn replace_manifest(directory: &Path, text: &str) -> Result<Guard, GuardError> {
+    let folder = Folder::new(directory);
+    validate::guard(&folder.label(MANIFEST_FILE), text.as_bytes(), &folder)?;
+    replace(directory, MANIFEST_FILE, text.as_bytes())?;
+    Guard::load(directory)
+}
+
+/// A guard that does what llama.cpp does with this control vector at this strength: for every direction an `add`, named and placed as
+/// the direction is, at all positions with the first, which llama.cpp does not leave out.
+///
+/// Manifest and tensors are for [`write_guard`].
+pub fn from_control_vector(
+    name: &str,
+    vector: &ControlVector,
+    target: &ModelIdentity,
+    strength: f64,
+) -> (Manifest, Vec<(String, Vec<f32>)>) {
+    let mut vectors = Vec::new();
+    let mut interventions = Vec::new();
+    let mut tensors = Vec::new();
+    for (&layer, values) in vector.directions() {
+        let name = format!("direction.{layer}");
+        vectors.push(VectorEntry {
+            name: name.clone(),
+            layer,
+            tensor: name.clone(),
+            mapping: None,
+            method: Some(ExtractionMethod::Imported.to_string()),
+            mean_norm: None,
+        });
+        let mut add = InterventionEntry::new(InterventionName::Add, name.clone());
+        add.strength = strength;
+        add.first_position = true;
+        interventions.push(add);
+        tensors.push((name, values.clone()));
+    }
+    let made_for = match vector.model_hint() {
+        "" => String::new(),
+        hint => format!(" made for `{}`", shown(hint)),
+    };
+    let manifest = Manifest {
+        format: FORMAT,
+        name: name.to_owned(),
+        description: format!("A llama.cpp control vector{made_for}, imported for {}", shown(&target.name)),
+        on_error: OnError::default(),
+        message: None,
+        target: TargetEntry { architecture: target.architecture.clone(), fingerprint: target.fingerprint, probe: None },
+        source: None,
+        tensors: TensorsEntry::default(),
+        vectors,
+        mappings: Vec::new(),
+        gates: Vec::new(),
+        interventions,
+        results: Vec::new(),
+    };
+    (manifest, tensors)
+}
+
+/// A tensor file of vectors, without metadata.
+pub(super) fn tensor_bytes(vectors: &[(String, Vec<f32>)]) -> Result<Vec<u8>, GuardError> {
+    let mut tensors = BTreeMap::new();
+    for (name, values) in vectors {
+        validate::check_name(name)?;
+        let data = TensorData { shape: vec![values.len()], values };
+        if tensors.insert(name.clone(), data).is_some() {
+            return Err(GuardError::Duplicate { what: "tensor", name: name.clone() });
+        }
+    }
+    Ok(tensors::to_bytes(&BTreeMap::new(), &tensors))
+}
+
+/// A folder as it will be.
+struct Planned<'a> {
+    folder: &'a Folder,
+    tensors: &'a [u8],
+    mappings: &'a [(String, Vec<u8>)],
+}
+
+impl Files for Planned<'_> {
+    fn tensors(&self, _name: &str) -> Result<Cow<'_, [u8]>, GuardError> {
+        Ok(Cow::Borrowed(self.tensors))
+    }
+
+    fn mappings(&self, wanted: &BTreeSet<Digest>) -> Result<MappingFiles<'_>, GuardError> {
+        let carried = self
+            .mappings
+            .iter()
+            .map(|(name, bytes)| (Digest::of(bytes), (self.folder.label(name), Cow::Borrowed(bytes.as_slice()))));
+        let mut found: BTreeMap<_, _> = carried.filter(|(digest, _)| wanted.contains(digest)).collect();
+        let left = wanted.iter().filter(|digest| !found.contains_key(digest)).copied().collect();
+        found.extend(self.folder.mappings(&left)?);
+        Ok(found)
+    }
+
+    fn searched(&self) -> String {
+        self.folder.searched()
+    }
+}
+
+/// Writes beside the file and renames, so that nobody sees half of it.
+fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<(), GuardError> {
+    let path = directory.join(name);
+    let beside = directory.join(format!(".{name}.{}.tmp", std::process::id()));
+    let written = File::create(&beside).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    written.and_then(|()| fs::rename(&beside, &path)).map_err(|error| {
+        // What is left of it helps nobody; that it may not go either adds nothing to the error.
+        let _ = fs::remove_file(&beside);
+        GuardError::io("write", &path)(error)
+    })
+}

@@ -1,0 +1,352 @@
+use super::executor::{Executor, ExecutorKind, HostExecutor};
+use super::rows::{BatchRow, RowTracker};
+use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
+use super::{CopyExecutor, HookFault};
+use crate::guard::OnError;
+use crate::program::{GateStates, Program, Row};
+use crate::tensor::{LayerIndex, SequenceId};
+use std::collections::BTreeSet;
+use std::ffi::{CStr, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// The name that llama.cpp's graphs give the residual after block `L`: `l_out-L`.
+const RESIDUAL_PREFIX: &[u8] = b"l_out-";
+
+/// State behind the eval callback of one context: the program, what it knows of the batch, its gates, and the fault latch.
+///
+/// A context's callback and its user data are fixed when it is made, so a program is swapped by changing what lies behind them.
+pub struct Hook {
+    table: GgmlTable,
+    program: Arc<Program>,
+    executor: Box<dyn Executor>,
+    gates: GateStates,
+    capture: Option<Capture>,
+    rows: RowTracker,
+    micro_batch: MicroBatch,
+    /// Layers whose residual came in this decode.
+    fired: Vec<LayerIndex>,
+    fault: Option<HookFault>,
+    working_on: Option<LayerIndex>,
+}
+
+/// Copies of residual rows, as they were after the program patched them.
+#[derive(Debug, Default)]
+pub struct Capture {
+    layers: BTreeSet<LayerIndex>,
+    rows: Vec<CapturedRow>,
+}
+
+/// One row of one layer's residual.
+#[derive(Debug, Clone)]
+pub struct CapturedRow {
+    pub layer: LayerIndex,
+    pub row: Row,
+    /// `[width]`
+    pub values: Vec<f32>,
+}
+
+impl Capture {
+    pub fn new(layers: impl IntoIterator<Item = LayerIndex>) -> Self {
+        Self { layers: layers.into_iter().collect(), rows: Vec::new() }
+    }
+}
+
+/// Finds where a micro-batch begins in the stream of nodes, and which positions it has.
+#[derive(Debug, Default)]
+struct MicroBatch {
+    /// Layer of the last rotary embedding seen, and whether a residual was seen after it: a rotary embedding of the same or a lower
+    /// layer then belongs to the next micro-batch.
+    rope_layer: Option<u32>,
+    residual_since: bool,
+    /// Positions of the micro-batch. On a device they are read with the first residual, when the backend is synchronised.
+    positions: Vec<i32>,
+    unread_positions: Option<*const RawTensor>,
+    /// Whether a rotary embedding announced a micro-batch whose first residual has not come yet.
+    announced: bool,
+    last_layer: Option<LayerIndex>,
+}
+
+// SAFETY: the only field that is not `Send` is a tensor pointer in `MicroBatch`, which is set and used within one `llama_decode` on
+// the thread that runs it, and dropped at the start of the next (`begin`).
+unsafe impl Send for Hook {}
+
+impl Hook {
+    pub fn new(table: GgmlTable, program: Arc<Program>) -> Self {
+        Self {
+            table,
+            program,
+            executor: Box::<HostExecutor>::default(),
+            gates: GateStates::default(),
+            capture: None,
+            rows: RowTracker::default(),
+            micro_batch: MicroBatch::default(),
+            fired: Vec::new(),
+            fault: None,
+            working_on: None,
+        }
+    }
+
+    /// Takes another way to reach the residual. The default is [`HostExecutor`].
+    pub fn set_executor(&mut self, executor: Box<dyn Executor>) {
+        self.executor = executor;
+    }
+
+    pub fn executor_kind(&self) -> ExecutorKind {
+        self.executor.kind()
+    }
+
+    /// Takes `kind` of executor.
+    pub fn set_executor_kind(&mut self, kind: ExecutorKind) {
+        self.executor = match kind {
+            ExecutorKind::Host => Box::<HostExecutor>::default(),
+            ExecutorKind::Copy => Box::<CopyExecutor>::default(),
+        };
+    }
+
+    pub fn program(&self) -> &Arc<Program> {
+        &self.program
+    }
+
+    /// Runs `program` from the next decode on. Gate states belong to a program, so they are cleared.
+    pub fn set_program(&mut self, program: Arc<Program>) {
+        self.program = program;
+        self.gates.clear_all();
+    }
+
+    pub fn gates(&self) -> &GateStates {
+        &self.gates
+    }
+
+    pub fn gates_mut(&mut self) -> &mut GateStates {
+        &mut self.gates
+    }
+
+    pub fn set_capture(&mut self, capture: Option<Capture>) {
+        self.capture = capture;
+    }
+
+    /// Rows captured since the last call, in the order in which they were computed.
+    pub fn take_captured(&mut self) -> Vec<CapturedRow> {
+        self.capture.as_mut().map(|capture| std::mem::take(&mut capture.rows)).unwrap_or_default()
+    }
+
+    /// The first layer of the program or the capture whose residual did not come since [`begin`](Self::begin).
+    fn missing_hook_point(&self) -> Option<LayerIndex> {
+        let points = self.program.points().iter().map(|point| point.layer);
+        let captured = self.capture.iter().flat_map(|capture| capture.layers.iter().copied());
+        points.chain(captured).find(|layer| !self.fired.contains(layer))
+    }
+
+    /// Prepares for one `llama_decode` of `batch` on a context with `n_streams` KV streams, and opens the fault latch.
+    pub fn begin(&mut self, batch: &[BatchRow], n_streams: usize) {
+        self.rows.begin(batch, n_streams);
+        for row in batch {
+            self.gates.open(&self.program, row.sequence);
+        }
+        self.micro_batch = MicroBatch { positions: std::mem::take(&mut self.micro_batch.positions), ..Default::default() };
+        self.fired.clear();
+        self.fault = None;
+        self.working_on = None;
+    }
+
+    /// Ends a decode: fires the gates of sequences that it could not tell apart, and gives the latched fault.
+    ///
+    /// # Errors
+    /// The first fault since [`begin`](Self::begin), or a hook point that did not fire. Nothing that the decode produced may be
+    /// used then.
+    pub fn finish(&mut self) -> Result<(), HookFault> {
+        if self.rows.is_uncertain() {
+            for sequence in self.rows.sequences().collect::<BTreeSet<SequenceId>>() {
+                self.gates.fire_all(&self.program, sequence);
+            }
+        }
+        match (&self.fault, self.missing_hook_point()) {
+            (Some(fault), _) => Err(fault.clone()),
+            (None, Some(layer)) => Err(HookFault::MissingHookPoint { layer }),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// llama.cpp's `cb_eval`. `user_data` is a `*mut Hook`.
+    ///
+    /// # Safety
+    /// `user_data` must point to a [`Hook`] that nothing else uses while llama.cpp decodes, and `tensor` to a tensor of the llama.cpp
+    /// that the hook's table belongs to.
+    pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: *mut c_void) -> bool {
+        // SAFETY: guaranteed by the caller.
+        let hook = unsafe { &mut *user_data.cast::<Self>() };
+        let table = hook.table;
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            // SAFETY: the tensor is valid for this call, which `tensor` does not outlive.
+            let tensor = unsafe { Tensor::new(tensor, &table) };
+            if ask { Ok(hook.asked(&tensor)) } else { hook.shown(tensor).map(|()| true) }
+        }));
+        match outcome {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(fault)) => hook.latch(fault),
+            Err(payload) => {
+                let message = payload
+                    .downcast_ref::<String>()
+                    .map(String::as_str)
+                    .or_else(|| payload.downcast_ref::<&str>().copied())
+                    .unwrap_or("no message");
+                hook.latch(HookFault::Panic { layer: hook.working_on, message: message.to_owned() })
+            }
+        }
+    }
+
+    /// Answers llama.cpp after a fault: stop, or go on unguarded to logits that can be used.
+    fn latch(&mut self, fault: HookFault) -> bool {
+        tracing::debug!(guard = self.program.guard(), %fault, "guard fault");
+        self.fault.get_or_insert(fault);
+        self.program.on_error() == OnError::Pass
+    }
+
+    /// Whether llama.cpp is to stop after this node and show it.
+    fn asked(&mut self, tensor: &Tensor<'_>) -> bool {
+        let name = tensor.name();
+        if let Some(layer) = residual_layer(name) {
+            self.micro_batch.residual_since = true;
+            return self.fault.is_none() && self.wants(layer);
+        }
+        if let Some(layer) = layer_suffix(name)
+            && self.micro_batch.may_begin_at(layer)
+            && tensor.is_rope()
+        {
+            self.announce(layer, tensor);
+        }
+        false
+    }
+
+    fn wants(&self, layer: LayerIndex) -> bool {
+        self.point(layer).is_some() || self.capture.as_ref().is_some_and(|capture| capture.layers.contains(&layer))
+    }
+
+    fn point(&self, layer: LayerIndex) -> Option<usize> {
+        self.program.points().binary_search_by_key(&layer, |point| point.layer).ok()
+    }
+
+    /// Takes note of a rotary embedding: the first one of a micro-batch tells its positions.
+    fn announce(&mut self, layer: u32, rope: &Tensor<'_>) {
+        let begins = self.micro_batch.rope_layer.is_none_or(|last| self.micro_batch.residual_since && layer <= last);
+        self.micro_batch.rope_layer = Some(layer);
+        self.micro_batch.residual_since = false;
+        if !begins {
+            return;
+        }
+        self.micro_batch.announced = true;
+        self.micro_batch.positions.clear();
+        self.micro_batch.unread_positions = rope.second_source();
+        // Inputs are set before the graph runs, and their memory may be used again after their last reader, so read them now where
+        // they lie on the host.
+        if let Some(source) = self.micro_batch.unread_positions
+            && self.table.host_data.is_some_and(|host_data| {
+                // SAFETY: `source` is a source of the tensor that llama.cpp is showing.
+                unsafe { !host_data(source).is_null() }
+            })
+        {
+            self.read_positions();
+        }
+    }
+
+    fn read_positions(&mut self) {
+        if let Some(source) = self.micro_batch.unread_positions.take() {
+            // SAFETY: `source` is an input of the graph that this decode is computing, and its data is set.
+            if unsafe { !read_i32(&self.table, source, &mut self.micro_batch.positions) } {
+                self.micro_batch.positions.clear();
+            }
+        }
+    }
+
+    /// Guards a residual that has just been computed.
+    fn shown(&mut self, mut tensor: Tensor<'_>) -> Result<(), HookFault> {
+        let Some(layer) = residual_layer(tensor.name()) else { return Ok(()) };
+        if self.fault.is_some() {
+            return Ok(());
+        }
+        self.working_on = Some(layer);
+        if !self.fired.contains(&layer) {
+            self.fired.push(layer);
+        }
+
+        let width = self.program.width().0;
+        if let Some(reason) = tensor.shape_problem(width) {
+            return Err(HookFault::Residual { layer, reason });
+        }
+        let wraps = self.micro_batch.last_layer.is_none_or(|last| layer <= last);
+        if std::mem::take(&mut self.micro_batch.announced) || wraps {
+            self.read_positions();
+            let n_rows =
+                if self.micro_batch.positions.is_empty() { tensor.n_rows() } else { self.micro_batch.positions.len() };
+            self.rows.enter(n_rows, &self.micro_batch.positions);
+        }
+        self.micro_batch.last_layer = Some(layer);
+
+        let n_rows = tensor.n_rows();
+        let program = Arc::clone(&self.program);
+        let Some(rows) = self.rows.rows(n_rows) else {
+            let reason = format!("it has {n_rows} rows, which is neither the micro-batch nor its outputs");
+            return Err(HookFault::Residual { layer, reason });
+        };
+        if rows.is_empty() {
+            return Ok(());
+        }
+        if let Ok(index) = program.points().binary_search_by_key(&layer, |point| point.layer) {
+            self.executor
+                .run(&program, &program.points()[index], rows, &mut self.gates, &mut tensor)
+                .map_err(|source| HookFault::Row { layer, source })?;
+        }
+        if let Some(capture) = self.capture.as_mut().filter(|capture| capture.layers.contains(&layer)) {
+            let mut values = vec![0.0; n_rows * width];
+            // SAFETY: the shape was checked above.
+            unsafe { tensor.read(&mut values) };
+            let rows = rows.iter().zip(values.chunks_exact(width));
+            capture.rows.extend(rows.map(|(row, values)| CapturedRow { layer, row: *row, values: values.to_vec() }));
+        }
+        Ok(())
+    }
+}
+
+impl MicroBatch {
+    /// Whether a rotary embedding at `layer` would tell anything new, so that the other nodes are passed by cheaply.
+    fn may_begin_at(&self, layer: u32) -> bool {
+        self.rope_layer.is_none_or(|last| layer > last || self.residual_since)
+    }
+}
+
+/// `L` of `l_out-L`.
+fn residual_layer(name: &CStr) -> Option<LayerIndex> {
+    decimal(name.to_bytes().strip_prefix(RESIDUAL_PREFIX)?).map(LayerIndex)
+}
+
+/// `L` of `anything-L`.
+fn layer_suffix(name: &CStr) -> Option<u32> {
+    let name = name.to_bytes();
+    let dash = name.iter().rposition(|byte| *byte == b'-')?;
+    decimal(&name[dash + 1..])
+}
+
+fn decimal(digits: &[u8]) -> Option<u32> {
+    if digits.is_empty() {
+        return None;
+    }
+    digits.iter().try_fold(0u32, |value, byte| {
+        byte.is_ascii_digit().then(|| value.checked_mul(10)?.checked_add(u32::from(byte - b'0')))?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_residual_names_count() {
+        assert_eq!(residual_layer(c"l_out-12"), Some(LayerIndex(12)));
+        for other in [c"l_out-", c"l_out-1x", c"l_out", c"attn_out-3", c"l_out--1", c"l_out-99999999999", c""] {
+            assert_eq!(residual_layer(other), None, "{other:?}");
+        }
+        assert_eq!(layer_suffix(c"Qcur-7"), Some(7));
+        assert_eq!(layer_suffix(c"Qcur-7 (view)"), None);
+    }
+}

@@ -1,0 +1,350 @@
+use super::{BatchRow, Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault};
+use crate::guard::OnError;
+use crate::program::{GateDecision, Program, RowKind};
+use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
+use llama_cpp_2::context::LlamaContext;
+use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_2::llama_backend::LlamaBackend;
+use llama_cpp_2::llama_batch::LlamaBatch;
+use llama_cpp_2::model::{LlamaLoraAdapter, LlamaModel};
+use llama_cpp_2::token::LlamaToken;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// A llama.cpp context with a guard in its eval callback.
+///
+/// It owns both the context and the callback's state, so that the state outlives the context whatever the app does. It reads like
+/// a [`LlamaContext`] and decodes through [`decode`](Self::decode), which tells the guard which row is which token and checks the
+/// fault latch. There is no `DerefMut`: a `&mut LlamaContext` could be swapped with another context's.
+///
+/// The context can't outlive its model, nor be taken out of the guard:
+///
+/// ```compile_fail
+/// # use pilotfish::hook::GuardedContext;
+/// # use llama_cpp_2::context::LlamaContext;
+/// fn unguard(guarded: GuardedContext<'_>) -> LlamaContext<'_> {
+///     *guarded // cannot move out of dereference
+/// }
+/// ```
+///
+/// ```compile_fail
+/// # use pilotfish::hook::GuardedContext;
+/// fn swap<'m>(a: &mut GuardedContext<'m>, b: &mut GuardedContext<'m>) {
+///     std::mem::swap(&mut **a, &mut **b) // cannot borrow as mutable: no DerefMut
+/// }
+/// ```
+pub struct GuardedContext<'model> {
+    // Dropped first: llama.cpp may call the hook until the context is freed.
+    context: LlamaContext<'model>,
+    hook: OwnedHook,
+    n_streams: usize,
+}
+
+/// A [`Hook`] on the heap that llama.cpp also has a pointer to.
+struct OwnedHook(NonNull<Hook>);
+
+// SAFETY: `Hook` is `Send`, and the pointer is the only handle but llama.cpp's, which is used on the thread that decodes.
+unsafe impl Send for OwnedHook {}
+
+impl OwnedHook {
+    fn new(hook: Hook) -> Self {
+        Self(NonNull::from(Box::leak(Box::new(hook))))
+    }
+
+    fn as_ref(&self) -> &Hook {
+        // SAFETY: made from a box that lives until drop. llama.cpp uses it only inside `llama_decode`, which needs `&mut GuardedContext`.
+        unsafe { self.0.as_ref() }
+    }
+
+    fn as_mut(&mut self) -> &mut Hook {
+        // SAFETY: as in `as_ref`.
+        unsafe { self.0.as_mut() }
+    }
+}
+
+impl Drop for OwnedHook {
+    fn drop(&mut self) {
+        // SAFETY: made from a box in `new` and freed only here; the context that also points to it was dropped before.
+        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
+    }
+}
+
+/// Why a guarded context could not be made, or a decode not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ContextError {
+    #[error("llama.cpp could not make a context: {0}")]
+    Create(#[from] llama_cpp_2::LlamaContextLoadError),
+    #[error("llama.cpp could not decode: {0}")]
+    Decode(#[from] llama_cpp_2::DecodeError),
+    #[error("the batch could not be filled: {0}")]
+    Batch(#[from] BatchError),
+    /// The guard failed, and its `on_error` says block: the decode's logits must not be used.
+    #[error("guard `{guard}` failed: {fault}")]
+    Fault { guard: String, fault: HookFault },
+    /// A gate that blocks has fired: the sequence is to get no more tokens.
+    #[error("guard `{guard}` blocked the sequence: gate `{gate}` fired{}", .message.as_ref().map(|m| format!(": {m}")).unwrap_or_default())]
+    Blocked { guard: String, sequence: SequenceId, gate: String, message: Option<String> },
+    #[error("llama.cpp's KV cache operation failed: {0}")]
+    Cache(String),
+}
+
+impl<'model> GuardedContext<'model> {
+    /// Makes a context of `model` that runs `program`, and proves with a dry run of one token that every hook point fires.
+    ///
+    /// # Errors
+    /// llama.cpp refuses the context, or the model's graph lacks a residual that the program needs.
+    pub fn new(
+        model: &'model LlamaModel,
+        backend: &LlamaBackend,
+        params: LlamaContextParams,
+        program: Arc<Program>,
+    ) -> Result<Self, ContextError> {
+        let hook = OwnedHook::new(Hook::new(GgmlTable::linked(), program));
+        let n_streams = params.n_streams();
+        // SAFETY: the hook is on the heap and freed after the context (field order), nothing else uses it while the context decodes
+        // (that takes `&mut self`), and it serves this one context.
+        let params = unsafe { params.with_eval_hook(hook.0.as_ptr()) };
+        let context = model.new_context(backend, params)?;
+        let mut guarded = Self { context, hook, n_streams };
+        guarded.dry_run(model)?;
+        Ok(guarded)
+    }
+
+    /// Decodes one token and checks that every hook point fired. Clears the KV cache.
+    fn dry_run(&mut self, model: &LlamaModel) -> Result<(), ContextError> {
+        let mut batch = GuardedBatch::new(1);
+        let bos = model.vocab().bos();
+        batch.add_prompt(SequenceId(0), TokenPosition(0), &[if bos.0 < 0 { LlamaToken(0) } else { bos }])?;
+        let outcome = self.run(&mut batch)?;
+        self.clear();
+        self.context.reset_timings();
+        outcome.map_err(|fault| self.fault(fault))
+    }
+
+    /// Decodes `batch` under the guard.
+    ///
+    /// # Errors
+    /// [`ContextError::Decode`] from llama.cpp. [`ContextError::Fault`] if the guard failed and says block; none of the batch's logits may
+    /// be used then. [`ContextError::Blocked`] if a sequence of the batch is blocked by a gate: its logits must not be used, those of
+    /// the batch's other sequences may.
+    pub fn decode(&mut self, batch: &mut GuardedBatch) -> Result<(), ContextError> {
+        if let Err(fault) = self.run(batch)? {
+            if self.hook.as_ref().program().on_error() == OnError::Block {
+                return Err(self.fault(fault));
+            }
+            tracing::warn!(guard = self.hook.as_ref().program().guard(), %fault, "unguarded decode: on_error is `pass`");
+        }
+        batch.rows.iter().find_map(|row| self.blocked(row.sequence)).map_or(Ok(()), Err)
+    }
+
+    fn run(&mut self, batch: &mut GuardedBatch) -> Result<Result<(), HookFault>, ContextError> {
+        self.hook.as_mut().begin(&batch.rows, self.n_streams);
+        let decoded = self.context.decode(&mut batch.batch);
+        // A failed decode first: its hook points have not fired, and that is not the guard's fault.
+        decoded?;
+        Ok(self.hook.as_mut().finish())
+    }
+
+    fn fault(&self, fault: HookFault) -> ContextError {
+        ContextError::Fault { guard: self.hook.as_ref().program().guard().to_owned(), fault }
+    }
+
+    fn blocked(&self, sequence: SequenceId) -> Option<ContextError> {
+        let program = self.hook.as_ref().program();
+        let gate = self.hook.as_ref().gates().blocked_by(program, sequence)?;
+        Some(ContextError::Blocked {
+            guard: program.guard().to_owned(),
+            sequence,
+            gate: gate.name.clone(),
+            message: program.message().map(str::to_owned),
+        })
+    }
+
+    pub fn program(&self) -> &Program {
+        self.hook.as_ref().program()
+    }
+
+    /// Every gate's decision for `sequence`, in the program's order; `None` before the end of its prompt.
+    pub fn gate_decisions(&self, sequence: SequenceId) -> Vec<Option<GateDecision>> {
+        let hook = self.hook.as_ref();
+        (0..hook.program().gates().len()).map(|gate| hook.gates().decision(sequence, gate)).collect()
+    }
+
+    /// Empties the KV cache and forgets every sequence.
+    pub fn clear(&mut self) {
+        self.context.clear_kv_cache();
+        self.hook.as_mut().gates_mut().clear_all();
+    }
+
+    /// Removes `sequence` from the KV cache and forgets its gates.
+    ///
+    /// # Errors
+    /// llama.cpp can't remove it.
+    pub fn clear_sequence(&mut self, sequence: SequenceId) -> Result<(), ContextError> {
+        let id = u32::try_from(sequence.0).map_err(|_| ContextError::Cache(format!("no sequence {sequence}")))?;
+        self.context.clear_kv_cache_seq(Some(id), None, None).map_err(|error| ContextError::Cache(error.to_string()))?;
+        self.hook.as_mut().gates_mut().clear(sequence);
+        Ok(())
+    }
+
+    /// Prepares `sequence` for another turn's prompt: its gates read anew, and one that has fired stays fired.
+    pub fn begin_prompt(&mut self, sequence: SequenceId) {
+        self.hook.as_mut().gates_mut().begin_prompt(sequence);
+    }
+
+    /// Copies the residual rows of `layers`, as they are after the program, in the decodes that follow.
+    pub fn capture(&mut self, layers: impl IntoIterator<Item = LayerIndex>) {
+        self.hook.as_mut().set_capture(Some(Capture::new(layers)));
+    }
+
+    /// Rows captured since the last call.
+    pub fn take_captured(&mut self) -> Vec<CapturedRow> {
+        self.hook.as_mut().take_captured()
+    }
+
+    /// How residuals were reached in the last decode: what the chosen executor could do with where they lie.
+    pub fn executor(&self) -> ExecutorKind {
+        self.hook.as_ref().executor_kind()
+    }
+
+    /// Chooses how residuals are reached; the default is in place where they lie in host memory.
+    pub fn set_executor(&mut self, kind: ExecutorKind) {
+        self.hook.as_mut().set_executor_kind(kind);
+    }
+
+    /// Takes an executor of the app's own.
+    pub fn set_custom_executor(&mut self, executor: Box<dyn super::Executor>) {
+        self.hook.as_mut().set_executor(executor);
+    }
+
+    /// Sets a LoRA adapter, as `LlamaContext::lora_adapter_set`.
+    ///
+    /// # Errors
+    /// llama.cpp refuses the adapter.
+    pub fn lora_adapter_set(&mut self, adapter: &mut LlamaLoraAdapter, scale: f32) -> Result<(), ContextError> {
+        self.context.lora_adapter_set(adapter, scale).map_err(|error| ContextError::Cache(error.to_string()))
+    }
+}
+
+impl<'model> Deref for GuardedContext<'model> {
+    type Target = LlamaContext<'model>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.context
+    }
+}
+
+/// Why a token could not be added to a batch.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BatchError {
+    #[error("a batch of {capacity} tokens has no room for {wanted}")]
+    Full { capacity: usize, wanted: usize },
+    #[error("sequence {sequence} has no room for position {start} + {count}")]
+    Position { sequence: SequenceId, start: i32, count: usize },
+}
+
+/// A llama.cpp batch whose rows the guard knows: which sequence and position each token has, and where a prompt ends.
+pub struct GuardedBatch {
+    batch: LlamaBatch<'static>,
+    rows: Vec<BatchRow>,
+    capacity: usize,
+}
+
+impl GuardedBatch {
+    /// # Panics
+    /// If `capacity` is above `i32::MAX`.
+    pub fn new(capacity: usize) -> Self {
+        Self { batch: LlamaBatch::new(capacity, 1), rows: Vec::with_capacity(capacity), capacity }
+    }
+
+    pub fn clear(&mut self) {
+        self.batch.clear();
+        self.rows.clear();
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Adds one token with everything said of it. Returns its index in the batch, by which its logits are asked for.
+    ///
+    /// # Errors
+    /// The batch is full.
+    pub fn add(&mut self, token: LlamaToken, row: BatchRow) -> Result<i32, BatchError> {
+        let index = self.rows.len();
+        self.batch
+            .add(token, row.position.0, &[row.sequence.0], row.output)
+            .map_err(|_| BatchError::Full { capacity: self.capacity, wanted: index + 1 })?;
+        self.rows.push(row);
+        Ok(index as i32)
+    }
+
+    /// Adds `tokens`, the whole prompt of `sequence` or the last part of it: gates decide at its last token, whose logits are asked
+    /// for. Returns that token's index.
+    ///
+    /// # Errors
+    /// The batch is full.
+    pub fn add_prompt(
+        &mut self,
+        sequence: SequenceId,
+        start: TokenPosition,
+        tokens: &[LlamaToken],
+    ) -> Result<i32, BatchError> {
+        self.add_tokens(sequence, start, tokens, true)
+    }
+
+    /// Adds `tokens`, a part of the prompt of `sequence` that more will follow.
+    ///
+    /// # Errors
+    /// The batch is full.
+    pub fn add_prompt_part(
+        &mut self,
+        sequence: SequenceId,
+        start: TokenPosition,
+        tokens: &[LlamaToken],
+    ) -> Result<i32, BatchError> {
+        self.add_tokens(sequence, start, tokens, false)
+    }
+
+    /// Adds a token of the answer. Returns its index.
+    ///
+    /// # Errors
+    /// The batch is full.
+    pub fn add_generated(
+        &mut self,
+        sequence: SequenceId,
+        position: TokenPosition,
+        token: LlamaToken,
+    ) -> Result<i32, BatchError> {
+        self.add(token, BatchRow { sequence, position, kind: RowKind::Generated, output: true })
+    }
+
+    fn add_tokens(
+        &mut self,
+        sequence: SequenceId,
+        start: TokenPosition,
+        tokens: &[LlamaToken],
+        ends: bool,
+    ) -> Result<i32, BatchError> {
+        if self.rows.len() + tokens.len() > self.capacity {
+            return Err(BatchError::Full { capacity: self.capacity, wanted: self.rows.len() + tokens.len() });
+        }
+        let mut last = -1;
+        for (offset, token) in tokens.iter().enumerate() {
+            let position = i32::try_from(offset).ok().and_then(|offset| start.0.checked_add(offset)).ok_or(
+                BatchError::Position { sequence, start: start.0, count: tokens.len() },
+            )?;
+            let output = ends && offset + 1 == tokens.len();
+            let kind = if output { RowKind::PromptEnd } else { RowKind::Prompt };
+            last = self.add(*token, BatchRow { sequence, position: TokenPosition(position), kind, output })?;
+        }
+        Ok(last)
+    }
+}

@@ -1,0 +1,113 @@
+//! Where a program runs: on the residual in host memory, or on a copy of it. An executor on the tensor's own device joins here.
+
+use super::table::{Tensor, TensorBytes};
+use crate::program::{GateStates, HookPoint, Program, Row, RowFault};
+use crate::tensor::ResidualMut;
+use std::fmt;
+
+/// Runs a program at one hook point.
+///
+/// The hook calls it inside the eval callback: llama.cpp has computed the residual, synchronised the backend, and waits.
+pub trait Executor: Send {
+    /// How the last residual was reached.
+    fn kind(&self) -> ExecutorKind;
+
+    /// Reads the gates of `point` from `residual` and patches it. `rows` names its rows, in order.
+    ///
+    /// # Errors
+    /// Whatever keeps a row from being guarded.
+    fn run(
+        &mut self,
+        program: &Program,
+        point: &HookPoint,
+        rows: &[Row],
+        states: &mut GateStates,
+        residual: &mut Tensor<'_>,
+    ) -> Result<(), RowFault>;
+}
+
+/// How a residual is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExecutorKind {
+    /// In place, in host memory.
+    Host,
+    /// By copy to the host and back.
+    Copy,
+}
+
+impl fmt::Display for ExecutorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Host => "host",
+            Self::Copy => "copy",
+        })
+    }
+}
+
+/// Patches in place where the residual lies in host memory, and by copy where it does not.
+#[derive(Debug, Default)]
+pub struct HostExecutor {
+    copy: CopyExecutor,
+    copied: bool,
+}
+
+impl Executor for HostExecutor {
+    fn kind(&self) -> ExecutorKind {
+        if self.copied { ExecutorKind::Copy } else { ExecutorKind::Host }
+    }
+
+    fn run(
+        &mut self,
+        program: &Program,
+        point: &HookPoint,
+        rows: &[Row],
+        states: &mut GateStates,
+        residual: &mut Tensor<'_>,
+    ) -> Result<(), RowFault> {
+        // SAFETY: the hook checks the shape before it calls an executor, and llama.cpp waits for the callback.
+        let bytes = unsafe { residual.bytes() };
+        self.copied = matches!(bytes, TensorBytes::Device);
+        match bytes {
+            TensorBytes::Host(values) => {
+                program.run(point, rows, states, &mut view(program, values)?)?;
+                Ok(())
+            }
+            TensorBytes::Device => self.copy.run(program, point, rows, states, residual),
+        }
+    }
+}
+
+/// Patches a copy and writes it back if a row changed. Works wherever the residual lies.
+#[derive(Debug, Default)]
+pub struct CopyExecutor {
+    values: Vec<f32>,
+}
+
+impl Executor for CopyExecutor {
+    fn kind(&self) -> ExecutorKind {
+        ExecutorKind::Copy
+    }
+
+    fn run(
+        &mut self,
+        program: &Program,
+        point: &HookPoint,
+        rows: &[Row],
+        states: &mut GateStates,
+        residual: &mut Tensor<'_>,
+    ) -> Result<(), RowFault> {
+        self.values.resize(residual.n_elements(), 0.0);
+        // SAFETY: the hook checks the shape before it calls an executor.
+        unsafe { residual.read(&mut self.values) };
+        if program.run(point, rows, states, &mut view(program, &mut self.values)?)? {
+            // SAFETY: as above, and llama.cpp waits for the callback.
+            unsafe { residual.write(&self.values) };
+        }
+        Ok(())
+    }
+}
+
+fn view<'a>(program: &Program, values: &'a mut [f32]) -> Result<ResidualMut<'a>, RowFault> {
+    let (expected, found) = (program.width().0, values.len());
+    ResidualMut::new(values, expected).map_err(|_| RowFault::Width { expected, found })
+}

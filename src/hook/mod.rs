@@ -1,0 +1,49 @@
+//! The eval callback: finds the residual in llama.cpp's graph while it is computed, and runs a [`Program`] on it.
+//!
+//! In: a program, the rows of each batch, and the tensors that llama.cpp shows its callback. Out: patched residuals, gate
+//! states and faults. This room decides nothing: what to patch is the program's business, what a fault means is said by the
+//! guard. It and `attach/` are the only rooms with `unsafe`.
+//!
+//! How llama.cpp calls: the scheduler asks for every node of the graph (`ask`), computes up to each wanted one, synchronises
+//! the backend, and shows it (`ggml_backend_sched_compute_splits`, ggml-backend.cpp). Answering "stop" there only ends the
+//! current split and `llama_decode` still reports success, so a fault is latched in the [`Hook`], and whoever ran the decode
+//! must look at the latch and discard the logits. [`GuardedContext`] does.
+//!
+//! Without the `engine` feature there is no [`GuardedContext`] and no linked function table: what remains holds no C++.
+
+mod callback;
+#[cfg(feature = "engine")]
+mod context;
+mod executor;
+#[cfg(feature = "engine")]
+mod linked;
+#[cfg(feature = "engine")]
+mod params;
+mod rows;
+mod table;
+
+pub use callback::{Capture, CapturedRow, Hook};
+#[cfg(feature = "engine")]
+pub use context::{BatchError, ContextError, GuardedBatch, GuardedContext};
+pub use executor::{CopyExecutor, Executor, ExecutorKind, HostExecutor};
+#[cfg(feature = "engine")]
+pub use params::EvalCallbackParams;
+pub use rows::BatchRow;
+pub use table::{GgmlTable, MissingSymbol, RawTensor, Tensor, TensorBytes};
+
+use crate::program::RowFault;
+use crate::tensor::LayerIndex;
+
+/// What went wrong inside a decode. It is latched: until the latch is cleared nothing that the decode produced is to be used.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HookFault {
+    #[error("the guard panicked at layer {layer:?}: {message}")]
+    Panic { layer: Option<LayerIndex>, message: String },
+    #[error("layer {layer}: {source}")]
+    Row { layer: LayerIndex, source: RowFault },
+    #[error("layer {layer}: the residual is not what a guard can patch: {reason}")]
+    Residual { layer: LayerIndex, reason: String },
+    #[error("hook point at layer {layer} did not fire: this model's graph has no residual `l_out-{layer}` to guard")]
+    MissingHookPoint { layer: LayerIndex },
+}

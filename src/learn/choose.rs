@@ -1,0 +1,41 @@
+use super::{LearnError, Progress, last_token_activations};
+use crate::engine::Model;
+use crate::mapping::AffineMap;
+use crate::steering::SteeringVector;
+use crate::tensor::{LayerIndex, auc, dot};
+
+/// How well each of `maps` carries its source layer's vector over: the AUC of the mapped vector's projections on `positive` against
+/// `negative` prompts in the target `model`, in the order of `maps`; `None` where `vectors` has none of that source layer.
+///
+/// The prompts should be those that the vectors were made from. Variance explained says how much of the residual a map carries, this
+/// how much of the one direction that matters.
+///
+/// # Errors
+/// A prompt that the model can't run.
+pub fn separation_by_map(
+    model: &Model,
+    vectors: &[SteeringVector],
+    maps: &[&AffineMap],
+    positive: &[String],
+    negative: &[String],
+    progress: Progress<'_>,
+) -> Result<Vec<Option<f64>>, LearnError> {
+    let mut layers: Vec<LayerIndex> = maps.iter().map(|map| map.target_layer()).collect();
+    layers.sort_unstable();
+    layers.dedup();
+    let total = positive.len() + negative.len();
+    let positive = last_token_activations(model, &layers, positive, &mut |done, _| progress(done, total))?;
+    let before = positive.n_rows();
+    let negative = last_token_activations(model, &layers, negative, &mut |done, _| progress(before + done, total))?;
+    Ok(maps
+        .iter()
+        .map(|map| {
+            let vector = vectors.iter().find(|vector| vector.layer == map.source_layer())?;
+            let mapped = map.apply_direction(&vector.values);
+            let scores = |activations: &crate::engine::Activations| -> Vec<f64> {
+                activations.layer(map.target_layer()).rows().map(|row| f64::from(dot(row, &mapped))).collect()
+            };
+            Some(auc(&scores(&positive), &scores(&negative)))
+        })
+        .collect())
+}

@@ -1,0 +1,49 @@
+//! Making guards: activations of real models become steering vectors, mappings and calibrations.
+//!
+//! In: loaded models and texts. Out: vectors, mappings, benign statistics. The mathematics is in [`steering`](crate::steering) and
+//! [`mapping`](crate::mapping), the running of models in [`engine`](crate::engine); this room brings the two together and never
+//! touches a file.
+
+mod calibrate;
+mod choose;
+mod corpus;
+mod extract;
+mod map;
+mod recentre;
+
+pub use calibrate::{Calibrated, calibrate};
+pub use choose::separation_by_map;
+pub use corpus::{CorpusOptions, sample_corpus};
+pub use extract::{Contrast, contrast, last_token_activations};
+pub use map::{MapOptions, Mapped, candidate_layers, map};
+pub use recentre::benign_means;
+
+use crate::engine::EngineError;
+use crate::mapping::MappingError;
+use crate::steering::SteeringError;
+use crate::tensor::LayerIndex;
+
+/// Why a guard's part could not be learnt.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LearnError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("layer {layer}: {source}")]
+    Steering { layer: LayerIndex, source: SteeringError },
+    #[error("mapping layer {source_layer} to {target_layer}: {source}")]
+    Mapping { source_layer: LayerIndex, target_layer: LayerIndex, source: MappingError },
+    #[error("{what} needs at least {needed} prompts, found {found}")]
+    TooFewPrompts { what: &'static str, needed: usize, found: usize },
+    #[error("the two tokenizers share no token ends in the corpus of {documents} documents: is it text?")]
+    NoPairs { documents: usize },
+    #[error("gate `{gate}` read nothing from prompt {index}")]
+    NothingRead { gate: String, index: usize },
+    #[error("gate `{gate}`: the {found} benign prompts all score alike, so there is no scale to set a threshold on")]
+    NoSpread { gate: String, found: usize },
+    #[error("sampling from the model gave {found} usable documents after {tries} tries, {wanted} were asked for")]
+    Corpus { found: usize, wanted: usize, tries: usize },
+}
+
+/// Told of steps done and steps in all.
+pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);

@@ -1,0 +1,196 @@
+use super::MappingError;
+use crate::tensor::LayerIndex;
+
+/// Mean `μ` and scale `σ` of each dimension of a residual: `z = (x − μ)/σ`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Standardization {
+    /// `[width]`
+    pub mean: Vec<f32>,
+    /// `[width]`, positive.
+    pub scale: Vec<f32>,
+}
+
+/// An affine map from residuals of a source model at one layer to residuals of a target model at one layer:
+/// `ŷ = μ_t + D_t Wᵀ D_s⁻¹ (x − μ_s)`, where `D = diag(σ)`. This is the affine map of arXiv 2503.04429 (its
+/// linear alternative to the autoencoder) with both sides standardised, without which a few large dimensions take the whole fit.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AffineMap {
+    source_layer: LayerIndex,
+    target_layer: LayerIndex,
+    source: Standardization,
+    target: Standardization,
+    weight: Vec<f32>,
+}
+
+impl AffineMap {
+    /// `weight` is `W`, `[d_s, d_t]` row-major, with `z_t = z_s · W`; `d_s` and `d_t` are the widths of `source` and `target`.
+    ///
+    /// # Errors
+    /// If a length does not fit the others, a side has width 0, a value is not finite, or a scale is not a positive normal number.
+    pub fn new(
+        source_layer: LayerIndex,
+        target_layer: LayerIndex,
+        source: Standardization,
+        target: Standardization,
+        weight: Vec<f32>,
+    ) -> Result<Self, MappingError> {
+        let (source_width, target_width) = (source.mean.len(), target.mean.len());
+        check_side(&source, "`source_mean`", "`source_scale`")?;
+        check_side(&target, "`target_mean`", "`target_scale`")?;
+        if source_width.checked_mul(target_width) != Some(weight.len()) {
+            let expected = source_width.saturating_mul(target_width);
+            return Err(MappingError::Length { what: "`weight`", expected, found: weight.len() });
+        }
+        check_finite(&weight, "`weight`")?;
+        Ok(Self { source_layer, target_layer, source, target, weight })
+    }
+
+    pub fn source_layer(&self) -> LayerIndex {
+        self.source_layer
+    }
+
+    pub fn target_layer(&self) -> LayerIndex {
+        self.target_layer
+    }
+
+    /// `μ_s`, `σ_s`
+    pub fn source(&self) -> &Standardization {
+        &self.source
+    }
+
+    /// `μ_t`, `σ_t`
+    pub fn target(&self) -> &Standardization {
+        &self.target
+    }
+
+    /// `W`, `[d_s, d_t]` row-major.
+    pub fn weight(&self) -> &[f32] {
+        &self.weight
+    }
+
+    /// `d_s`
+    pub fn source_width(&self) -> usize {
+        self.source.mean.len()
+    }
+
+    /// `d_t`
+    pub fn target_width(&self) -> usize {
+        self.target.mean.len()
+    }
+
+    /// A residual, `[d_s]` to `[d_t]`: `ŷ = μ_t + σ_t ⊙ Wᵀ((x − μ_s)/σ_s)`, accumulated in `f64`.
+    ///
+    /// # Panics
+    /// If `x` is not [`source_width`](Self::source_width) long.
+    pub fn apply(&self, x: &[f32]) -> Vec<f32> {
+        assert_eq!(x.len(), self.source_width(), "a residual of the wrong width");
+        let centred = x.iter().zip(&self.source.mean).map(|(x, mean)| f64::from(*x) - f64::from(*mean));
+        let mapped = self.linear_part(centred);
+        mapped.zip(&self.target.mean).map(|(y, mean)| (f64::from(*mean) + y) as f32).collect()
+    }
+
+    /// A direction, `[d_s]` to `[d_t]`: `v_t = D_t Wᵀ D_s⁻¹ v_s`, accumulated in `f64`. No mean comes in: a direction is a
+    /// difference of residuals, and `apply(x + v) − apply(x)` is `apply_direction(v)`.
+    ///
+    /// # Panics
+    /// If `v` is not [`source_width`](Self::source_width) long.
+    pub fn apply_direction(&self, v: &[f32]) -> Vec<f32> {
+        assert_eq!(v.len(), self.source_width(), "a direction of the wrong width");
+        self.linear_part(v.iter().map(|v| f64::from(*v))).map(|y| y as f32).collect()
+    }
+
+    /// `D_t Wᵀ D_s⁻¹ x`
+    fn linear_part(&self, x: impl Iterator<Item = f64>) -> impl Iterator<Item = f64> {
+        let mut sums = vec![0.0f64; self.target_width()];
+        let weight_rows = self.weight.chunks_exact(self.target_width());
+        for ((x, scale), weights) in x.zip(&self.source.scale).zip(weight_rows) {
+            let z = x / f64::from(*scale);
+            for (sum, weight) in sums.iter_mut().zip(weights) {
+                *sum += z * f64::from(*weight);
+            }
+        }
+        sums.into_iter().zip(&self.target.scale).map(|(sum, scale)| sum * f64::from(*scale))
+    }
+}
+
+fn check_side(side: &Standardization, mean: &'static str, scale: &'static str) -> Result<(), MappingError> {
+    let width = side.mean.len().max(1);
+    for (what, values) in [(mean, &side.mean), (scale, &side.scale)] {
+        if values.len() != width {
+            return Err(MappingError::Length { what, expected: width, found: values.len() });
+        }
+        check_finite(values, what)?;
+    }
+    match side.scale.iter().position(|value| !value.is_normal() || *value < 0.0) {
+        Some(index) => Err(MappingError::Scale { what: scale, index, value: side.scale[index] }),
+        None => Ok(()),
+    }
+}
+
+fn check_finite(values: &[f32], what: &'static str) -> Result<(), MappingError> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => Err(MappingError::NonFinite { what, index, value: values[index] }),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn side(mean: &[f32], scale: &[f32]) -> Standardization {
+        Standardization { mean: mean.to_vec(), scale: scale.to_vec() }
+    }
+
+    fn make(source: Standardization, target: Standardization, weight: &[f32]) -> Result<AffineMap, MappingError> {
+        AffineMap::new(LayerIndex(24), LayerIndex(10), source, target, weight.to_vec())
+    }
+
+    #[test]
+    fn a_map_worked_by_hand() {
+        let map = make(
+            side(&[1.0, 2.0], &[2.0, 4.0]),
+            side(&[10.0, 20.0, 30.0], &[1.0, 2.0, 3.0]),
+            &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        )
+        .unwrap();
+        // z = [1, 1], z·W = [5, 7, 9]
+        assert_eq!(map.apply(&[3.0, 6.0]), [15.0, 34.0, 57.0]);
+        assert_eq!(map.apply(&[1.0, 2.0]), [10.0, 20.0, 30.0]);
+        assert_eq!(map.apply_direction(&[2.0, 4.0]), [5.0, 14.0, 27.0]);
+        assert_eq!(map.apply_direction(&[2.0, 0.0]), [1.0, 4.0, 9.0]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let one = || side(&[0.0], &[1.0]);
+        let cases = [
+            (one(), one(), vec![1.0, 2.0], "`weight` has 2 values, expected 1"),
+            (one(), one(), vec![f32::NAN], "`weight` has a non-finite value (NaN) at index 0"),
+            (side(&[], &[]), one(), vec![], "`source_mean` has 0 values, expected 1"),
+            (side(&[0.0, 1.0], &[1.0]), one(), vec![1.0, 2.0], "`source_scale` has 1 values, expected 2"),
+            (one(), side(&[f32::INFINITY], &[1.0]), vec![1.0], "`target_mean` has a non-finite value (inf) at index 0"),
+            (one(), side(&[0.0], &[0.0]), vec![1.0], "`target_scale` has 0 at index 0, expected a positive number"),
+            (side(&[0.0], &[-1.0]), one(), vec![1.0], "`source_scale` has -1 at index 0, expected a positive number"),
+        ];
+        for (source, target, weight, expected) in cases {
+            assert_eq!(make(source, target, &weight).unwrap_err().to_string(), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_direction_maps_as_the_difference_of_residuals(
+            weight in proptest::collection::vec(-2.0f32..2.0, 6),
+            x in proptest::collection::vec(-10.0f32..10.0, 3),
+            v in proptest::collection::vec(-10.0f32..10.0, 3),
+        ) {
+            let map = make(side(&[5.0, -3.0, 0.5], &[0.5, 2.0, 1.0]), side(&[7.0, -9.0], &[3.0, 0.25]), &weight).unwrap();
+            let moved: Vec<f32> = x.iter().zip(&v).map(|(x, v)| x + v).collect();
+            for ((to, from), mapped) in map.apply(&moved).iter().zip(map.apply(&x)).zip(map.apply_direction(&v)) {
+                prop_assert!((to - from - mapped).abs() < 1e-3);
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Steering vectors: finding them in activations, and exchanging them with llama.cpp as control vectors.
+//!
+//! In: residual rows of two classes, or the bytes of a control-vector GGUF. Out: directions with how they were found, or such
+//! bytes. This room never runs a model and never touches a file: which rows to compare, and where bytes come from, is the
+//! caller's business.
+
+mod control_vector;
+mod extract;
+mod gguf;
+
+pub use control_vector::ControlVector;
+pub use extract::{Extracted, difference_of_means};
+
+use crate::tensor::LayerIndex;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// A direction in one model's residual at one hook point, with how it was found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SteeringVector {
+    pub name: String,
+    pub layer: LayerIndex,
+    /// `[width]`, as found: not normalised, so that strength 1.0 is the vector itself.
+    pub values: Vec<f32>,
+    pub method: ExtractionMethod,
+    /// Mean L2 norm of the residual rows at that layer, over both classes; 0 where the vector was imported and none is known.
+    pub mean_norm: f64,
+    /// Rows of the positive class; 0 where imported.
+    pub n_positive: usize,
+    /// Rows of the negative class; 0 where imported.
+    pub n_negative: usize,
+}
+
+/// How a steering vector was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum ExtractionMethod {
+    /// See [`difference_of_means`].
+    #[serde(rename = "mean")]
+    DifferenceOfMeans,
+    /// Read from a file that does not say.
+    #[serde(rename = "imported")]
+    Imported,
+}
+
+impl fmt::Display for ExtractionMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::DifferenceOfMeans => "mean",
+            Self::Imported => "imported",
+        })
+    }
+}
+
+impl FromStr for ExtractionMethod {
+    type Err = SteeringError;
+
+    fn from_str(text: &str) -> Result<Self, SteeringError> {
+        match text {
+            "mean" => Ok(Self::DifferenceOfMeans),
+            "imported" => Ok(Self::Imported),
+            _ => Err(SteeringError::UnknownMethod { found: text.to_owned() }),
+        }
+    }
+}
+
+/// Why a direction could not be found, read or written.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SteeringError {
+    #[error("unknown extraction method `{found}`, expected `mean` or `imported`")]
+    UnknownMethod { found: String },
+
+    #[error("the {class} class has no rows")]
+    EmptyClass { class: &'static str },
+    #[error("rows of the positive class have width {positive}, those of the negative class {negative}")]
+    ClassWidths { positive: usize, negative: usize },
+    #[error("row {row} of the {class} class has a non-finite value ({value}) at index {index}")]
+    NonFiniteRow { class: &'static str, row: usize, index: usize, value: f32 },
+    #[error("the two classes have the same mean: there is no direction between them")]
+    ZeroDirection,
+    #[error("the direction does not fit in `f32`: index {index} is {value}")]
+    Overflow { index: usize, value: f64 },
+
+    #[error("not a GGUF file: it starts with {found:02x?}, expected {expected:02x?}")]
+    Magic { expected: [u8; 4], found: [u8; 4] },
+    #[error("GGUF version {found} is not supported, expected 2 or 3 in little-endian byte order")]
+    Version { found: u32 },
+    #[error("truncated at byte {offset}: {what} needs {needed} bytes, {left} are left")]
+    Truncated { offset: usize, what: String, needed: u64, left: usize },
+    #[error("key `{key}` at byte {offset}: {reason}")]
+    Key { key: String, offset: usize, reason: String },
+    #[error("tensor `{tensor}` at byte {offset}: {reason}")]
+    Tensor { tensor: String, offset: usize, reason: String },
+    #[error("not a control vector: key `general.architecture` is {found}, expected `controlvector`")]
+    Architecture { found: String },
+
+    #[error("the control vector has no directions")]
+    NoDirections,
+    #[error("a control vector cannot act at layer {layer}: llama.cpp takes layers 1 to {}", i32::MAX)]
+    DirectionLayer { layer: LayerIndex },
+    #[error("the direction at layer {layer} has width {found}, expected {expected}")]
+    DirectionWidth { layer: LayerIndex, expected: usize, found: usize },
+    #[error("the direction at layer {layer} has a non-finite value ({value}) at index {index}")]
+    NonFiniteDirection { layer: LayerIndex, index: usize, value: f32 },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_method_is_spelt_the_same_everywhere() {
+        for (method, name) in [(ExtractionMethod::DifferenceOfMeans, "mean"), (ExtractionMethod::Imported, "imported")]
+        {
+            assert_eq!(method.to_string(), name);
+            assert_eq!(name.parse(), Ok(method));
+            assert_eq!(serde_json::to_value(method).unwrap(), name);
+        }
+        assert_eq!("Mean".parse::<ExtractionMethod>(), Err(SteeringError::UnknownMethod { found: "Mean".to_owned() }));
+    }
+}

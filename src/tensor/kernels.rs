@@ -1,0 +1,95 @@
+//! Kernels over one row. They accumulate in `f32` over independent lanes, which the compiler turns into SIMD (a single
+//! running sum can't be, since float addition is not associative), so a sum of n terms has an error of about n/16 ulps.
+
+/// Independent partial sums a dot product keeps: two AVX2 or four NEON registers.
+const LANES: usize = 16;
+
+/// `a · b`, both `[width]`, accumulated in `f32`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len(), "dot of {} and {} values", a.len(), b.len());
+    let mut sums = [0.0f32; LANES];
+    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
+    let (b_lanes, b_rest) = b.as_chunks::<LANES>();
+    for (x, y) in a_lanes.iter().zip(b_lanes) {
+        for lane in 0..LANES {
+            sums[lane] += x[lane] * y[lane];
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum();
+    sums.iter().sum::<f32>() + rest
+}
+
+/// `y += alpha · x`, both `[width]`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len(), "axpy of {} and {} values", x.len(), y.len());
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += alpha * x;
+    }
+}
+
+/// `‖a‖₂`, accumulated in `f64`.
+pub fn norm(a: &[f32]) -> f64 {
+    a.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt()
+}
+
+/// `a / ‖a‖₂`, or `None` where the norm is zero or not finite.
+pub fn unit(a: &[f32]) -> Option<Vec<f32>> {
+    let length = norm(a);
+    (length.is_finite() && length > 0.0).then(|| a.iter().map(|x| (f64::from(*x) / length) as f32).collect())
+}
+
+/// Cosine of the angle between `a` and `b`, both `[width]`, accumulated in `f64`; 0 where either is zero.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len(), "cosine of {} and {} values", a.len(), b.len());
+    let product: f64 = a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+    let norms = norm(a) * norm(b);
+    if norms > 0.0 { product / norms } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn pair() -> impl Strategy<Value = (Vec<f32>, Vec<f32>)> {
+        (0usize..200).prop_flat_map(|n| {
+            (proptest::collection::vec(-1e3f32..1e3, n), proptest::collection::vec(-1e3f32..1e3, n))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn dot_agrees_with_f64((a, b) in pair()) {
+            let exact: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+            let magnitude: f64 = a.iter().zip(&b).map(|(x, y)| (f64::from(*x) * f64::from(*y)).abs()).sum();
+            prop_assert!((f64::from(dot(&a, &b)) - exact).abs() <= 1e-5 * magnitude + 1e-12);
+        }
+
+        #[test]
+        fn axpy_agrees_with_f64((x, y) in pair(), alpha in -10.0f32..10.0) {
+            let mut found = y.clone();
+            axpy(alpha, &x, &mut found);
+            for ((x, y), found) in x.iter().zip(&y).zip(found) {
+                let exact = f64::from(*y) + f64::from(alpha) * f64::from(*x);
+                prop_assert!((f64::from(found) - exact).abs() <= 1e-6 * (exact.abs() + f64::from((alpha * x).abs())));
+            }
+        }
+
+        #[test]
+        fn unit_has_norm_one((a, _) in pair()) {
+            match unit(&a) {
+                Some(u) => prop_assert!((norm(&u) - 1.0).abs() < 1e-6),
+                None => prop_assert!(a.iter().all(|x| *x == 0.0)),
+            }
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Behaviour, from outside. Three tiers: without a model, on tiny GGUFs that the tests write, and on real models, which run where
+//! they have been pulled (`pilotfish models pull`) and say so where they are skipped.
+
+mod architecture;
+mod command_line;
+mod guarded;
+mod real;
+mod support;
+#[path = "../support/tiny_model.rs"]
+mod tiny_model;
