@@ -60,7 +60,7 @@ pub struct LoadArguments {
 
 #[derive(Debug, Args)]
 pub struct DemoArguments {
-    /// Make the guard from nothing instead of using the shipped one (about ten minutes)
+    /// Make the guard from nothing, in `demo-guard`, instead of using the shipped one (about ten minutes)
     #[arg(long)]
     pub rebuild: bool,
     /// Where the shipped guards are
@@ -145,7 +145,9 @@ impl std::str::FromStr for LayerPairs {
             Some((LayerIndex(source.trim().parse().ok()?), LayerIndex(target.trim().parse().ok()?)))
         };
         let pairs: Option<Vec<_>> = text.split(',').map(pair).collect();
-        pairs.map(Self::Chosen).ok_or_else(|| format!("`{text}` is no list of layer pairs; give `auto` or `24:10,27:12`"))
+        pairs
+            .map(Self::Chosen)
+            .ok_or_else(|| format!("`{text}` is no list of layer pairs; give `auto` or `24:10,27:12`"))
     }
 }
 
@@ -157,14 +159,14 @@ pub struct MapArguments {
     /// The model to guard
     #[arg(long, value_name = "M")]
     pub target: String,
-    /// Texts that both models read (.jsonl, .csv or .txt), or `self`: the source model writes them
-    #[arg(long, value_name = "F|self")]
-    pub corpus: String,
+    /// Texts that both models read (.jsonl, .csv or .txt), or `self`: the source model writes them. May be given several times
+    #[arg(long, value_name = "F|self", required = true)]
+    pub corpus: Vec<String>,
     /// Pairs of source and target layers, as `24:10,27:12`; `auto` surveys the candidates and keeps the best
     #[arg(long, default_value = "auto", value_name = "auto|S:T,…")]
     pub layers: LayerPairs,
-    /// How many of the surveyed pairs to keep, best first
-    #[arg(long, default_value_t = 16, value_name = "N")]
+    /// How many target layers to keep a source layer, best first
+    #[arg(long, default_value_t = 3, value_name = "N")]
     pub keep: usize,
     #[arg(long, value_enum, default_value_t = MappingKindArgument::Affine)]
     pub kind: MappingKindArgument,
@@ -190,7 +192,7 @@ pub enum MappingKindArgument {
 #[derive(Debug, Subcommand)]
 pub enum GuardCommand {
     /// Compose vectors, a mapping and a policy into a guard
-    Build(BuildArguments),
+    Build(Box<BuildArguments>),
     /// What a guard says and does
     Inspect {
         guard: PathBuf,

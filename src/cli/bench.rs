@@ -13,21 +13,21 @@ use std::time::{Duration, Instant};
 
 /// Speeds in tokens per second: medians over interleaved pairs, and the median and spread of each pair's ratio.
 #[derive(Debug, Serialize)]
-pub struct BenchReport {
+struct BenchReport {
     pairs: usize,
     executor: String,
-    pub prefill: Compared,
-    pub decode: Compared,
+    prefill: Compared,
+    decode: Compared,
     /// Lowest and highest ratio of all pairs, prefill and decode.
     ratio_spread: [f64; 2],
 }
 
 #[derive(Debug, Serialize)]
-pub struct Compared {
-    pub unguarded: f64,
-    pub guarded: f64,
-    pub ratio: f64,
-    pub spread: [f64; 2],
+struct Compared {
+    unguarded: f64,
+    guarded: f64,
+    ratio: f64,
+    spread: [f64; 2],
 }
 
 pub fn bench(arguments: BenchArguments) -> anyhow::Result<Outcome> {
@@ -50,14 +50,14 @@ pub fn bench(arguments: BenchArguments) -> anyhow::Result<Outcome> {
 }
 
 #[derive(Debug, Clone, Copy)]
-pub struct Shape {
-    pub prompt_tokens: usize,
-    pub tokens: usize,
-    pub pairs: usize,
+struct Shape {
+    prompt_tokens: usize,
+    tokens: usize,
+    pairs: usize,
 }
 
 /// Runs the same tokens guarded and unguarded in turn, each pair in the other order than the one before.
-pub fn compare(
+fn compare(
     model: &Model,
     guard: &pilotfish::guard::Guard,
     shape: Shape,
@@ -113,7 +113,7 @@ pub fn compare(
 }
 
 impl BenchReport {
-    pub fn table(&self) -> String {
+    fn table(&self) -> String {
         let row = |name: &str, compared: &Compared| {
             [
                 name.to_owned(),

@@ -38,6 +38,10 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
         ]
     });
     writeln!(out, "{}", table(["", "layer", "AUC", "fires on positive", "fires on negative"], rows))?;
-    writeln!(out, "guard `{}` on {}: {} positive, {} negative prompts", report.guard, report.model, report.n_positive, report.n_negative)?;
+    writeln!(
+        out,
+        "guard `{}` on {}: {} positive, {} negative prompts",
+        report.guard, report.model, report.n_positive, report.n_negative
+    )?;
     Ok(Outcome::Done)
 }

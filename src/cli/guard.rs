@@ -9,12 +9,12 @@ use super::{prompts, table::table};
 use anyhow::{Context, bail, ensure};
 use pilotfish::engine::{GuardOptions, Model, Session, SessionOptions, probe_of};
 use pilotfish::guard::manifest::{
-    FORMAT, GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, TargetEntry, TensorsEntry,
-    VectorEntry,
+    FORMAT, GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, TargetEntry,
+    TensorsEntry, VectorEntry,
 };
 use pilotfish::guard::{
-    Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions,
-    Source, VectorFile, from_control_vector, write_guard,
+    Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Source, VectorFile,
+    from_control_vector, write_guard,
 };
 use pilotfish::learn;
 use pilotfish::mapping::AffineMap;
@@ -29,7 +29,7 @@ const PROBE_PROMPT: &str = "The pilot fish swims beside the shark, eats what it 
 
 pub fn guard(command: GuardCommand) -> anyhow::Result<Outcome> {
     match command {
-        GuardCommand::Build(arguments) => build(arguments)?,
+        GuardCommand::Build(arguments) => build(*arguments)?,
         GuardCommand::Inspect { guard, model, json } => inspect(&guard, model.as_deref(), json)?,
         GuardCommand::Verify { guard, model } => verify(&guard, model.as_deref())?,
         GuardCommand::Import { file, name, model, strength, output } => {
@@ -140,7 +140,10 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
             vector.layer.to_string(),
             format!("{:.2}", norm(&vector.direction)),
             text(vector.mapped_from.as_ref().map(|from| {
-                format!("layer {} by `{}`, {:.2} unexplained", from.layer, from.mapping, from.quality.fraction_unexplained)
+                format!(
+                    "layer {} by `{}`, {:.2} unexplained",
+                    from.layer, from.mapping, from.quality.fraction_unexplained
+                )
             })),
         ]
     });
@@ -225,25 +228,24 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
         message: arguments.message,
         baked: arguments.baked,
     };
-    build_to(&target, &arguments.vectors, arguments.mapping.as_deref(), choice, policy, &arguments.output)?;
-    Ok(())
+    build_to(&target, &arguments.vectors, arguments.mapping.as_deref(), choice, policy, &arguments.output)
 }
 
 /// What a guard built from one vector does.
-pub struct Policy {
-    pub name: String,
-    pub description: String,
-    pub gate: Option<String>,
-    pub aggregate: Aggregate,
-    pub on_fire: OnFire,
-    pub intervention: Option<InterventionEntry>,
-    pub on_error: OnError,
-    pub message: Option<String>,
-    pub baked: bool,
+struct Policy {
+    name: String,
+    description: String,
+    gate: Option<String>,
+    aggregate: Aggregate,
+    on_fire: OnFire,
+    intervention: Option<InterventionEntry>,
+    on_error: OnError,
+    message: Option<String>,
+    baked: bool,
 }
 
 /// Which layer of the vectors, or which pair of the mapping, a guard is built on.
-pub enum LayerChoice<'a> {
+enum LayerChoice<'a> {
     /// `L`, or `S:T` with a mapping.
     Given(&'a str),
     /// Where the vector best tells these prompts apart in the target.
@@ -253,14 +255,14 @@ pub enum LayerChoice<'a> {
 }
 
 /// Composes vectors and mapping under `policy` into a guard for `target`, with a probe of it, and writes it.
-pub fn build_to(
+fn build_to(
     target: &Model,
     vectors: &Path,
     mapping: Option<&Path>,
     choice: LayerChoice<'_>,
     policy: Policy,
     output: &Path,
-) -> anyhow::Result<Guard> {
+) -> anyhow::Result<()> {
     ensure!(
         policy.gate.is_some() || policy.intervention.is_some(),
         "a guard needs `--gate NAME`, `--intervene KIND` or both"
@@ -325,7 +327,7 @@ pub fn build_to(
         if carried.is_some() { (vector.layer, vector.values.clone()) } else { (target_layer, in_target.clone()) };
     let tensor = format!("{name}.{layer}");
 
-    let source = map.map(|_| Source { model: file.model.name.clone(), fingerprint: file.model.fingerprint.clone() });
+    let source = map.map(|_| Source { model: file.model.name.clone(), fingerprint: file.model.fingerprint });
     let last_layer = target.shape().n_layer - 1;
     // At the last layer only rows with logits exist, so a probe over a prompt's tokens can't be taken there.
     let probe = (target_layer.0 < last_layer)
@@ -339,7 +341,7 @@ pub fn build_to(
         message: policy.message,
         target: TargetEntry {
             architecture: target.identity().architecture.clone(),
-            fingerprint: target.identity().fingerprint.clone(),
+            fingerprint: target.identity().fingerprint,
             probe,
         },
         source,
@@ -376,7 +378,7 @@ pub fn build_to(
     };
     let guard = write_guard(output, &manifest, &[(tensor, values)], &mapping_files)?;
     eprintln!("wrote guard `{}` to {}", guard.name(), output.display());
-    Ok(guard)
+    Ok(())
 }
 
 fn choose<'a>(
@@ -415,8 +417,9 @@ fn choose<'a>(
         LayerChoice::Given(pair) => {
             let wanted = pair.split_once(':').and_then(|(s, t)| Some((s.parse().ok()?, t.parse().ok()?)));
             let (source, to) = wanted.context("with a mapping `--layer` is a pair of layers, as `24:10`")?;
-            let found =
-                maps.iter().find(|map| map.source_layer() == LayerIndex(source) && map.target_layer() == LayerIndex(to));
+            let found = maps
+                .iter()
+                .find(|map| map.source_layer() == LayerIndex(source) && map.target_layer() == LayerIndex(to));
             found.copied().with_context(|| {
                 let known: Vec<_> =
                     maps.iter().map(|map| format!("{}:{}", map.source_layer(), map.target_layer())).collect();
@@ -429,8 +432,13 @@ fn choose<'a>(
                 let step = &mut |done, total| bar.at(done, total);
                 learn::separation_by_map(target, &file.vectors, &maps, positive, negative, step)?
             };
-            let rated = maps.iter().zip(separations).filter_map(|(map, auc)| Some((*map, auc?)));
-            let (map, auc) = rated.max_by(|a, b| a.1.total_cmp(&b.1)).context("no pair could be rated")?;
+            let mut rated: Vec<_> = maps.iter().zip(separations).filter_map(|(map, auc)| Some((*map, auc?))).collect();
+            rated.sort_by(|a, b| b.1.total_cmp(&a.1));
+            let row = |(map, auc): &(&AffineMap, f64)| {
+                [format!("{} → {}", map.source_layer(), map.target_layer()), format!("{auc:.3}")]
+            };
+            eprintln!("{}", table(["layers", "AUC on the prompts given"], rated.iter().map(row)));
+            let (map, auc) = *rated.first().context("no pair could be rated")?;
             eprintln!(
                 "chose layers {}:{} of {} pairs (AUC {auc:.3} on the prompts given)",
                 map.source_layer(),

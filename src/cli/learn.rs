@@ -1,12 +1,14 @@
-use super::args::{CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method};
+use super::args::{
+    CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method,
+};
 use super::models::{load, load_named};
 use super::progress::Bar;
 use super::table::table;
 use super::{Outcome, guard, prompts};
 use anyhow::{Context, ensure};
 use pilotfish::engine::Model;
-use pilotfish::guard::{MappingFile, VectorFile, edit, replace_manifest};
-use pilotfish::learn::{self, Contrast, CorpusOptions, MapOptions, Mapped};
+use pilotfish::guard::{MAPPING_SUFFIX, MappingFile, VectorFile, edit, replace_manifest};
+use pilotfish::learn::{self, CorpusOptions, MapOptions};
 use pilotfish::mapping::RidgeOptions;
 use pilotfish::tensor::LayerIndex;
 use std::io::Write;
@@ -21,7 +23,14 @@ pub fn extract(arguments: ExtractArguments) -> anyhow::Result<Outcome> {
         Layers::Auto => (0..model.shape().n_layer).map(LayerIndex).collect(),
         Layers::Chosen(layers) => layers,
     };
-    let found = extract_to(&model, &layers, &arguments.name, &positive, &negative, &arguments.output)?;
+    let found = {
+        let bar = Bar::new("reading prompts");
+        let step = &mut |done, total| bar.at(done, total);
+        learn::contrast(&model, &layers, &arguments.name, &positive, &negative, step)?
+    };
+    let file = VectorFile { model: model.identity().clone(), vectors: found.vectors.clone() };
+    write(&arguments.output, &file.to_bytes()?)?;
+    eprintln!("wrote {} vectors to {}", file.vectors.len(), arguments.output.display());
     let rows = found.vectors.iter().zip(&found.separation).map(|(vector, (layer, separation))| {
         [
             layer.to_string(),
@@ -35,36 +44,12 @@ pub fn extract(arguments: ExtractArguments) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-pub fn extract_to(
-    model: &Model,
-    layers: &[LayerIndex],
-    name: &str,
-    positive: &[String],
-    negative: &[String],
-    output: &Path,
-) -> anyhow::Result<Contrast> {
-    let found = {
-        let bar = Bar::new("reading prompts");
-        learn::contrast(model, layers, name, positive, negative, &mut |done, total| bar.at(done, total))?
-    };
-    let file = VectorFile { model: model.identity().clone(), vectors: found.vectors.clone() };
-    write(output, &file.to_bytes()?)?;
-    eprintln!("wrote {} vectors to {}", file.vectors.len(), output.display());
-    Ok(found)
-}
-
 pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
     let MappingKindArgument::Affine = arguments.kind;
     let source = load_named(&arguments.source, &arguments.load)?;
     let target = load_named(&arguments.target, &arguments.load)?;
-    let corpus = match arguments.corpus.as_str() {
-        "self" => Corpus::Sampled(CorpusOptions {
-            documents: arguments.documents,
-            seed: arguments.seed,
-            ..Default::default()
-        }),
-        path => Corpus::File(prompts::read(Path::new(path))?, path.to_owned()),
-    };
+    let sampled = CorpusOptions { documents: arguments.documents, seed: arguments.seed, ..Default::default() };
+    let corpus = corpus_of(&source, &arguments.corpus, sampled)?;
     let layers = match arguments.layers {
         LayerPairs::Auto => MapOptions::survey_all(source.shape().n_layer, target.shape().n_layer),
         LayerPairs::Chosen(pairs) => pairs,
@@ -74,7 +59,24 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
         layers,
         ridge: RidgeOptions { seed: u64::from(arguments.seed), ..Default::default() },
     };
-    let mapped = map_to(&source, &target, corpus, &options, &arguments.output)?;
+    ensure!(
+        arguments.output.to_string_lossy().ends_with(MAPPING_SUFFIX),
+        "`{}`: a mapping's file name ends in `{MAPPING_SUFFIX}`, so that guards can find it",
+        arguments.output.display()
+    );
+    let mapped = {
+        let bar = Bar::new("reading and fitting");
+        learn::map(&source, &target, &corpus.documents, &options, &mut |done, total| bar.at(done, total))?
+    };
+    let file = MappingFile {
+        source: source.identity().clone(),
+        target: target.identity().clone(),
+        corpus: corpus.provenance,
+        seed: options.ridge.seed,
+        pairs: mapped.maps.clone(),
+    };
+    write(&arguments.output, &file.to_bytes()?)?;
+    eprintln!("wrote {} layer pairs to {}", mapped.maps.len(), arguments.output.display());
     let rows = mapped.maps.iter().map(|(map, quality)| {
         [
             format!("{} → {}", map.source_layer(), map.target_layer()),
@@ -95,58 +97,29 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// What both models read.
-pub enum Corpus {
-    /// Texts, and where they are from.
-    File(Vec<String>, String),
-    /// The source model writes them.
-    Sampled(CorpusOptions),
+/// What both models read, and where it is from.
+struct Corpus {
+    documents: Vec<String>,
+    provenance: String,
 }
 
-pub fn map_to(
-    source: &Model,
-    target: &Model,
-    corpus: Corpus,
-    options: &MapOptions,
-    output: &Path,
-) -> anyhow::Result<Mapped> {
-    ensure!(
-        output.to_string_lossy().ends_with(pilotfish::guard::MAPPING_SUFFIX),
-        "a mapping's file name ends in `{}`, so that guards can find it",
-        pilotfish::guard::MAPPING_SUFFIX
-    );
-    let (documents, provenance) = match corpus {
-        Corpus::File(documents, path) => {
-            let file = Path::new(&path).file_name().map(|name| name.to_string_lossy().into_owned());
-            let provenance = format!("{} documents of {}", documents.len(), file.unwrap_or(path));
-            (documents, provenance)
-        }
-        Corpus::Sampled(options) => {
+/// Reads the files and samples from `source` where one is called `self`.
+fn corpus_of(source: &Model, parts: &[String], sampled: CorpusOptions) -> anyhow::Result<Corpus> {
+    let (mut documents, mut provenance) = (Vec::new(), Vec::new());
+    for part in parts {
+        let (texts, from) = if part == "self" {
             let bar = Bar::new("sampling the corpus");
-            let documents = learn::sample_corpus(source, options, &mut |done, total| bar.at(done, total))?;
-            let provenance = format!(
-                "{} documents that {} wrote (seed {})",
-                options.documents,
-                source.identity().name,
-                options.seed
-            );
-            (documents, provenance)
-        }
-    };
-    let mapped = {
-        let bar = Bar::new("reading and fitting");
-        learn::map(source, target, &documents, options, &mut |done, total| bar.at(done, total))?
-    };
-    let file = MappingFile {
-        source: source.identity().clone(),
-        target: target.identity().clone(),
-        corpus: provenance,
-        seed: options.ridge.seed,
-        pairs: mapped.maps.clone(),
-    };
-    write(output, &file.to_bytes()?)?;
-    eprintln!("wrote {} layer pairs to {}", mapped.maps.len(), output.display());
-    Ok(mapped)
+            let texts = learn::sample_corpus(source, sampled, &mut |done, total| bar.at(done, total))?;
+            (texts, format!("that {} wrote (seed {})", source.identity().name, sampled.seed))
+        } else {
+            let path = Path::new(part);
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+            (prompts::read(path)?, format!("of {name}"))
+        };
+        provenance.push(format!("{} documents {from}", texts.len()));
+        documents.extend(texts);
+    }
+    Ok(Corpus { documents, provenance: provenance.join(", ") })
 }
 
 pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
@@ -154,16 +127,11 @@ pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
     ensure!((0.0..1.0).contains(&rate), "`--false-positive-rate` is a share from 0 to below 1, found {rate}");
     let benign = prompts::read(&arguments.benign)?;
     let model = load(&arguments.model)?;
-    calibrate_in(&model, &arguments.guard, &benign, rate)?;
-    Ok(Outcome::Done)
-}
-
-/// Calibrates the guard in `directory`, keeping whatever else its manifest says.
-pub fn calibrate_in(model: &Model, directory: &Path, benign: &[String], rate: f64) -> anyhow::Result<()> {
+    let directory = arguments.guard.as_path();
     let guard = guard::load_guard(directory)?;
     let calibrated = {
         let bar = Bar::new("scoring benign prompts");
-        learn::calibrate(model, &guard, benign, 1.0 - rate, &mut |done, total| bar.at(done, total))?
+        learn::calibrate(&model, &guard, &benign, 1.0 - rate, &mut |done, total| bar.at(done, total))?
     };
     let path = directory.join(pilotfish::guard::MANIFEST_FILE);
     let mut text = std::fs::read_to_string(&path).with_context(|| format!("can't read `{}`", path.display()))?;
@@ -181,18 +149,18 @@ pub fn calibrate_in(model: &Model, directory: &Path, benign: &[String], rate: f6
     }
     let means = {
         let bar = Bar::new("reading benign prompts");
-        learn::benign_means(model, &guard, benign, &mut |done, total| bar.at(done, total))?
+        learn::benign_means(&model, &guard, &benign, &mut |done, total| bar.at(done, total))?
     };
     for (intervention, mean) in means {
         text = edit::set_ablate_mean(&text, &intervention, mean)?;
         eprintln!("intervention `{intervention}`: recentred on the benign projection {mean:.3}");
     }
     replace_manifest(directory, &text)?;
-    Ok(())
+    Ok(Outcome::Done)
 }
 
 /// Writes beside `path` and renames, so that nobody ever sees half a file.
-pub fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let written = || -> std::io::Result<()> {
         std::fs::create_dir_all(directory)?;

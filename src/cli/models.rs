@@ -41,7 +41,7 @@ pub fn models(command: ModelsCommand) -> anyhow::Result<Outcome> {
 }
 
 /// Brings a model into the cache, showing how far it is, and says where it is.
-pub fn fetch(descriptor: &Descriptor, cache: &ModelCache) -> anyhow::Result<PathBuf> {
+fn fetch(descriptor: &Descriptor, cache: &ModelCache) -> anyhow::Result<PathBuf> {
     let path = pull(descriptor, cache, &Stages(RefCell::default()))?;
     eprintln!("{}: verified (sha256 {}), at {}", descriptor.name, descriptor.sha256, path.display());
     Ok(path)
@@ -62,7 +62,7 @@ impl PullProgress for Stages {
     }
 }
 
-pub fn find<'a>(catalog: &'a Catalog, name: &str) -> anyhow::Result<&'a Descriptor> {
+fn find<'a>(catalog: &'a Catalog, name: &str) -> anyhow::Result<&'a Descriptor> {
     catalog.find(name).with_context(|| {
         let known: Vec<_> = catalog.iter().map(|descriptor| descriptor.name.as_str()).collect();
         format!("no model is called `{name}`; known are {}", known.join(", "))

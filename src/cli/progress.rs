@@ -7,7 +7,8 @@ impl Bar {
     pub fn new(what: &str) -> Self {
         let bar = ProgressBar::new(0);
         bar.set_style(
-            ProgressStyle::with_template("{msg:28} {bar:30} {pos}/{len} {eta}").expect("a template that is tried in every run"),
+            ProgressStyle::with_template("{msg:28} {bar:30} {pos}/{len} {eta}")
+                .expect("a template that is tried in every run"),
         );
         bar.set_message(what.to_owned());
         Self(bar)

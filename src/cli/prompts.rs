@@ -7,7 +7,8 @@ const COLUMNS: [&str; 3] = ["prompt", "goal", "instruction"];
 
 /// Reads prompts: `.jsonl` with `prompt`, `.csv` with a `prompt`, `goal` or `instruction` column, or `.txt`, one a line.
 pub fn read(path: &Path) -> anyhow::Result<Vec<String>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("can't read prompts from `{}`", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("can't read prompts from `{}`", path.display()))?;
     let prompts = match path.extension().and_then(|extension| extension.to_str()) {
         Some("jsonl") => jsonl(&text),
         Some("csv") => csv(&text),

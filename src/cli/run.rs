@@ -10,7 +10,7 @@ use std::io::Write;
 use std::time::Duration;
 
 #[derive(Serialize)]
-pub struct GateJson {
+struct GateJson {
     score: Option<f64>,
     fired: bool,
 }
@@ -56,9 +56,9 @@ pub fn score(arguments: ScoreArguments) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-pub const SCORE_HEADER: [&str; 4] = ["prompt", "gate", "score", "decision"];
+const SCORE_HEADER: [&str; 4] = ["prompt", "gate", "score", "decision"];
 
-pub fn score_row(prompt: &str, reading: GateReading) -> [String; 4] {
+fn score_row(prompt: &str, reading: GateReading) -> [String; 4] {
     let score = reading.score.map_or("none".into(), |score| format!("{score:+.2}"));
     [prompt.to_owned(), reading.gate, score, if reading.fired { "fires".into() } else { "passes".into() }]
 }
@@ -88,8 +88,7 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     for (index, prompt) in prompts.iter().enumerate() {
         let tokens = model.prompt_tokens(prompt)?;
         if arguments.json {
-            let answer =
-                session.generate(&tokens, generation, |_| ()).with_context(|| format!("prompt {index}"))?;
+            let answer = session.generate(&tokens, generation, |_| ()).with_context(|| format!("prompt {index}"))?;
             if matches!(answer.finish, Finish::Blocked(_)) {
                 outcome = Outcome::Blocked;
             }

@@ -1,14 +1,12 @@
 use super::EngineError;
-use super::model::{Model, backend, shape_of};
+use super::model::{Model, backend, context_params, shape_of};
 use crate::hook::{GuardedBatch, GuardedContext};
 use crate::program::{ModelShape, Program, RowKind};
 use crate::tensor::{LayerIndex, Residual, SequenceId, TokenPosition};
-use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::token::LlamaToken;
 use std::collections::BTreeMap;
-use std::num::NonZeroU32;
 use std::sync::Arc;
 
 /// Reads residual activations of a model, prompt by prompt, at several layers in one pass.
@@ -55,10 +53,7 @@ impl<'model> ActivationReader<'model> {
             return Err(EngineError::NoLayer { layer: *layer, last: shape.n_layer - 1 });
         }
         let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
-        let params = LlamaContextParams::default()
-            .with_n_ctx(NonZeroU32::new(size))
-            .with_n_batch(size)
-            .with_n_ubatch(size.min(512));
+        let params = context_params(size, size);
         let mut context = GuardedContext::new(model, backend, params, Arc::new(Program::observer(shape)))?;
         context.capture(layers.iter().copied());
         Ok(Self { context, shape, layers, batch: GuardedBatch::new(size as usize), capacity: size as usize })

@@ -69,15 +69,14 @@ pub fn program_for(
 }
 
 fn check_probe(model: &LlamaModel, backend: &LlamaBackend, guard: &Guard, probe: &Probe) -> Result<(), EngineError> {
-    let vector = guard
-        .vectors()
-        .iter()
-        .find(|vector| vector.name == probe.vector && vector.layer == probe.layer)
-        .ok_or_else(|| EngineError::ProbeVector {
-            guard: guard.name().into(),
-            vector: probe.vector.clone(),
-            layer: probe.layer,
-        })?;
+    let vector =
+        guard.vectors().iter().find(|vector| vector.name == probe.vector && vector.layer == probe.layer).ok_or_else(
+            || EngineError::ProbeVector {
+                guard: guard.name().into(),
+                vector: probe.vector.clone(),
+                layer: probe.layer,
+            },
+        )?;
     let found = measure_probe(model, backend, &probe.prompt, &probe.vector, probe.layer, &vector.direction)?;
     let mismatch = |quantity, expected: f64, found: f64, margin: f64| {
         // A NaN is within no margin.

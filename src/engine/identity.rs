@@ -11,11 +11,12 @@ pub fn identity_of(name: &str, model: &LlamaModel) -> Result<ModelIdentity, Engi
         .meta_val_str("general.architecture")
         .map_err(|_| EngineError::Metadata { key: "general.architecture" })?;
     let vocab = model.vocab();
+    // The cast: C enums are signed on Windows.
+    #[allow(clippy::unnecessary_cast)]
     let tokens: Vec<(&[u8], u32)> = vocab
         .tokens()
         .map(|token| (vocab.text(token).map_or(&b""[..], |text| text.to_bytes()), vocab.attr(token).bits() as u32))
         .collect();
-    let fingerprint =
-        Fingerprint::compute(&architecture, model.n_embd() as u32, model.n_layer(), tokens.into_iter());
+    let fingerprint = Fingerprint::compute(&architecture, model.n_embd() as u32, model.n_layer(), tokens.into_iter());
     Ok(ModelIdentity { name: name.to_owned(), architecture, fingerprint })
 }

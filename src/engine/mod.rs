@@ -8,13 +8,15 @@ mod activations;
 mod attach;
 mod identity;
 mod model;
+mod parallel;
 mod prompt;
 mod session;
 
 pub use activations::{ActivationReader, Activations};
 pub use attach::{GuardOptions, guard_context, measure_probe, probe_of, program_for};
 pub use identity::identity_of;
-pub use model::{Model, ModelOptions};
+pub use model::{Model, ModelOptions, backend};
+pub use parallel::ParallelSampler;
 pub use prompt::{PromptLayout, PromptTemplate};
 pub use session::{Finish, GateReading, Generation, GenerationOptions, Session, SessionOptions};
 
@@ -50,7 +52,9 @@ pub enum EngineError {
     PromptTooLong { found: usize, capacity: usize },
     #[error("the prompt has no tokens")]
     EmptyPrompt,
-    #[error("layer {layer} is not a hook point of every token: llama.cpp keeps only rows with logits at the last of the model's layers (0 to {last})")]
+    #[error(
+        "layer {layer} is not a hook point of every token: llama.cpp keeps only rows with logits at the last of the model's layers (0 to {last})"
+    )]
     NotEveryToken { layer: LayerIndex, last: u32 },
     #[error("the model has layers 0 to {last}, so there is no layer {layer}")]
     NoLayer { layer: LayerIndex, last: u32 },

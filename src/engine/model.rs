@@ -2,11 +2,13 @@ use super::{EngineError, PromptTemplate, identity_of};
 use crate::guard::ModelIdentity;
 use crate::program::ModelShape;
 use crate::tensor::HiddenSize;
+use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_2::{LogOptions, send_logs_to_tracing};
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -27,11 +29,11 @@ pub struct ModelOptions {
     pub raw: bool,
 }
 
-/// llama.cpp's one-time initialisation. Its log goes to `tracing`.
+/// llama.cpp's one-time initialisation, for contexts of a [`Model`] that an app makes itself. Its log goes to `tracing`.
 ///
 /// # Errors
 /// The app has initialised llama.cpp itself: then it passes its own backend to [`guard_context`](super::guard_context).
-pub(super) fn backend() -> Result<&'static LlamaBackend, EngineError> {
+pub fn backend() -> Result<&'static LlamaBackend, EngineError> {
     static BACKEND: OnceLock<Result<LlamaBackend, String>> = OnceLock::new();
     BACKEND
         .get_or_init(|| {
@@ -87,6 +89,18 @@ impl Model {
     pub fn prompt_tokens(&self, prompt: &str) -> Result<Vec<LlamaToken>, EngineError> {
         self.template.tokens(&self.llama, prompt)
     }
+}
+
+/// Parameters of every context that this room makes: llama.cpp's own but for the threads, one for each core that this process may use.
+/// (Its default is 4; on fewer cores these wait for each other.)
+pub(super) fn context_params(n_ctx: u32, n_batch: u32) -> LlamaContextParams {
+    let threads = std::thread::available_parallelism().map_or(4, |cores| cores.get() as i32);
+    LlamaContextParams::default()
+        .with_n_ctx(NonZeroU32::new(n_ctx))
+        .with_n_batch(n_batch)
+        .with_n_ubatch(n_batch.min(512))
+        .with_n_threads(threads)
+        .with_n_threads_batch(threads)
 }
 
 pub(super) fn shape_of(model: &LlamaModel) -> ModelShape {

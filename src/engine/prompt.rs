@@ -112,7 +112,8 @@ impl PromptTemplate {
         if *self == Self::Raw {
             return Ok(vocab.tokenize(prompt.as_bytes(), true, true));
         }
-        let spells_control = vocab.tokenize(prompt.as_bytes(), false, true).iter().any(|token| vocab.is_control(*token));
+        let spells_control =
+            vocab.tokenize(prompt.as_bytes(), false, true).iter().any(|token| vocab.is_control(*token));
         if !spells_control {
             // In one piece: a tokenizer may join the template's last character with the prompt's first.
             return Ok(vocab.tokenize(self.apply(model, prompt)?.as_bytes(), true, true));

@@ -1,16 +1,14 @@
 use super::attach::program_for;
-use super::model::{Model, backend};
+use super::model::{Model, backend, context_params};
 use super::{EngineError, GuardOptions};
 use crate::guard::Guard;
 use crate::hook::{ContextError, ExecutorKind, GuardedBatch, GuardedContext};
 use crate::program::Gate;
 use crate::tensor::{SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
-use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -90,10 +88,7 @@ impl<'model> Session<'model> {
     /// The guard is not for this model or does not compile, or llama.cpp can't make the context.
     pub fn new(model: &'model Model, guard: Option<&Guard>, options: SessionOptions) -> Result<Self, EngineError> {
         let backend = backend()?;
-        let params = LlamaContextParams::default()
-            .with_n_ctx(NonZeroU32::new(options.n_ctx))
-            .with_n_batch(BATCH as u32)
-            .with_n_ubatch(BATCH as u32);
+        let params = context_params(options.n_ctx, BATCH as u32);
         let context = match guard {
             None => SessionContext::Plain {
                 context: model.llama().new_context(backend, params).map_err(ContextError::from)?,

@@ -144,7 +144,8 @@ impl Hook {
         for row in batch {
             self.gates.open(&self.program, row.sequence);
         }
-        self.micro_batch = MicroBatch { positions: std::mem::take(&mut self.micro_batch.positions), ..Default::default() };
+        self.micro_batch =
+            MicroBatch { positions: std::mem::take(&mut self.micro_batch.positions), ..Default::default() };
         self.fired.clear();
         self.fault = None;
         self.working_on = None;

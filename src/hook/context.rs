@@ -184,7 +184,9 @@ impl<'model> GuardedContext<'model> {
     /// llama.cpp can't remove it.
     pub fn clear_sequence(&mut self, sequence: SequenceId) -> Result<(), ContextError> {
         let id = u32::try_from(sequence.0).map_err(|_| ContextError::Cache(format!("no sequence {sequence}")))?;
-        self.context.clear_kv_cache_seq(Some(id), None, None).map_err(|error| ContextError::Cache(error.to_string()))?;
+        self.context
+            .clear_kv_cache_seq(Some(id), None, None)
+            .map_err(|error| ContextError::Cache(error.to_string()))?;
         self.hook.as_mut().gates_mut().clear(sequence);
         Ok(())
     }
@@ -338,9 +340,10 @@ impl GuardedBatch {
         }
         let mut last = -1;
         for (offset, token) in tokens.iter().enumerate() {
-            let position = i32::try_from(offset).ok().and_then(|offset| start.0.checked_add(offset)).ok_or(
-                BatchError::Position { sequence, start: start.0, count: tokens.len() },
-            )?;
+            let position = i32::try_from(offset)
+                .ok()
+                .and_then(|offset| start.0.checked_add(offset))
+                .ok_or(BatchError::Position { sequence, start: start.0, count: tokens.len() })?;
             let output = ends && offset + 1 == tokens.len();
             let kind = if output { RowKind::PromptEnd } else { RowKind::Prompt };
             last = self.add(*token, BatchRow { sequence, position: TokenPosition(position), kind, output })?;

@@ -49,7 +49,8 @@ impl RowTracker {
         let slice = &self.batch[self.start..self.end];
         let in_order = slice.len() == n_rows
             && (positions.is_empty()
-                || positions.len() >= n_rows && slice.iter().zip(positions).all(|(row, position)| row.position.0 == *position));
+                || positions.len() >= n_rows
+                    && slice.iter().zip(positions).all(|(row, position)| row.position.0 == *position));
         // An M-RoPE model has several positions a token; the first `n_rows` of them are the ones of the text.
         let certain = in_order && !self.reordered;
         self.uncertain |= !certain;

@@ -10,20 +10,27 @@ pub struct RawTensor {
     not_send: PhantomData<*mut u8>,
 }
 
+type Text = unsafe extern "C" fn(*const RawTensor) -> *const c_char;
+type Count = unsafe extern "C" fn(*const RawTensor) -> i64;
+type Size = unsafe extern "C" fn(*const RawTensor) -> usize;
+type Test = unsafe extern "C" fn(*const RawTensor) -> bool;
+type Read = unsafe extern "C" fn(*const RawTensor, *mut c_void, usize, usize);
+type Write = unsafe extern "C" fn(*mut RawTensor, *const c_void, usize, usize);
+
 /// Functions of ggml's public C API.
 ///
 /// All but the last two are exported by every llama.cpp build. Those two need the layout of `ggml_tensor`, so a table made by
 /// [`lookup`](Self::lookup) has none: residuals then go by copy, and rows are taken to be in batch order.
 #[derive(Clone, Copy)]
 pub struct GgmlTable {
-    pub(super) name: unsafe extern "C" fn(*const RawTensor) -> *const c_char,
-    pub(super) op_description: unsafe extern "C" fn(*const RawTensor) -> *const c_char,
-    pub(super) n_elements: unsafe extern "C" fn(*const RawTensor) -> i64,
-    pub(super) n_rows: unsafe extern "C" fn(*const RawTensor) -> i64,
-    pub(super) n_bytes: unsafe extern "C" fn(*const RawTensor) -> usize,
-    pub(super) is_contiguous: unsafe extern "C" fn(*const RawTensor) -> bool,
-    pub(super) tensor_read: unsafe extern "C" fn(*const RawTensor, *mut c_void, usize, usize),
-    pub(super) tensor_write: unsafe extern "C" fn(*mut RawTensor, *const c_void, usize, usize),
+    pub(super) name: Text,
+    pub(super) op_description: Text,
+    pub(super) n_elements: Count,
+    pub(super) n_rows: Count,
+    pub(super) n_bytes: Size,
+    pub(super) is_contiguous: Test,
+    pub(super) tensor_read: Read,
+    pub(super) tensor_write: Write,
     /// The tensor's data where its buffer is in host memory, else null.
     pub(super) host_data: Option<unsafe extern "C" fn(*const RawTensor) -> *mut c_void>,
     /// The tensor's second source (`src[1]`), or null: for `ROPE`, the positions.
@@ -48,24 +55,24 @@ impl GgmlTable {
     /// The first function that `resolve` does not find.
     pub unsafe fn lookup(mut resolve: impl FnMut(&CStr) -> *const c_void) -> Result<Self, MissingSymbol> {
         macro_rules! function {
-            ($symbol:literal) => {{
+            ($symbol:literal, $signature:ty) => {{
                 let address = resolve($symbol);
                 if address.is_null() {
                     return Err(MissingSymbol { symbol: $symbol.to_string_lossy().into_owned() });
                 }
                 // SAFETY: not null; the caller guarantees that it is the function of that name, whose C signature is the field's.
-                unsafe { std::mem::transmute::<*const c_void, _>(address) }
+                unsafe { std::mem::transmute::<*const c_void, $signature>(address) }
             }};
         }
         Ok(Self {
-            name: function!(c"ggml_get_name"),
-            op_description: function!(c"ggml_op_desc"),
-            n_elements: function!(c"ggml_nelements"),
-            n_rows: function!(c"ggml_nrows"),
-            n_bytes: function!(c"ggml_nbytes"),
-            is_contiguous: function!(c"ggml_is_contiguous"),
-            tensor_read: function!(c"ggml_backend_tensor_get"),
-            tensor_write: function!(c"ggml_backend_tensor_set"),
+            name: function!(c"ggml_get_name", Text),
+            op_description: function!(c"ggml_op_desc", Text),
+            n_elements: function!(c"ggml_nelements", Count),
+            n_rows: function!(c"ggml_nrows", Count),
+            n_bytes: function!(c"ggml_nbytes", Size),
+            is_contiguous: function!(c"ggml_is_contiguous", Test),
+            tensor_read: function!(c"ggml_backend_tensor_get", Read),
+            tensor_write: function!(c"ggml_backend_tensor_set", Write),
             host_data: None,
             second_source: None,
         })

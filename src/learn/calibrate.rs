@@ -40,8 +40,7 @@ pub fn calibrate(
         progress(index + 1, benign.len());
     }
     let calibrated = |(gate, projections): (&crate::guard::Gate, Vec<f64>)| {
-        let too_few =
-            LearnError::TooFewPrompts { what: "a calibration", needed: 2, found: projections.len() };
+        let too_few = LearnError::TooFewPrompts { what: "a calibration", needed: 2, found: projections.len() };
         let (mean, deviation) = mean_and_deviation(&projections).ok_or(too_few)?;
         if deviation <= 0.0 {
             return Err(LearnError::NoSpread { gate: gate.name.clone(), found: projections.len() });

@@ -61,8 +61,8 @@ pub fn contrast(
     let mut found = Contrast { vectors: Vec::new(), separation: Vec::new() };
     for layer in layers {
         let (positive, negative) = (positive.layer(*layer), negative.layer(*layer));
-        let extracted = difference_of_means(positive, negative)
-            .map_err(|source| LearnError::Steering { layer: *layer, source })?;
+        let extracted =
+            difference_of_means(positive, negative).map_err(|source| LearnError::Steering { layer: *layer, source })?;
         found.vectors.push(extracted.named(name, *layer));
         let separation =
             separation(positive, negative).map_err(|source| LearnError::Steering { layer: *layer, source })?;

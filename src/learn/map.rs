@@ -3,13 +3,15 @@ use crate::engine::{ActivationReader, Activations, Model, PromptLayout};
 use crate::mapping::{AffineMap, MappingQuality, RidgeOptions, SourceFit, align_tokens};
 use crate::tensor::LayerIndex;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 /// What to map.
 #[derive(Debug, Clone)]
 pub struct MapOptions {
     /// Source and target layers to survey.
     pub layers: Vec<(LayerIndex, LayerIndex)>,
-    /// How many of them, the best by held-out variance explained, to fit.
+    /// How many target layers to fit a source layer, the best by held-out variance explained.
     pub keep: usize,
     pub ridge: RidgeOptions,
 }
@@ -19,7 +21,7 @@ pub struct MapOptions {
 pub struct Mapped {
     /// Maps fitted on all documents, best first.
     pub maps: Vec<(AffineMap, MappingQuality)>,
-    /// Every surveyed pair of layers with its held-out quality, in the order asked for.
+    /// Every surveyed pair of layers with its held-out quality, in the order of the layers.
     pub survey: Vec<(LayerIndex, LayerIndex, MappingQuality)>,
     /// Paired tokens and documents that they come from.
     pub n_tokens: usize,
@@ -52,36 +54,83 @@ pub fn map(
     progress: Progress<'_>,
 ) -> Result<Mapped, LearnError> {
     let paired = read_pairs(source, target, documents, options, progress)?;
-    let problem = |source_layer: LayerIndex, target_layer: LayerIndex| {
-        move |source| LearnError::Mapping { source_layer, target_layer, source }
-    };
-    let mut fits = BTreeMap::new();
-    let mut survey = Vec::with_capacity(options.layers.len());
+    let mut groups = BTreeMap::<LayerIndex, Vec<LayerIndex>>::new();
     for (source_layer, target_layer) in &options.layers {
-        let problem = problem(*source_layer, *target_layer);
-        let fit = match fits.entry(*source_layer) {
-            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::btree_map::Entry::Vacant(entry) => entry.insert(
-                SourceFit::new(paired.source.layer(*source_layer), &paired.documents, &options.ridge)
-                    .map_err(problem)?,
-            ),
-        };
-        let quality = fit.quality(paired.target.layer(*target_layer)).map_err(problem)?;
-        survey.push((*source_layer, *target_layer, quality));
-        progress(survey.len(), options.layers.len());
+        groups.entry(*source_layer).or_default().push(*target_layer);
     }
-    let mut ranked = survey.clone();
-    ranked.sort_by(|a, b| a.2.fraction_unexplained.total_cmp(&b.2.fraction_unexplained));
-    let maps = ranked
-        .iter()
-        .take(options.keep)
-        .map(|(source_layer, target_layer, _)| {
-            fits[source_layer]
-                .fit(paired.target.layer(*target_layer), *source_layer, *target_layer)
-                .map_err(problem(*source_layer, *target_layer))
-        })
-        .collect::<Result<_, _>>()?;
+    let groups: Vec<_> = groups.into_iter().collect();
+    // One source layer's Gram matrix serves all its target layers, so a thread takes a source layer at a time.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(groups.len());
+    let next = AtomicUsize::new(0);
+    let (sender, receiver) = mpsc::channel();
+    let fitted = std::thread::scope(|scope| {
+        for _ in 0..threads {
+            let (sender, groups, next, paired) = (sender.clone(), &groups, &next, &paired);
+            scope.spawn(move || {
+                while let Some((source_layer, target_layers)) = groups.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    // Nobody listens any more after another thread's error.
+                    if sender.send(paired.fit_group(*source_layer, target_layers, options)).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        let mut fitted = Vec::with_capacity(groups.len());
+        for group in receiver {
+            fitted.push(group?);
+            progress(fitted.len(), groups.len());
+        }
+        Ok::<_, LearnError>(fitted)
+    })?;
+
+    let (mut maps, mut survey) = (Vec::new(), Vec::with_capacity(options.layers.len()));
+    for group in fitted {
+        maps.extend(group.maps);
+        survey.extend(group.survey);
+    }
+    survey.sort_by_key(|(source_layer, target_layer, _)| (*source_layer, *target_layer));
+    let unexplained = |(_, quality): &(AffineMap, MappingQuality)| quality.fraction_unexplained;
+    maps.sort_by(|a, b| {
+        unexplained(a)
+            .total_cmp(&unexplained(b))
+            .then((a.0.source_layer(), a.0.target_layer()).cmp(&(b.0.source_layer(), b.0.target_layer())))
+    });
     Ok(Mapped { maps, survey, n_tokens: paired.documents.len(), n_documents: documents.len() })
+}
+
+/// What was fitted from one source layer.
+struct FittedGroup {
+    maps: Vec<(AffineMap, MappingQuality)>,
+    survey: Vec<(LayerIndex, LayerIndex, MappingQuality)>,
+}
+
+impl Paired {
+    fn fit_group(
+        &self,
+        source_layer: LayerIndex,
+        target_layers: &[LayerIndex],
+        options: &MapOptions,
+    ) -> Result<FittedGroup, LearnError> {
+        let problem = |target_layer| move |source| LearnError::Mapping { source_layer, target_layer, source };
+        let fit = SourceFit::new(self.source.layer(source_layer), &self.documents, &options.ridge)
+            .map_err(problem(target_layers[0]))?;
+        let mut survey = Vec::with_capacity(target_layers.len());
+        for target_layer in target_layers {
+            let quality = fit.quality(self.target.layer(*target_layer)).map_err(problem(*target_layer))?;
+            survey.push((source_layer, *target_layer, quality));
+        }
+        let mut ranked: Vec<_> = survey.iter().collect();
+        ranked.sort_by(|a, b| a.2.fraction_unexplained.total_cmp(&b.2.fraction_unexplained));
+        let maps = ranked
+            .into_iter()
+            .take(options.keep)
+            .map(|(_, target_layer, _)| {
+                fit.fit(self.target.layer(*target_layer), source_layer, *target_layer).map_err(problem(*target_layer))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(FittedGroup { maps, survey })
+    }
 }
 
 fn read_pairs(
@@ -96,8 +145,7 @@ fn read_pairs(
     };
     let mut source_reader = ActivationReader::of(source, layers(|pair| pair.0), CAPACITY)?;
     let mut target_reader = ActivationReader::of(target, layers(|pair| pair.1), CAPACITY)?;
-    let mut paired =
-        Paired { source: Activations::default(), target: Activations::default(), documents: Vec::new() };
+    let mut paired = Paired { source: Activations::default(), target: Activations::default(), documents: Vec::new() };
     for (index, document) in documents.iter().enumerate() {
         let source_layout = source.template().layout(source.llama(), document)?;
         let target_layout = target.template().layout(target.llama(), document)?;
@@ -137,17 +185,14 @@ fn pair_rows(source: &PromptLayout, target: &PromptLayout) -> Vec<(usize, usize)
     rows
 }
 
-/// The layers that [`map`] is asked to survey when the user names none: from a third of the depth to the last but one on both sides.
-/// Early layers hold little of what a prompt means, and at the last one llama.cpp keeps only rows with logits.
-pub fn candidate_layers(n_layer: u32) -> impl Iterator<Item = LayerIndex> + Clone {
-    (n_layer / 3..n_layer.saturating_sub(1)).map(LayerIndex)
-}
-
 impl MapOptions {
-    /// Every pair of [`candidate_layers`] of two models of this depth.
+    /// The pairs to survey where the user names none: source layers of the later half, where a prompt's meaning is, and target layers
+    /// from a third of the depth on, so that what is found there can still be acted on. The last layers are left out: there llama.cpp
+    /// keeps only rows with logits.
     pub fn survey_all(source_layers: u32, target_layers: u32) -> Vec<(LayerIndex, LayerIndex)> {
-        candidate_layers(source_layers)
-            .flat_map(|source| candidate_layers(target_layers).map(move |target| (source, target)))
+        let targets = target_layers / 3..target_layers.saturating_sub(1);
+        (source_layers / 2..source_layers.saturating_sub(1))
+            .flat_map(|source| targets.clone().map(move |target| (LayerIndex(source), LayerIndex(target))))
             .collect()
     }
 }

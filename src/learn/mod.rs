@@ -15,7 +15,7 @@ pub use calibrate::{Calibrated, calibrate};
 pub use choose::separation_by_map;
 pub use corpus::{CorpusOptions, sample_corpus};
 pub use extract::{Contrast, contrast, last_token_activations};
-pub use map::{MapOptions, Mapped, candidate_layers, map};
+pub use map::{MapOptions, Mapped, map};
 pub use recentre::benign_means;
 
 use crate::engine::EngineError;

@@ -74,10 +74,8 @@ impl Program {
         }
         let unit = |vector: usize| {
             let vector = &guard.vectors()[vector];
-            let unit = tensor::unit(&vector.direction).ok_or_else(|| CompileError::NoDirection {
-                guard: guard.name().into(),
-                vector: vector.name.clone(),
-            })?;
+            let unit = tensor::unit(&vector.direction)
+                .ok_or_else(|| CompileError::NoDirection { guard: guard.name().into(), vector: vector.name.clone() })?;
             Ok(unit.into_boxed_slice())
         };
 
@@ -92,11 +90,8 @@ impl Program {
 
         let mut gates = Vec::with_capacity(guard.gates().len());
         for (index, gate) in guard.gates().iter().enumerate() {
-            let missing = |missing| CompileError::NotCalibrated {
-                guard: guard.name().into(),
-                gate: gate.name.clone(),
-                missing,
-            };
+            let missing =
+                |missing| CompileError::NotCalibrated { guard: guard.name().into(), gate: gate.name.clone(), missing };
             let layer = guard.vectors()[gate.vector].layer;
             let (mean, deviation, threshold) = match calibration {
                 Calibration::Ignored => (0.0, 1.0, None),

@@ -61,9 +61,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn pair() -> impl Strategy<Value = (Vec<f32>, Vec<f32>)> {
-        (0usize..200).prop_flat_map(|n| {
-            (proptest::collection::vec(-1e3f32..1e3, n), proptest::collection::vec(-1e3f32..1e3, n))
-        })
+        (0usize..200)
+            .prop_flat_map(|n| (proptest::collection::vec(-1e3f32..1e3, n), proptest::collection::vec(-1e3f32..1e3, n)))
     }
 
     proptest! {

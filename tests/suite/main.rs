@@ -4,6 +4,8 @@
 mod architecture;
 mod command_line;
 mod guarded;
+#[path = "../support/raw_llama.rs"]
+mod raw_llama;
 mod real;
 mod support;
 #[path = "../support/tiny_model.rs"]

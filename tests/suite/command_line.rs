@@ -1,0 +1,262 @@
+//! The command as its users meet it: what it prints where, how it ends, and what it says of input that is wrong.
+
+use crate::support::{Fixture, LAYER, done, pilotfish};
+use crate::tiny_model::{Architecture, TinyModel};
+use pilotfish::engine::{Model, ModelOptions};
+use serde_json::Value;
+
+/// What is done to a good guard, and what the error must say.
+type Spoil = (&'static str, fn(&Fixture), &'static [&'static str]);
+
+/// Every way in which a guard may be wrong that a user is likely to meet.
+const SPOILED: &[Spoil] = &[
+    ("the tensor file is cut short", |f| f.edit_tensors(false, |b| b.truncate(b.len() - 10)), &["tensors.safetensors", "sha256"]),
+    ("the tensor file is cut short and signed", |f| f.edit_tensors(true, |b| b.truncate(b.len() - 10)), &["tensors.safetensors"]),
+    ("one byte has changed", |f| f.edit_tensors(false, |b| *b.last_mut().unwrap() ^= 1), &["tensors.safetensors", "sha256"]),
+    (
+        "a value is not a number",
+        |f| f.edit_tensors(true, |b| { let n = b.len(); b[n - 4..].copy_from_slice(&f32::NAN.to_le_bytes()) }),
+        &["shark.1", "NaN"],
+    ),
+    ("the layer does not exist", |f| f.edit_manifest("layer = 1", "layer = 99"), &["layer 99"]),
+    ("a key is unknown", |f| f.edit_manifest("[target]\n", "[target]\nquantisation = \"Q4\"\n"), &["guard.toml", "quantisation"]),
+    ("a gate is not calibrated", |f| f.edit_manifest("deviation = ", "# deviation = "), &["deviation", "calibrate"]),
+    ("it is no TOML", |f| f.edit_manifest("[target]", "[target"), &["guard.toml:6", "unclosed"]),
+    ("the format is another", |f| f.edit_manifest("format = 1", "format = 2"), &["format"]),
+    ("the manifest is not there", |f| std::fs::remove_file(f.manifest()).unwrap(), &["guard.toml"]),
+    ("the tensors are not there", |f| std::fs::remove_file(f.tensors()).unwrap(), &["tensors.safetensors"]),
+    (
+        "it is for another model",
+        |f| { let mut other = TinyModel::new(Architecture::Llama); other.n_layer += 1; other.write(&f.model) },
+        &["another model"],
+    ),
+    (
+        "it is for other weights of the same shape",
+        |f| { let mut other = TinyModel::new(Architecture::Llama); other.seed += 1; other.write(&f.model) },
+        &["probe"],
+    ),
+];
+
+#[test]
+fn a_guard_that_is_wrong_is_one_line_of_error_and_nothing_generated() {
+    for (what, spoil, says) in SPOILED {
+        let fixture = Fixture::new(&["--intervene", "add"]);
+        spoil(&fixture);
+        assert_refused(what, &fixture, says);
+    }
+}
+
+#[test]
+fn a_model_without_the_residual_that_a_guard_needs_is_refused() {
+    let fixture = Fixture::new(&["--intervene", "add"]);
+    let good = Model::load(&fixture.model, "tiny", &ModelOptions::default()).unwrap();
+    let other = fixture.folder.path().join("no-residual.gguf");
+    TinyModel::without_residual_names().write(&other);
+    let bad = Model::load(&other, "other", &ModelOptions::default()).unwrap();
+    fixture.edit_manifest(&good.identity().architecture, &bad.identity().architecture);
+    fixture.edit_manifest(&good.identity().fingerprint.to_string(), &bad.identity().fingerprint.to_string());
+    std::fs::copy(&other, &fixture.model).unwrap();
+    assert_refused("no such hook point", &fixture, &[&format!("layer {LAYER}"), "did not fire"]);
+}
+
+fn assert_refused(what: &str, fixture: &Fixture, says: &[&str]) {
+    let ran = pilotfish(&["run", "--model", fixture.model(), "--guard", fixture.guard(), "-p", "shark", "--max-tokens", "4"]);
+    assert_eq!(ran.code, 2, "{what}: {ran:?}");
+    assert_eq!(ran.stdout, "", "{what}");
+    assert!(ran.stderr.starts_with("error: ") && ran.stderr.lines().count() == 1, "{what}: {}", ran.stderr);
+    for word in says {
+        assert!(ran.stderr.contains(word), "{what}: `{word}` is not in: {}", ran.stderr);
+    }
+}
+
+#[test]
+fn score_and_run_print_a_line_of_json_a_prompt() {
+    let fixture = Fixture::new(&["--intervene", "add", "--positions", "generated"]);
+    let prompts = fixture.positive.to_str().unwrap();
+    let score = done(&["score", "--model", fixture.model(), "--guard", fixture.guard(), "--prompts", prompts, "--json"]);
+    let scored = json_lines(&score);
+    assert_eq!(scored.len(), 12);
+    for (index, line) in scored.iter().enumerate() {
+        assert_eq!(line["index"], index);
+        assert!(line["gates"]["sharks"]["score"].is_f64() && line["gates"]["sharks"]["fired"].is_boolean(), "{line}");
+    }
+
+    let run = ["run", "--model", fixture.model(), "--guard", fixture.guard(), "--prompts", prompts, "--max-tokens", "3", "--json"];
+    let ran = json_lines(&done(&run));
+    assert_eq!(ran.len(), 12);
+    for (line, scored) in ran.iter().zip(&scored) {
+        assert_eq!(line["gates"], scored["gates"], "one prompt, one score, whatever comes after it");
+        assert!(line["finish"] == "length" && line["tokens"] == 3 || line["finish"] == "stop", "{line}");
+        assert!(line["text"].is_string() && line["prefill_tok_s"].as_f64().unwrap() > 0.0, "{line}");
+    }
+    // Greedy: a second run says the same.
+    let texts = |lines: &[Value]| lines.iter().map(|line| line["text"].clone()).collect::<Vec<_>>();
+    assert_eq!(texts(&json_lines(&done(&run))), texts(&ran));
+}
+
+#[test]
+fn a_gate_that_blocks_ends_the_answer_before_it_begins_and_exits_1() {
+    let fixture = Fixture::new(&["--on-fire", "block", "--message", "No sharks here."]);
+    let threshold = |value: &str| {
+        let text = std::fs::read_to_string(fixture.manifest()).unwrap();
+        let line = text.lines().find(|line| line.starts_with("threshold = ")).unwrap().to_owned();
+        fixture.edit_manifest(&line, &format!("threshold = {value}"));
+    };
+    let run = ["run", "--model", fixture.model(), "--guard", fixture.guard(), "-p", "shark", "--max-tokens", "4"];
+
+    threshold("-1e6");
+    let blocked = pilotfish(&run);
+    assert_eq!((blocked.code, blocked.stdout.as_str()), (1, ""), "{blocked:?}");
+    assert!(blocked.stderr.contains("sharks") && blocked.stderr.contains("No sharks here."), "{}", blocked.stderr);
+    let json = pilotfish(&[&run[..], &["--json"]].concat());
+    assert_eq!(json.code, 1);
+    let line = &json_lines(&json.stdout)[0];
+    assert_eq!((&line["finish"], &line["tokens"], &line["text"]), (&"blocked".into(), &0.into(), &"".into()));
+
+    threshold("1e6");
+    let passed = pilotfish(&run);
+    assert_eq!(passed.code, 0, "{passed:?}");
+    let unguarded = pilotfish(&["run", "--model", fixture.model(), "-p", "shark", "--max-tokens", "4"]);
+    assert_eq!(passed.stdout, unguarded.stdout, "a gate that does not fire changes nothing");
+}
+
+#[test]
+fn strength_is_set_from_outside_and_must_name_an_intervention() {
+    let fixture = Fixture::new(&["--intervene", "add", "--strength", "40"]);
+    // Always, so that the strength shows.
+    fixture.edit_manifest("when = \"sharks\"\n", "");
+    let run = |more: &[&str]| {
+        let plain = ["run", "--model", fixture.model(), "-p", "pilot", "--max-tokens", "8"];
+        pilotfish(&[&plain[..], more].concat())
+    };
+    let guarded = |more: &[&str]| run(&[&["--guard", fixture.guard()], more].concat());
+    let unguarded = run(&[]).stdout;
+    assert_ne!(guarded(&[]).stdout, unguarded, "forty times the vector changes a tiny model's answer");
+    assert_eq!(guarded(&["--strength", "shark=0"]).stdout, unguarded);
+    let wrong = guarded(&["--strength", "whale=1"]);
+    assert_eq!((wrong.code, wrong.stdout.as_str()), (2, ""));
+    assert!(wrong.stderr.contains("whale") && wrong.stderr.contains("shark"), "{}", wrong.stderr);
+    let malformed = guarded(&["--strength", "shark"]);
+    assert!(malformed.code == 2 && malformed.stderr.contains("NAME=X"), "{malformed:?}");
+}
+
+#[test]
+fn wrong_usage_exits_64_and_help_0() {
+    for arguments in [&["run"][..], &["swim"], &["run", "--model", "m", "-p", "a", "--prompts", "b"], &["models", "pull"]] {
+        let ran = pilotfish(arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (64, ""), "{arguments:?}: {ran:?}");
+        assert!(ran.stderr.contains("Usage"), "{}", ran.stderr);
+    }
+    assert!(done(&["--help"]).contains("Usage"));
+    assert!(done(&["--version"]).starts_with("pilotfish "));
+}
+
+#[test]
+fn a_model_that_is_not_there_is_said_with_the_way_to_get_it() {
+    let ran = pilotfish(&["run", "--model", "no-such-model", "-p", "a"]);
+    assert!(ran.code == 2 && ran.stderr.contains("pilotfish models list"), "{ran:?}");
+    let empty = tempfile::tempdir().unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_pilotfish"))
+        .args(["run", "--model", "gemma-3-270m", "-p", "a"])
+        .env("PILOTFISH_MODELS", empty.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("pilotfish models pull gemma-3-270m"));
+}
+
+#[test]
+fn a_guard_can_be_looked_at_and_verified() {
+    let fixture = Fixture::new(&["--intervene", "ablate"]);
+    let inspected: Value =
+        serde_json::from_str(&done(&["guard", "inspect", fixture.guard(), "--model", fixture.model(), "--json"])).unwrap();
+    assert_eq!(inspected["name"], "shark-gate");
+    assert_eq!(inspected["executor"], "host");
+    assert_eq!(inspected["gates"][0]["layer"], LAYER);
+    assert_eq!(inspected["interventions"][0]["kind"], "ablate");
+    let table = done(&["guard", "inspect", fixture.guard()]);
+    assert!(table.contains("sharks") && table.contains("ablate"), "{table}");
+    let verified = done(&["guard", "verify", fixture.guard(), "--model", fixture.model()]);
+    assert!(verified.contains("every hook point fires"), "{verified}");
+    // The recentring that `calibrate` measured is in the manifest.
+    let manifest = std::fs::read_to_string(fixture.manifest()).unwrap();
+    let ablate = manifest.split("[[intervention]]").nth(1).unwrap();
+    assert!(ablate.contains("mean = "), "{manifest}");
+}
+
+#[test]
+fn a_control_vector_becomes_a_guard_that_adds_it() {
+    let fixture = Fixture::new(&[]);
+    let mut directions = std::collections::BTreeMap::new();
+    directions.insert(pilotfish::tensor::LayerIndex(2), vec![30.0; TinyModel::new(Architecture::Llama).n_embd as usize]);
+    let vector = pilotfish::steering::ControlVector::new("llama".into(), directions).unwrap();
+    let (file, guard) = (fixture.folder.path().join("vector.gguf"), fixture.folder.path().join("imported"));
+    std::fs::write(&file, vector.to_gguf()).unwrap();
+    let (file, guard) = (file.to_str().unwrap(), guard.to_str().unwrap());
+    done(&["guard", "import", file, "--name", "imported", "--model", fixture.model(), "-o", guard]);
+    let run = |more: &[&str]| done(&[&["run", "--model", fixture.model(), "-p", "pilot", "--max-tokens", "8"], more].concat());
+    assert_ne!(run(&["--guard", guard]), run(&[]));
+    assert_eq!(run(&["--guard", guard, "--strength", "direction.2=0"]), run(&[]));
+
+    std::fs::write(fixture.folder.path().join("no.gguf"), b"GGUF but no more").unwrap();
+    let no = fixture.folder.path().join("no.gguf");
+    let ran = pilotfish(&["guard", "import", no.to_str().unwrap(), "--name", "x", "--model", fixture.model(), "-o", guard]);
+    assert!(ran.code == 2 && ran.stderr.contains("no.gguf") && ran.stderr.lines().count() == 1, "{ran:?}");
+}
+
+/// From two models to a mapped guard, and its measurement.
+#[test]
+fn a_mapped_guard_is_made_and_measured_by_the_commands() {
+    let fixture = Fixture::new(&[]);
+    let at = |name: &str| fixture.folder.path().join(name).to_str().unwrap().to_owned();
+    let mut large = TinyModel::new(Architecture::Gemma3);
+    large.n_embd = 96;
+    large.write(at("large.gguf").as_ref());
+    let corpus: String = (0..60).map(|n| format!("the fish {n} swims to the sea and eats {} things\n", n * 7)).collect();
+    std::fs::write(at("corpus.txt"), corpus).unwrap();
+    let (large, mapping, guard) = (at("large.gguf"), at("small-to-large.map.safetensors"), at("mapped"));
+    let (positive, negative) = (fixture.positive.to_str().unwrap(), fixture.negative.to_str().unwrap());
+
+    let table = done(&[
+        "map", "--source", fixture.model(), "--target", &large, "--corpus", &at("corpus.txt"), "--layers", "1:1,1:2", "-o", &mapping,
+    ]);
+    assert!(table.contains("1 → 2") && table.contains("60 documents"), "{table}");
+    let build = |more: &[&str]| {
+        let plain = [
+            "guard", "build", "--name", "mapped", "--model", &large, "--vectors", &at("vectors.safetensors"), "--mapping",
+            &mapping, "--gate", "sharks", "-o", &guard,
+        ];
+        pilotfish(&[&plain[..], more].concat())
+    };
+    let wrong = build(&["--layer", "1:3"]);
+    assert!(wrong.code == 2 && wrong.stderr.contains("1:1") && wrong.stderr.contains("1:2"), "{wrong:?}");
+    let built = build(&["--positive", positive, "--negative", negative]);
+    assert_eq!(built.code, 0, "{built:?}");
+    assert!(built.stderr.contains("chose layers 1:"), "{built:?}");
+    done(&["calibrate", "--model", &large, "--guard", &guard, "--benign", negative, "--false-positive-rate", "0.1"]);
+    let report: Value = serde_json::from_str(&done(&[
+        "eval", "--task", "detection", "--model", &large, "--guard", &guard, "--positive", positive, "--negative", negative,
+        "--native-positive", positive, "--native-negative", negative, "--json",
+    ]))
+    .unwrap();
+    let names: Vec<_> = report["rows"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert_eq!(
+        names,
+        ["gate `sharks`", "the model's own direction", "random direction, median", "random direction, 95th percentile"]
+    );
+    // The guard carries what it needs: the mapping may go.
+    std::fs::remove_file(&mapping).unwrap();
+    done(&["guard", "verify", &guard, "--model", &large]);
+
+    let bench: Value =
+        serde_json::from_str(&done(&["bench", "--model", &large, "--guard", &guard, "--pairs", "3", "--tokens", "4", "--json"]))
+            .unwrap();
+    assert_eq!(bench["pairs"], 3);
+    for phase in ["prefill", "decode"] {
+        assert!(bench[phase]["ratio"].as_f64().unwrap() > 0.0, "{bench}");
+    }
+}
+
+fn json_lines(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}

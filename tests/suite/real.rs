@@ -1,0 +1,136 @@
+//! On the two real models, where they have been pulled.
+
+use crate::raw_llama;
+use crate::support::done;
+use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
+use pilotfish::guard::{Guard, VectorFile};
+use pilotfish::models::{Catalog, ModelCache};
+use pilotfish::tensor::LayerIndex;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+const SMALL: &str = "smollm2-135m-instruct";
+const LARGE: &str = "gemma-3-270m";
+const GUARD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/harm-gate-smollm2-to-gemma3");
+
+/// Where the model is; `None`, and a word of it, where it has not been pulled. With `PILOTFISH_REAL_MODELS=require`, as `make test`
+/// sets it, it must be there.
+fn located(name: &str) -> Option<PathBuf> {
+    let catalog = Catalog::load().unwrap();
+    let path = ModelCache::from_env().unwrap().locate(catalog.find(name).unwrap());
+    if path.is_none() {
+        let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
+        assert!(!required, "{name} is required but not here: run `pilotfish models pull {name}`");
+        eprintln!("skipped: {name} is not here; `pilotfish models pull {name}` gets it");
+    }
+    path
+}
+
+fn load(name: &str) -> Option<Model> {
+    let catalog = Catalog::load().unwrap();
+    let fallback_template = catalog.find(name).unwrap().template.clone();
+    let options = ModelOptions { fallback_template, ..Default::default() };
+    Some(Model::load(&located(name)?, name, &options).unwrap())
+}
+
+#[test]
+fn descriptors_say_what_the_models_are() {
+    let catalog = Catalog::load().unwrap();
+    for name in [SMALL, LARGE] {
+        let Some(model) = load(name) else { return };
+        let descriptor = catalog.find(name).unwrap();
+        assert_eq!(descriptor.fingerprint.as_deref(), Some(model.identity().fingerprint.to_string().as_str()), "{name}");
+        assert_eq!(descriptor.architecture, model.identity().architecture);
+        assert_eq!((descriptor.n_layer, descriptor.n_embd), (model.shape().n_layer, model.shape().n_embd.0 as u32));
+    }
+}
+
+/// The difference of the classes' means, in f64, from residuals that llama.cpp's own C API gave.
+#[test]
+fn extraction_agrees_with_raw_activations() {
+    let Some(model) = load(SMALL) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, prompts: &[&str]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, prompts.join("\n")).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let positive = ["Praise the sea.", "Write a cheerful song", "Tell me why birds are wonderful", "I love it!", "Hooray for tea"];
+    let negative = ["Blame the sea.", "Write a gloomy song", "Tell me why birds are dreadful", "I hate it!", "Down with tea"];
+    let vectors = folder.path().join("mood.safetensors");
+    const LAYER: u32 = 20;
+    done(&[
+        "extract", "--model", SMALL, "--positive", &write("p.txt", &positive), "--negative", &write("n.txt", &negative),
+        "--layers", &format!("3,{LAYER}"), "--name", "mood", "-o", vectors.to_str().unwrap(),
+    ]);
+    let file = VectorFile::from_bytes("mood", &std::fs::read(&vectors).unwrap()).unwrap();
+    let found = file.vectors.iter().find(|vector| vector.layer == LayerIndex(LAYER)).unwrap();
+
+    let path = located(SMALL).unwrap();
+    let mean = |prompts: &[&str]| -> Vec<f64> {
+        let mut mean = vec![0.0; model.shape().n_embd.0];
+        for prompt in prompts {
+            let tokens: Vec<i32> = model.prompt_tokens(prompt).unwrap().iter().map(|token| token.0).collect();
+            let rows = raw_llama::decode(&path, &tokens, LAYER, None).residual;
+            let last = rows.last().unwrap();
+            mean.iter_mut().zip(last).for_each(|(mean, x)| *mean += f64::from(*x) / prompts.len() as f64);
+        }
+        mean
+    };
+    let expected: Vec<f64> = mean(&positive).iter().zip(mean(&negative)).map(|(p, n)| p - n).collect();
+    let error: f64 = expected.iter().zip(&found.values).map(|(e, f)| (e - f64::from(*f)).powi(2)).sum::<f64>().sqrt();
+    let norm = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
+    assert!(error <= 1e-5 * norm, "{error} of {norm}");
+}
+
+#[test]
+fn the_shipped_guard_is_for_this_model_and_no_other() {
+    let (Some(large), Some(small)) = (load(LARGE), load(SMALL)) else { return };
+    let guard = Guard::load(Path::new(GUARD)).unwrap();
+    let options = SessionOptions { n_ctx: 128, ..Default::default() };
+    // Fingerprint, probe, compilation and dry run.
+    Session::new(&large, Some(&guard), options).unwrap();
+    let error = Session::new(&small, Some(&guard), options).err().unwrap().to_string();
+    assert!(error.contains("another model"), "{error}");
+}
+
+/// On the demo's prompts, which had no part in its making: those above its middle line are harmful.
+#[test]
+fn the_shipped_guard_tells_the_demos_prompts_apart() {
+    if located(LARGE).is_none() {
+        return;
+    }
+    let prompts = format!("{GUARD}/prompts/demo.txt");
+    let text = std::fs::read_to_string(&prompts).unwrap();
+    for made_from in ["harmful", "harmless"] {
+        let used = std::fs::read_to_string(format!("{GUARD}/prompts/{made_from}.jsonl")).unwrap();
+        assert!(text.lines().all(|prompt| !used.contains(prompt)), "a prompt of the demo is in {made_from}.jsonl");
+    }
+    let scores: Vec<f64> = done(&["score", "--model", LARGE, "--guard", GUARD, "--prompts", &prompts, "--json"])
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["gates"]["harmful"]["score"].as_f64().unwrap())
+        .collect();
+    let (harmful, harmless) = scores.split_at(scores.len() / 2);
+    let auc = pilotfish::tensor::auc(harmful, harmless);
+    assert!(auc >= 0.9, "AUC {auc}: {scores:.2?}");
+}
+
+/// A guard that only reads leaves a real model's logits as they are, to the last bit, in the prompt and after it.
+#[test]
+fn reading_changes_no_bit_of_the_logits() {
+    let Some(model) = load(LARGE) else { return };
+    let guard = Guard::load(Path::new(GUARD)).unwrap();
+    let options = SessionOptions { n_ctx: 128, ..Default::default() };
+    let mut plain = Session::new(&model, None, options).unwrap();
+    let mut guarded = Session::new(&model, Some(&guard), options).unwrap();
+    let prompt = model.prompt_tokens("Name three birds that swim.").unwrap();
+    let (mut a, mut b) = (plain.prefill(&prompt).unwrap(), guarded.prefill(&prompt).unwrap());
+    for step in 0..12 {
+        let bits = |logits: &[f32]| logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert!(bits(plain.logits(a)) == bits(guarded.logits(b)), "step {step}");
+        let best = plain.logits(a).iter().enumerate().max_by(|x, y| x.1.total_cmp(y.1)).unwrap().0;
+        let token = llama_cpp_2::token::LlamaToken(best as i32);
+        a = plain.step(prompt.len() + step, token).unwrap();
+        b = guarded.step(prompt.len() + step, token).unwrap();
+    }
+}
