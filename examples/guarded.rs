@@ -4,10 +4,9 @@ use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::{LlamaModel, params::LlamaModelParams};
 use llama_cpp_2::sampling::LlamaSampler;
-use pilotfish::engine::{PromptTemplate, guard_context};
-use pilotfish::guard::Guard;
-use pilotfish::hook::GuardedBatch;
+use pilotfish::engine::PromptTemplate;
 use pilotfish::tensor::{SequenceId, TokenPosition};
+use pilotfish::{Guard, GuardedBatch, guard_context};
 use std::io::Write;
 use std::path::Path;
 

@@ -257,6 +257,9 @@ pub struct BuildArguments {
     /// How the gate's projections over the prompt become a score
     #[arg(long, value_enum, default_value_t = AggregateArgument::Last)]
     pub aggregate: AggregateArgument,
+    /// How the gate reads along its vector; by default `standardized` where there is a mapping, which it needs
+    #[arg(long, value_enum)]
+    pub readout: Option<ReadoutArgument>,
     /// What a fired gate does
     #[arg(long, value_enum, default_value_t = OnFireArgument::Steer)]
     pub on_fire: OnFireArgument,
@@ -288,6 +291,14 @@ pub enum AggregateArgument {
     Last,
     Mean,
     Max,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum ReadoutArgument {
+    /// Projection on the vector
+    Projection,
+    /// Projection in units of each dimension's standard deviation
+    Standardized,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -397,6 +408,9 @@ pub struct EvalArguments {
     /// Negative prompts that the guard was made from
     #[arg(long, value_name = "F", requires = "native_positive")]
     pub native_negative: Option<PathBuf>,
+    /// Write the figures into the guard's manifest, as measured on what you call DATA
+    #[arg(long, value_name = "DATA")]
+    pub record: Option<String>,
     #[arg(long)]
     pub json: bool,
 }

@@ -4,8 +4,11 @@ use super::models::load;
 use super::progress::Bar;
 use super::table::table;
 use super::{guard, prompts};
-use pilotfish::eval::{Native, detection};
+use anyhow::Context;
+use pilotfish::eval::{Detection, Native, detection};
+use pilotfish::guard::{MANIFEST_FILE, MeasuredResult, edit, replace_manifest};
 use std::io::Write;
+use std::path::Path;
 
 pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let Task::Detection = arguments.task;
@@ -22,6 +25,9 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
         let bar = Bar::new("scoring");
         detection(&model, &guard, &positive, &negative, native, &mut |done, total| bar.at(done, total))?
     };
+    if let Some(on) = &arguments.record {
+        record(&arguments.guard, &report, on)?;
+    }
     let mut out = std::io::stdout().lock();
     if arguments.json {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
@@ -44,4 +50,24 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
         report.guard, report.model, report.n_positive, report.n_negative
     )?;
     Ok(Outcome::Done)
+}
+
+/// Adds the report's figures to the manifest, in place of older ones on the same data.
+fn record(directory: &Path, report: &Detection, on: &str) -> anyhow::Result<()> {
+    let path = directory.join(MANIFEST_FILE);
+    let mut text = std::fs::read_to_string(&path).with_context(|| format!("can't read `{}`", path.display()))?;
+    let mut add = |name: String, value: f64| -> anyhow::Result<()> {
+        let result = MeasuredResult { name, value, on: on.to_owned(), command: None };
+        text = edit::add_result(&text, &result)?;
+        Ok(())
+    };
+    for row in &report.rows {
+        add(format!("AUC, {}, layer {}", row.name, row.layer), row.auc)?;
+        if let Some((positive, negative)) = row.fired {
+            add(format!("share of positive prompts that fire, {}", row.name), positive)?;
+            add(format!("share of negative prompts that fire, {}", row.name), negative)?;
+        }
+    }
+    replace_manifest(directory, &text)?;
+    Ok(())
 }

@@ -1,7 +1,7 @@
 use super::Outcome;
 use super::args::{
     AggregateArgument, BuildArguments, GuardCommand, InterventionArgument, LoadArguments, OnErrorArgument,
-    OnFireArgument, PositionsArgument,
+    OnFireArgument, PositionsArgument, ReadoutArgument,
 };
 use super::models::{load, load_named};
 use super::progress::Bar;
@@ -13,8 +13,8 @@ use pilotfish::guard::manifest::{
     TensorsEntry, VectorEntry,
 };
 use pilotfish::guard::{
-    Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Source, VectorFile,
-    from_control_vector, write_guard,
+    Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Readout, Source,
+    VectorFile, from_control_vector, write_guard,
 };
 use pilotfish::learn;
 use pilotfish::mapping::AffineMap;
@@ -104,7 +104,7 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
             .map(|gate| {
                 let vector = &guard.vectors()[gate.vector];
                 serde_json::json!({ "name": gate.name, "vector": vector.name, "layer": vector.layer,
-                    "threshold": gate.threshold, "aggregate": gate.aggregate, "on_fire": gate.on_fire })
+                    "threshold": gate.threshold, "aggregate": gate.aggregate, "readout": gate.readout, "on_fire": gate.on_fire })
             })
             .collect();
         let interventions: Vec<_> = guard
@@ -154,11 +154,12 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
                 gate.name.clone(),
                 guard.vectors()[gate.vector].name.clone(),
                 format!("{:?}", gate.aggregate).to_lowercase(),
+                gate.readout.name().to_owned(),
                 text(gate.threshold.map(|threshold| format!("{threshold:+.2}"))),
                 format!("{:?}", gate.on_fire).to_lowercase(),
             ]
         });
-        writeln!(out, "{}", table(["gate", "vector", "aggregate", "threshold", "on fire"], gates))?;
+        writeln!(out, "{}", table(["gate", "vector", "aggregate", "readout", "threshold", "on fire"], gates))?;
     }
     if !guard.interventions().is_empty() {
         let interventions = guard.interventions().iter().map(|intervention| {
@@ -174,7 +175,7 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
         writeln!(out, "{}", table(["intervention", "kind", "vector", "strength", "positions", "when"], interventions))?;
     }
     for result in guard.results() {
-        writeln!(out, "{}: {} on {}", result.name, result.value, result.on)?;
+        writeln!(out, "{}: {:.3} on {}", result.name, result.value, result.on)?;
     }
     Ok(())
 }
@@ -198,6 +199,12 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
             AggregateArgument::Last => Aggregate::Last,
             AggregateArgument::Mean => Aggregate::Mean,
             AggregateArgument::Max => Aggregate::Max,
+        },
+        readout: match arguments.readout {
+            Some(ReadoutArgument::Projection) => Readout::Projection,
+            Some(ReadoutArgument::Standardized) => Readout::Standardized,
+            None if arguments.mapping.is_some() && !arguments.baked => Readout::Standardized,
+            None => Readout::Projection,
         },
         on_fire: match arguments.on_fire {
             OnFireArgument::Steer => OnFire::Steer,
@@ -237,6 +244,7 @@ struct Policy {
     description: String,
     gate: Option<String>,
     aggregate: Aggregate,
+    readout: Readout,
     on_fire: OnFire,
     intervention: Option<InterventionEntry>,
     on_error: OnError,
@@ -298,7 +306,7 @@ fn build_to(
             target.identity().name
         );
     }
-    let (vector, map) = choose(target, &file, mapping.as_ref(), choice)?;
+    let (vector, map) = choose(target, &file, mapping.as_ref(), policy.readout, choice)?;
 
     let name = vector.name.clone();
     let (mut mappings, mut mapping_files) = (Vec::new(), Vec::new());
@@ -363,6 +371,7 @@ fn build_to(
                 vector: name.clone(),
                 scope: Scope::Prompt,
                 aggregate: policy.aggregate,
+                readout: policy.readout,
                 threshold: None,
                 mean: None,
                 deviation: None,
@@ -385,6 +394,7 @@ fn choose<'a>(
     target: &Model,
     file: &'a VectorFile,
     mapping: Option<&'a MappingFile>,
+    readout: Readout,
     choice: LayerChoice<'_>,
 ) -> anyhow::Result<(&'a SteeringVector, Option<&'a AffineMap>)> {
     let vector_at = |layer: LayerIndex| {
@@ -430,7 +440,7 @@ fn choose<'a>(
             let separations = {
                 let bar = Bar::new("choosing layers");
                 let step = &mut |done, total| bar.at(done, total);
-                learn::separation_by_map(target, &file.vectors, &maps, positive, negative, step)?
+                learn::separation_by_map(target, &file.vectors, &maps, readout, positive, negative, step)?
             };
             let mut rated: Vec<_> = maps.iter().zip(separations).filter_map(|(map, auc)| Some((*map, auc?))).collect();
             rated.sort_by(|a, b| b.1.total_cmp(&a.1));

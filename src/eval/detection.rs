@@ -95,16 +95,20 @@ pub fn detection(
             fired: Some((share(positive), share(negative))),
         });
     }
-    for layer in layers {
+    for layer in layers.iter().copied() {
         let separation = |direction: &[f32]| {
             let scores = |rows: crate::tensor::Residual<'_>| -> Vec<f64> {
                 rows.rows().map(|row| f64::from(dot(row, direction))).collect()
             };
             auc(&scores(positive_rows.layer(layer)), &scores(negative_rows.layer(layer)))
         };
-        if let Some(vector) = own.iter().flat_map(|own| &own.vectors).find(|vector| vector.layer == layer) {
-            let auc = separation(&vector.values);
-            rows.push(DetectionRow { name: "the model's own direction".into(), layer, auc, fired: None });
+        let at = layers.iter().position(|known| *known == layer).expect("one of them");
+        if let Some(own) = &own {
+            let (vector, scale) = (&own.vectors[at].values, &own.standardization[at]);
+            for (name, direction) in [("", vector.clone()), (", standardized", scale.readout(vector))] {
+                let name = format!("the model's own direction{name}");
+                rows.push(DetectionRow { name, layer, auc: separation(&direction), fired: None });
+            }
         }
         let random: Vec<f64> = (0..RANDOM_DIRECTIONS)
             .map(|seed| separation(&random_direction(positive_rows.layer(layer).width(), seed)))

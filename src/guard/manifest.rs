@@ -148,6 +148,8 @@ pub struct GateEntry {
     pub scope: Scope,
     #[serde(default)]
     pub aggregate: Aggregate,
+    #[serde(default)]
+    pub readout: Readout,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -177,6 +179,27 @@ pub enum Aggregate {
     Last,
     Mean,
     Max,
+}
+
+/// How a gate reads a residual along its vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Readout {
+    /// The projection on the vector's unit direction.
+    #[default]
+    Projection,
+    /// The same with each dimension of both in units of its standard deviation, which the vector's mapping knows.
+    Standardized,
+}
+
+impl Readout {
+    /// As manifests call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Projection => "projection",
+            Self::Standardized => "standardized",
+        }
+    }
 }
 
 /// What a gate that fires does by itself.

@@ -24,12 +24,12 @@ mod tests;
 pub use digest::Digest;
 pub use error::{GuardError, Location};
 pub use identity::{Fingerprint, ModelIdentity};
-pub use manifest::{Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Source};
+pub use manifest::{Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source};
 pub use mapping_file::MappingFile;
 pub use vector_file::VectorFile;
 pub use write::{from_control_vector, replace_manifest, write_guard};
 
-use crate::mapping::MappingQuality;
+use crate::mapping::{MappingQuality, Standardization};
 use crate::tensor::LayerIndex;
 use folder::{Folder, InMemory};
 use std::path::Path;
@@ -98,6 +98,8 @@ pub struct MappedFrom {
     /// The mapping's name in the manifest.
     pub mapping: String,
     pub quality: MappingQuality,
+    /// Of the target's residual, as the mapping knows it.
+    pub target: Standardization,
 }
 
 /// A condition on the prompt, decided once a sequence.
@@ -107,6 +109,9 @@ pub struct Gate {
     /// Index into [`Guard::vectors`].
     pub vector: usize,
     pub aggregate: Aggregate,
+    pub readout: Readout,
+    /// What rows are projected on, after the readout: `[n_embd]` of the target, not normalised.
+    pub direction: Vec<f32>,
     pub calibration: Option<Calibration>,
     /// In benign standard deviations from the benign mean; a score at or above it fires.
     pub threshold: Option<f64>,

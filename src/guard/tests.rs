@@ -172,6 +172,8 @@ fn everything_said_is_in_the_guard() {
         name: "harmful".into(),
         vector: 0,
         aggregate: Aggregate::Mean,
+        readout: Readout::Projection,
+        direction: harm.direction.clone(),
         calibration: Some(Calibration { mean: -2.5, deviation: 0.75 }),
         threshold: Some(1.7),
         on_fire: OnFire::Block,
@@ -1352,4 +1354,27 @@ proptest! {
         let toml = written.to_toml().unwrap();
         prop_assert_eq!(Manifest::parse("guard.toml", toml.as_bytes()).unwrap(), written);
     }
+}
+
+/// `v/σ²`, with σ the target's scale in the mapping of layers 24 to 10.
+#[test]
+fn a_standardized_gate_reads_in_units_of_the_mappings_scale() {
+    let manifest = edited("aggregate = \"mean\"", "aggregate = \"mean\"\nreadout = \"standardized\"");
+    let guard = load(&manifest, &tensors(), &mapping_file().to_bytes().unwrap()).unwrap();
+    let gate = &guard.gates()[0];
+    let mapped = &guard.vectors()[0].direction;
+    assert_eq!(gate.readout, Readout::Standardized);
+    assert_eq!(gate.direction, [mapped[0] / 16.0, mapped[1], mapped[2] * 16.0]);
+    // What interventions add is the vector itself.
+    assert_eq!(mapped, &valid().vectors()[0].direction);
+}
+
+#[test]
+fn a_standardized_gate_needs_a_mapping() {
+    let manifest = edited(
+        "vector = \"harm\"\nscope = \"prompt\"",
+        "vector = \"refusal\"\nscope = \"prompt\"\nreadout = \"standardized\"",
+    );
+    let error = load(&manifest, &tensors(), &mapping_file().to_bytes().unwrap()).unwrap_err().to_string();
+    assert!(error.contains("gate[0].readout") && error.contains("refusal") && !error.contains('\n'), "{error}");
 }

@@ -3,7 +3,7 @@
 use super::error::{GuardError, listed, shown};
 use super::folder::Files;
 use super::manifest::{
-    GateEntry, InterventionEntry, InterventionName, Manifest, MappingKind, Scope, VectorEntry, text_of,
+    GateEntry, InterventionEntry, InterventionName, Manifest, MappingKind, Readout, Scope, VectorEntry, text_of,
 };
 use super::tensors::TensorFile;
 use super::{
@@ -203,8 +203,9 @@ impl<F: Files> Check<'_, F> {
             length if !length.is_finite() || direction.iter().any(|value| !value.is_finite()) => "too large for `f32`",
             0.0 => "zero, so it has no direction",
             _ => {
-                let from = MappedFrom { layer: entry.layer, mapping: name.clone(), quality: *quality };
-                return Ok(vector(mapping.target_layer, direction, Some(from)));
+                let (layer, mapping, target) = (entry.layer, name.clone(), map.target().clone());
+                let from = MappedFrom { layer, mapping, quality: *quality, target };
+                return Ok(vector(map.target_layer(), direction, Some(from)));
             }
         };
         let (vector, mapping) = (entry.name.clone(), name.clone());
@@ -290,9 +291,11 @@ impl<F: Files> Check<'_, F> {
                     return Err(GuardError::Missing { why }).at(at(there));
                 }
             };
-            let GateEntry { name, aggregate, threshold, on_fire, .. } = entry;
-            let (aggregate, threshold, on_fire) = (*aggregate, *threshold, *on_fire);
-            Ok(Gate { name: name.clone(), vector, aggregate, calibration, threshold, on_fire })
+            let direction = read_along(&vectors[vector], entry.readout).at(at("readout"))?;
+            let GateEntry { name, aggregate, readout, threshold, on_fire, .. } = entry;
+            let (name, aggregate, readout) = (name.clone(), *aggregate, *readout);
+            let (threshold, on_fire) = (*threshold, *on_fire);
+            Ok(Gate { name, vector, aggregate, readout, direction, calibration, threshold, on_fire })
         };
         self.manifest.gates.iter().enumerate().map(gate).collect()
     }
@@ -319,6 +322,26 @@ impl<F: Files> Check<'_, F> {
         };
         self.manifest.interventions.iter().enumerate().map(intervention).collect()
     }
+}
+
+/// What a gate with this readout projects on.
+fn read_along(vector: &GuardVector, readout: Readout) -> Result<Vec<f32>, GuardError> {
+    if readout == Readout::Projection {
+        return Ok(vector.direction.clone());
+    }
+    let from = vector.mapped_from.as_ref().ok_or_else(|| GuardError::Missing {
+        why: format!(
+            "the readout `standardized` needs a mapping, which knows the scale of each dimension; vector `{}` has none",
+            vector.name
+        ),
+    })?;
+    let direction = from.target.readout(&vector.direction);
+    let problem = match norm(&direction) {
+        length if !length.is_finite() || direction.iter().any(|value| !value.is_finite()) => "too large for `f32`",
+        0.0 => "zero, so it has no direction",
+        _ => return Ok(direction),
+    };
+    Err(GuardError::MappedVector { mapping: from.mapping.clone(), vector: vector.name.clone(), problem })
 }
 
 fn intervention_name(entry: &InterventionEntry) -> &str {

@@ -65,6 +65,10 @@ struct MicroBatch {
     /// Whether a rotary embedding announced a micro-batch whose first residual has not come yet.
     announced: bool,
     last_layer: Option<LayerIndex>,
+    /// Layer of the last residual asked about, and the rows of the first one of this micro-batch: it has them all, where a later one
+    /// may be the model's last, with only the rows whose logits were asked for.
+    asked_layer: Option<LayerIndex>,
+    n_rows: usize,
 }
 
 // SAFETY: the only field that is not `Send` is a tensor pointer in `MicroBatch`, which is set and used within one `llama_decode` on
@@ -209,6 +213,9 @@ impl Hook {
         let name = tensor.name();
         if let Some(layer) = residual_layer(name) {
             self.micro_batch.residual_since = true;
+            if self.micro_batch.asked_layer.replace(layer).is_none_or(|last| layer <= last) {
+                self.micro_batch.n_rows = tensor.n_rows();
+            }
             return self.fault.is_none() && self.wants(layer);
         }
         if let Some(layer) = layer_suffix(name)
@@ -278,9 +285,9 @@ impl Hook {
         let wraps = self.micro_batch.last_layer.is_none_or(|last| layer <= last);
         if std::mem::take(&mut self.micro_batch.announced) || wraps {
             self.read_positions();
-            let n_rows =
-                if self.micro_batch.positions.is_empty() { tensor.n_rows() } else { self.micro_batch.positions.len() };
-            self.rows.enter(n_rows, &self.micro_batch.positions);
+            let MicroBatch { positions, n_rows, .. } = &self.micro_batch;
+            let n_rows = if positions.is_empty() { *n_rows } else { positions.len() };
+            self.rows.enter(n_rows, positions);
         }
         self.micro_batch.last_layer = Some(layer);
 

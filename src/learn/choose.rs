@@ -1,11 +1,12 @@
 use super::{LearnError, Progress, last_token_activations};
 use crate::engine::Model;
+use crate::guard::Readout;
 use crate::mapping::AffineMap;
 use crate::steering::SteeringVector;
 use crate::tensor::{LayerIndex, auc, dot};
 
-/// How well each of `maps` carries its source layer's vector over: the AUC of the mapped vector's projections on `positive` against
-/// `negative` prompts in the target `model`, in the order of `maps`; `None` where `vectors` has none of that source layer.
+/// How well each of `maps` carries its source layer's vector over: the AUC of what a gate with this `readout` of the mapped vector reads
+/// from `positive` against `negative` prompts in the target `model`, in the order of `maps`; `None` where `vectors` has none of that source layer.
 ///
 /// The prompts should be those that the vectors were made from. Variance explained says how much of the residual a map carries, this
 /// how much of the one direction that matters.
@@ -16,6 +17,7 @@ pub fn separation_by_map(
     model: &Model,
     vectors: &[SteeringVector],
     maps: &[&AffineMap],
+    readout: Readout,
     positive: &[String],
     negative: &[String],
     progress: Progress<'_>,
@@ -31,7 +33,10 @@ pub fn separation_by_map(
         .iter()
         .map(|map| {
             let vector = vectors.iter().find(|vector| vector.layer == map.source_layer())?;
-            let mapped = map.apply_direction(&vector.values);
+            let mut mapped = map.apply_direction(&vector.values);
+            if readout == Readout::Standardized {
+                mapped = map.target().readout(&mapped);
+            }
             let scores = |activations: &crate::engine::Activations| -> Vec<f64> {
                 activations.layer(map.target_layer()).rows().map(|row| f64::from(dot(row, &mapped))).collect()
             };

@@ -1,5 +1,6 @@
 use super::{LearnError, Progress};
 use crate::engine::{ActivationReader, Activations, Model};
+use crate::mapping::Standardization;
 use crate::steering::{SteeringVector, difference_of_means};
 use crate::tensor::{LayerIndex, Residual, auc, dot};
 
@@ -9,6 +10,8 @@ pub struct Contrast {
     pub vectors: Vec<SteeringVector>,
     /// Area under the ROC curve of projections on held-out prompts ([`FOLDS`]-fold), a layer each.
     pub separation: Vec<(LayerIndex, f64)>,
+    /// Of all prompts of both classes at their last token, a layer each.
+    pub standardization: Vec<Standardization>,
 }
 
 /// Folds of the cross-validated separation.
@@ -58,7 +61,7 @@ pub fn contrast(
     let positive = last_token_activations(model, layers, positive, &mut |done, _| progress(done, total))?;
     let before = positive.n_rows();
     let negative = last_token_activations(model, layers, negative, &mut |done, _| progress(before + done, total))?;
-    let mut found = Contrast { vectors: Vec::new(), separation: Vec::new() };
+    let mut found = Contrast { vectors: Vec::new(), separation: Vec::new(), standardization: Vec::new() };
     for layer in layers {
         let (positive, negative) = (positive.layer(*layer), negative.layer(*layer));
         let extracted =
@@ -67,6 +70,9 @@ pub fn contrast(
         let separation =
             separation(positive, negative).map_err(|source| LearnError::Steering { layer: *layer, source })?;
         found.separation.push((*layer, separation));
+        let both = [positive.values(), negative.values()].concat();
+        let both = Residual::new(&both, positive.width()).expect("rows of the same width");
+        found.standardization.push(Standardization::of(both));
     }
     Ok(found)
 }

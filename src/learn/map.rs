@@ -186,11 +186,11 @@ fn pair_rows(source: &PromptLayout, target: &PromptLayout) -> Vec<(usize, usize)
 }
 
 impl MapOptions {
-    /// The pairs to survey where the user names none: source layers of the later half, where a prompt's meaning is, and target layers
-    /// from a third of the depth on, so that what is found there can still be acted on. The last layers are left out: there llama.cpp
-    /// keeps only rows with logits.
+    /// The pairs to survey where the user names none: source layers of the later half, where a prompt's meaning is, and the middle third
+    /// of target layers, so that what is found there can still be acted on. The last layers are left out: there llama.cpp keeps only
+    /// rows with logits.
     pub fn survey_all(source_layers: u32, target_layers: u32) -> Vec<(LayerIndex, LayerIndex)> {
-        let targets = target_layers / 3..target_layers.saturating_sub(1);
+        let targets = target_layers / 3..=(2 * target_layers / 3).min(target_layers.saturating_sub(2));
         (source_layers / 2..source_layers.saturating_sub(1))
             .flat_map(|source| targets.clone().map(move |target| (LayerIndex(source), LayerIndex(target))))
             .collect()

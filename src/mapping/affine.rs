@@ -10,6 +10,19 @@ pub struct Standardization {
     pub scale: Vec<f32>,
 }
 
+impl Standardization {
+    /// The direction along which a residual is read in units of each dimension's scale: `v/σ²`, since its projection on `x` is that of
+    /// `v/σ` on `x/σ`. With `v` a difference of means this is the linear discriminant of independent dimensions; the few dimensions of a
+    /// residual that are hundreds of times larger than the rest, and mostly noise, then count no more than others.
+    ///
+    /// # Panics
+    /// If `v` is not as long as [`scale`](Self::scale).
+    pub fn readout(&self, v: &[f32]) -> Vec<f32> {
+        assert_eq!(v.len(), self.scale.len(), "a direction of the wrong width");
+        v.iter().zip(&self.scale).map(|(v, scale)| (f64::from(*v) / f64::from(*scale).powi(2)) as f32).collect()
+    }
+}
+
 /// An affine map from residuals of a source model at one layer to residuals of a target model at one layer:
 /// `ŷ = μ_t + D_t Wᵀ D_s⁻¹ (x − μ_s)`, where `D = diag(σ)`. This is the affine map of arXiv 2503.04429 (its
 /// linear alternative to the autoencoder) with both sides standardised, without which a few large dimensions take the whole fit.

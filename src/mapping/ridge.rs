@@ -310,6 +310,16 @@ struct Moments {
     scale: Vec<f64>,
 }
 
+impl Standardization {
+    /// Of `rows`; a dimension that does not vary has scale 1.
+    ///
+    /// # Panics
+    /// If there are no rows.
+    pub fn of(rows: Residual) -> Self {
+        Moments::new(rows, &(0..rows.n_rows()).collect::<Vec<_>>()).rounded()
+    }
+}
+
 impl Moments {
     /// `which` has at least one row.
     fn new(rows: Residual, which: &[usize]) -> Self {

@@ -1,5 +1,5 @@
 use super::{Gate, HookPoint, Patch, PatchKind, Program, Readout, Response};
-use crate::guard::{Guard, InterventionKind, OnError};
+use crate::guard::{Aggregate, Guard, InterventionKind, OnError};
 use crate::tensor::{self, HiddenSize, LayerIndex};
 use std::collections::BTreeMap;
 
@@ -29,6 +29,10 @@ pub enum CompileError {
     Width { guard: String, vector: String, expected: HiddenSize, found: usize },
     #[error("guard `{guard}`: gate `{gate}` is not calibrated: it has no `{missing}`; run `pilotfish calibrate`")]
     NotCalibrated { guard: String, gate: String, missing: &'static str },
+    #[error(
+        "guard `{guard}`: gate `{gate}` takes the {aggregate} over the prompt at layer {layer}, the model's last, where llama.cpp keeps only the prompt's last token; use `last`, or an earlier layer"
+    )]
+    LastLayer { guard: String, gate: String, aggregate: &'static str, layer: LayerIndex },
     #[error("guard `{guard}`: vector `{vector}` has no direction: its norm is zero or not finite")]
     NoDirection { guard: String, vector: String },
 }
@@ -72,11 +76,12 @@ impl Program {
                 });
             }
         }
-        let unit = |vector: usize| {
-            let vector = &guard.vectors()[vector];
-            let unit = tensor::unit(&vector.direction)
-                .ok_or_else(|| CompileError::NoDirection { guard: guard.name().into(), vector: vector.name.clone() })?;
-            Ok(unit.into_boxed_slice())
+        let unit = |vector: usize, direction: &[f32]| {
+            let no_direction = || CompileError::NoDirection {
+                guard: guard.name().into(),
+                vector: guard.vectors()[vector].name.clone(),
+            };
+            Ok(tensor::unit(direction).ok_or_else(no_direction)?.into_boxed_slice())
         };
 
         let mut points = BTreeMap::<LayerIndex, HookPoint>::new();
@@ -93,6 +98,15 @@ impl Program {
             let missing =
                 |missing| CompileError::NotCalibrated { guard: guard.name().into(), gate: gate.name.clone(), missing };
             let layer = guard.vectors()[gate.vector].layer;
+            let aggregate = match gate.aggregate {
+                Aggregate::Last => None,
+                Aggregate::Mean => Some("mean"),
+                Aggregate::Max => Some("maximum"),
+            };
+            if let Some(aggregate) = aggregate.filter(|_| layer.0 + 1 == shape.n_layer) {
+                let (guard, gate) = (guard.name().into(), gate.name.clone());
+                return Err(CompileError::LastLayer { guard, gate, aggregate, layer });
+            }
             let (mean, deviation, threshold) = match calibration {
                 Calibration::Ignored => (0.0, 1.0, None),
                 Calibration::Required => {
@@ -110,7 +124,7 @@ impl Program {
                 threshold,
                 on_fire: gate.on_fire,
             });
-            point_at(layer, Part::Readout(Readout { gate: index, direction: unit(gate.vector)? }));
+            point_at(layer, Part::Readout(Readout { gate: index, direction: unit(gate.vector, &gate.direction)? }));
         }
 
         for intervention in guard.interventions() {
@@ -122,11 +136,11 @@ impl Program {
             let kind = match intervention.kind {
                 InterventionKind::Add => PatchKind::Shift(vector.direction.iter().map(|x| strength * x).collect()),
                 InterventionKind::Ablate { mean } => PatchKind::RankOne {
-                    direction: unit(intervention.vector)?,
+                    direction: unit(intervention.vector, &vector.direction)?,
                     response: Response::Recentre { target: mean as f32, strength },
                 },
                 InterventionKind::Clamp { low, high } => PatchKind::RankOne {
-                    direction: unit(intervention.vector)?,
+                    direction: unit(intervention.vector, &vector.direction)?,
                     response: Response::Clip { low: low as f32, high: high as f32, strength },
                 },
             };

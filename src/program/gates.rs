@@ -56,9 +56,12 @@ struct GateState {
     last: f64,
     count: u32,
     decision: Option<GateDecision>,
+    /// Whether the decision fell in the current decode.
+    fresh: bool,
 }
 
-const UNREAD: GateState = GateState { sum: 0.0, max: f64::NEG_INFINITY, last: 0.0, count: 0, decision: None };
+const UNREAD: GateState =
+    GateState { sum: 0.0, max: f64::NEG_INFINITY, last: 0.0, count: 0, decision: None, fresh: false };
 
 impl GateStates {
     /// Forgets `sequence`: its next row starts a new prompt.
@@ -70,9 +73,10 @@ impl GateStates {
         self.sequences.clear();
     }
 
-    /// Makes room for `sequence`, so that no row of it allocates.
+    /// Prepares `sequence` for a decode: makes room for it, so that no row of it allocates.
     pub fn open(&mut self, program: &Program, sequence: SequenceId) {
-        self.sequences.entry(sequence).or_insert_with(|| vec![UNREAD; program.gates.len()]);
+        let states = self.sequences.entry(sequence).or_insert_with(|| vec![UNREAD; program.gates.len()]);
+        states.iter_mut().for_each(|state| state.fresh = false);
     }
 
     /// Gives `to` the gate states of `from`, as llama.cpp's KV copy gives it the cells.
@@ -107,6 +111,7 @@ impl GateStates {
             let mut decision = state.decide(&gates[gate]);
             decision.fired |= fired_before;
             state.decision = Some(decision);
+            state.fresh = !fired_before;
         }
     }
 
@@ -119,11 +124,19 @@ impl GateStates {
         }
     }
 
-    /// Whether `gate` is open for `row`. A gate that has not decided yet is closed; a row without a sequence opens every gate.
+    /// Whether `gate` is open for `row`. A gate that has not decided yet is closed, and so is one that decided in this decode for the
+    /// tokens of the prompt before its last: llama.cpp may compute these after the decision, at a later layer, or before it, as it cuts
+    /// the prompt. A row without a sequence opens every gate.
     pub(super) fn is_open(&self, gate: usize, row: &Row) -> bool {
         match row.sequence {
             None => true,
-            Some(sequence) => self.decision(sequence, gate).is_some_and(|decision| decision.fired),
+            Some(sequence) => {
+                let state = self.sequences.get(&sequence).and_then(|states| states.get(gate));
+                state.is_some_and(|state| {
+                    let fired = state.decision.is_some_and(|decision| decision.fired);
+                    fired && !(state.fresh && row.kind == RowKind::Prompt)
+                })
+            }
         }
     }
 

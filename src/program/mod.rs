@@ -51,12 +51,12 @@ pub struct HookPoint {
     pub patches: Vec<Patch>,
 }
 
-/// The projection `v̂·x` that feeds a gate.
+/// The projection that feeds a gate.
 #[derive(Debug, Clone)]
 pub struct Readout {
     /// Index into [`Program::gates`].
     pub gate: usize,
-    /// `v̂`, `[width]`, of norm 1.
+    /// The gate's direction, readout applied: `[width]`, of norm 1.
     pub direction: Box<[f32]>,
 }
 

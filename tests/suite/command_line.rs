@@ -1,8 +1,10 @@
 //! The command as its users meet it: what it prints where, how it ends, and what it says of input that is wrong.
 
+use crate::raw_llama::{self, ControlVector};
 use crate::support::{Fixture, LAYER, done, pilotfish};
 use crate::tiny_model::{Architecture, TinyModel};
-use pilotfish::engine::{Model, ModelOptions};
+use pilotfish::Guard;
+use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
 use serde_json::Value;
 
 /// What is done to a good guard, and what the error must say.
@@ -10,16 +12,37 @@ type Spoil = (&'static str, fn(&Fixture), &'static [&'static str]);
 
 /// Every way in which a guard may be wrong that a user is likely to meet.
 const SPOILED: &[Spoil] = &[
-    ("the tensor file is cut short", |f| f.edit_tensors(false, |b| b.truncate(b.len() - 10)), &["tensors.safetensors", "sha256"]),
-    ("the tensor file is cut short and signed", |f| f.edit_tensors(true, |b| b.truncate(b.len() - 10)), &["tensors.safetensors"]),
-    ("one byte has changed", |f| f.edit_tensors(false, |b| *b.last_mut().unwrap() ^= 1), &["tensors.safetensors", "sha256"]),
+    (
+        "the tensor file is cut short",
+        |f| f.edit_tensors(false, |b| b.truncate(b.len() - 10)),
+        &["tensors.safetensors", "sha256"],
+    ),
+    (
+        "the tensor file is cut short and signed",
+        |f| f.edit_tensors(true, |b| b.truncate(b.len() - 10)),
+        &["tensors.safetensors"],
+    ),
+    (
+        "one byte has changed",
+        |f| f.edit_tensors(false, |b| *b.last_mut().unwrap() ^= 1),
+        &["tensors.safetensors", "sha256"],
+    ),
     (
         "a value is not a number",
-        |f| f.edit_tensors(true, |b| { let n = b.len(); b[n - 4..].copy_from_slice(&f32::NAN.to_le_bytes()) }),
+        |f| {
+            f.edit_tensors(true, |b| {
+                let n = b.len();
+                b[n - 4..].copy_from_slice(&f32::NAN.to_le_bytes())
+            })
+        },
         &["shark.1", "NaN"],
     ),
     ("the layer does not exist", |f| f.edit_manifest("layer = 1", "layer = 99"), &["layer 99"]),
-    ("a key is unknown", |f| f.edit_manifest("[target]\n", "[target]\nquantisation = \"Q4\"\n"), &["guard.toml", "quantisation"]),
+    (
+        "a key is unknown",
+        |f| f.edit_manifest("[target]\n", "[target]\nquantisation = \"Q4\"\n"),
+        &["guard.toml", "quantisation"],
+    ),
     ("a gate is not calibrated", |f| f.edit_manifest("deviation = ", "# deviation = "), &["deviation", "calibrate"]),
     ("it is no TOML", |f| f.edit_manifest("[target]", "[target"), &["guard.toml:6", "unclosed"]),
     ("the format is another", |f| f.edit_manifest("format = 1", "format = 2"), &["format"]),
@@ -27,12 +50,20 @@ const SPOILED: &[Spoil] = &[
     ("the tensors are not there", |f| std::fs::remove_file(f.tensors()).unwrap(), &["tensors.safetensors"]),
     (
         "it is for another model",
-        |f| { let mut other = TinyModel::new(Architecture::Llama); other.n_layer += 1; other.write(&f.model) },
+        |f| {
+            let mut other = TinyModel::new(Architecture::Llama);
+            other.n_layer += 1;
+            other.write(&f.model)
+        },
         &["another model"],
     ),
     (
         "it is for other weights of the same shape",
-        |f| { let mut other = TinyModel::new(Architecture::Llama); other.seed += 1; other.write(&f.model) },
+        |f| {
+            let mut other = TinyModel::new(Architecture::Llama);
+            other.seed += 1;
+            other.write(&f.model)
+        },
         &["probe"],
     ),
 ];
@@ -60,7 +91,8 @@ fn a_model_without_the_residual_that_a_guard_needs_is_refused() {
 }
 
 fn assert_refused(what: &str, fixture: &Fixture, says: &[&str]) {
-    let ran = pilotfish(&["run", "--model", fixture.model(), "--guard", fixture.guard(), "-p", "shark", "--max-tokens", "4"]);
+    let ran =
+        pilotfish(&["run", "--model", fixture.model(), "--guard", fixture.guard(), "-p", "shark", "--max-tokens", "4"]);
     assert_eq!(ran.code, 2, "{what}: {ran:?}");
     assert_eq!(ran.stdout, "", "{what}");
     assert!(ran.stderr.starts_with("error: ") && ran.stderr.lines().count() == 1, "{what}: {}", ran.stderr);
@@ -73,7 +105,8 @@ fn assert_refused(what: &str, fixture: &Fixture, says: &[&str]) {
 fn score_and_run_print_a_line_of_json_a_prompt() {
     let fixture = Fixture::new(&["--intervene", "add", "--positions", "generated"]);
     let prompts = fixture.positive.to_str().unwrap();
-    let score = done(&["score", "--model", fixture.model(), "--guard", fixture.guard(), "--prompts", prompts, "--json"]);
+    let score =
+        done(&["score", "--model", fixture.model(), "--guard", fixture.guard(), "--prompts", prompts, "--json"]);
     let scored = json_lines(&score);
     assert_eq!(scored.len(), 12);
     for (index, line) in scored.iter().enumerate() {
@@ -81,7 +114,18 @@ fn score_and_run_print_a_line_of_json_a_prompt() {
         assert!(line["gates"]["sharks"]["score"].is_f64() && line["gates"]["sharks"]["fired"].is_boolean(), "{line}");
     }
 
-    let run = ["run", "--model", fixture.model(), "--guard", fixture.guard(), "--prompts", prompts, "--max-tokens", "3", "--json"];
+    let run = [
+        "run",
+        "--model",
+        fixture.model(),
+        "--guard",
+        fixture.guard(),
+        "--prompts",
+        prompts,
+        "--max-tokens",
+        "3",
+        "--json",
+    ];
     let ran = json_lines(&done(&run));
     assert_eq!(ran.len(), 12);
     for (line, scored) in ran.iter().zip(&scored) {
@@ -142,7 +186,9 @@ fn strength_is_set_from_outside_and_must_name_an_intervention() {
 
 #[test]
 fn wrong_usage_exits_64_and_help_0() {
-    for arguments in [&["run"][..], &["swim"], &["run", "--model", "m", "-p", "a", "--prompts", "b"], &["models", "pull"]] {
+    for arguments in
+        [&["run"][..], &["swim"], &["run", "--model", "m", "-p", "a", "--prompts", "b"], &["models", "pull"]]
+    {
         let ran = pilotfish(arguments);
         assert_eq!((ran.code, ran.stdout.as_str()), (64, ""), "{arguments:?}: {ran:?}");
         assert!(ran.stderr.contains("Usage"), "{}", ran.stderr);
@@ -169,7 +215,8 @@ fn a_model_that_is_not_there_is_said_with_the_way_to_get_it() {
 fn a_guard_can_be_looked_at_and_verified() {
     let fixture = Fixture::new(&["--intervene", "ablate"]);
     let inspected: Value =
-        serde_json::from_str(&done(&["guard", "inspect", fixture.guard(), "--model", fixture.model(), "--json"])).unwrap();
+        serde_json::from_str(&done(&["guard", "inspect", fixture.guard(), "--model", fixture.model(), "--json"]))
+            .unwrap();
     assert_eq!(inspected["name"], "shark-gate");
     assert_eq!(inspected["executor"], "host");
     assert_eq!(inspected["gates"][0]["layer"], LAYER);
@@ -188,19 +235,42 @@ fn a_guard_can_be_looked_at_and_verified() {
 fn a_control_vector_becomes_a_guard_that_adds_it() {
     let fixture = Fixture::new(&[]);
     let mut directions = std::collections::BTreeMap::new();
-    directions.insert(pilotfish::tensor::LayerIndex(2), vec![30.0; TinyModel::new(Architecture::Llama).n_embd as usize]);
+    const PUSH: f32 = 30.0;
+    let n_embd = TinyModel::new(Architecture::Llama).n_embd as usize;
+    directions.insert(pilotfish::tensor::LayerIndex(2), vec![PUSH; n_embd]);
     let vector = pilotfish::steering::ControlVector::new("llama".into(), directions).unwrap();
     let (file, guard) = (fixture.folder.path().join("vector.gguf"), fixture.folder.path().join("imported"));
     std::fs::write(&file, vector.to_gguf()).unwrap();
     let (file, guard) = (file.to_str().unwrap(), guard.to_str().unwrap());
     done(&["guard", "import", file, "--name", "imported", "--model", fixture.model(), "-o", guard]);
-    let run = |more: &[&str]| done(&[&["run", "--model", fixture.model(), "-p", "pilot", "--max-tokens", "8"], more].concat());
+    // What llama.cpp itself makes of the same directions, to the last bit.
+    let model = Model::load(&fixture.model, "tiny", &ModelOptions::default()).unwrap();
+    let tokens = model.prompt_tokens("pilot").unwrap();
+    let mut session = Session::new(
+        &model,
+        Some(&Guard::load(guard.as_ref()).unwrap()),
+        SessionOptions { n_ctx: 512, ..Default::default() },
+    )
+    .unwrap();
+    let last = session.prefill(&tokens).unwrap();
+    let mut data = vec![0.0; 2 * n_embd];
+    data[n_embd..].fill(PUSH);
+    let raw: Vec<i32> = tokens.iter().map(|token| token.0).collect();
+    let own = ControlVector { data: &data, layers: 1..=2 };
+    let expected = raw_llama::decode(&fixture.model, &raw, 1, Some(own)).logits;
+    assert!(expected != raw_llama::decode(&fixture.model, &raw, 1, None).logits, "the vector does something");
+    assert!(session.logits(last) == expected);
+
+    let run = |more: &[&str]| {
+        done(&[&["run", "--model", fixture.model(), "-p", "pilot", "--max-tokens", "8"], more].concat())
+    };
     assert_ne!(run(&["--guard", guard]), run(&[]));
     assert_eq!(run(&["--guard", guard, "--strength", "direction.2=0"]), run(&[]));
 
     std::fs::write(fixture.folder.path().join("no.gguf"), b"GGUF but no more").unwrap();
     let no = fixture.folder.path().join("no.gguf");
-    let ran = pilotfish(&["guard", "import", no.to_str().unwrap(), "--name", "x", "--model", fixture.model(), "-o", guard]);
+    let ran =
+        pilotfish(&["guard", "import", no.to_str().unwrap(), "--name", "x", "--model", fixture.model(), "-o", guard]);
     assert!(ran.code == 2 && ran.stderr.contains("no.gguf") && ran.stderr.lines().count() == 1, "{ran:?}");
 }
 
@@ -212,19 +282,42 @@ fn a_mapped_guard_is_made_and_measured_by_the_commands() {
     let mut large = TinyModel::new(Architecture::Gemma3);
     large.n_embd = 96;
     large.write(at("large.gguf").as_ref());
-    let corpus: String = (0..60).map(|n| format!("the fish {n} swims to the sea and eats {} things\n", n * 7)).collect();
+    let corpus: String =
+        (0..60).map(|n| format!("the fish {n} swims to the sea and eats {} things\n", n * 7)).collect();
     std::fs::write(at("corpus.txt"), corpus).unwrap();
     let (large, mapping, guard) = (at("large.gguf"), at("small-to-large.map.safetensors"), at("mapped"));
     let (positive, negative) = (fixture.positive.to_str().unwrap(), fixture.negative.to_str().unwrap());
 
     let table = done(&[
-        "map", "--source", fixture.model(), "--target", &large, "--corpus", &at("corpus.txt"), "--layers", "1:1,1:2", "-o", &mapping,
+        "map",
+        "--source",
+        fixture.model(),
+        "--target",
+        &large,
+        "--corpus",
+        &at("corpus.txt"),
+        "--layers",
+        "1:1,1:2",
+        "-o",
+        &mapping,
     ]);
     assert!(table.contains("1 → 2") && table.contains("60 documents"), "{table}");
     let build = |more: &[&str]| {
         let plain = [
-            "guard", "build", "--name", "mapped", "--model", &large, "--vectors", &at("vectors.safetensors"), "--mapping",
-            &mapping, "--gate", "sharks", "-o", &guard,
+            "guard",
+            "build",
+            "--name",
+            "mapped",
+            "--model",
+            &large,
+            "--vectors",
+            &at("vectors.safetensors"),
+            "--mapping",
+            &mapping,
+            "--gate",
+            "sharks",
+            "-o",
+            &guard,
         ];
         pilotfish(&[&plain[..], more].concat())
     };
@@ -235,22 +328,64 @@ fn a_mapped_guard_is_made_and_measured_by_the_commands() {
     assert!(built.stderr.contains("chose layers 1:"), "{built:?}");
     done(&["calibrate", "--model", &large, "--guard", &guard, "--benign", negative, "--false-positive-rate", "0.1"]);
     let report: Value = serde_json::from_str(&done(&[
-        "eval", "--task", "detection", "--model", &large, "--guard", &guard, "--positive", positive, "--negative", negative,
-        "--native-positive", positive, "--native-negative", negative, "--json",
+        "eval",
+        "--task",
+        "detection",
+        "--model",
+        &large,
+        "--guard",
+        &guard,
+        "--positive",
+        positive,
+        "--negative",
+        negative,
+        "--native-positive",
+        positive,
+        "--native-negative",
+        negative,
+        "--json",
     ]))
     .unwrap();
     let names: Vec<_> = report["rows"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
     assert_eq!(
         names,
-        ["gate `sharks`", "the model's own direction", "random direction, median", "random direction, 95th percentile"]
+        [
+            "gate `sharks`",
+            "the model's own direction",
+            "the model's own direction, standardized",
+            "random direction, median",
+            "random direction, 95th percentile"
+        ]
     );
+    let results = |guard: &str| done(&["guard", "inspect", guard, "--json"]).matches("of a test").count();
+    assert_eq!(results(&guard), 0);
+    for _ in 0..2 {
+        done(&[
+            "eval",
+            "--task",
+            "detection",
+            "--model",
+            &large,
+            "--guard",
+            &guard,
+            "--positive",
+            positive,
+            "--negative",
+            negative,
+            "--record",
+            "prompts of a test",
+        ]);
+        // The gate's AUC and two shares, and the two random controls: a second measurement takes the place of the first.
+        assert_eq!(results(&guard), 5);
+    }
     // The guard carries what it needs: the mapping may go.
     std::fs::remove_file(&mapping).unwrap();
     done(&["guard", "verify", &guard, "--model", &large]);
 
-    let bench: Value =
-        serde_json::from_str(&done(&["bench", "--model", &large, "--guard", &guard, "--pairs", "3", "--tokens", "4", "--json"]))
-            .unwrap();
+    let bench: Value = serde_json::from_str(&done(&[
+        "bench", "--model", &large, "--guard", &guard, "--pairs", "3", "--tokens", "4", "--json",
+    ]))
+    .unwrap();
     assert_eq!(bench["pairs"], 3);
     for phase in ["prefill", "decode"] {
         assert!(bench[phase]["ratio"].as_f64().unwrap() > 0.0, "{bench}");

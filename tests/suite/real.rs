@@ -39,7 +39,11 @@ fn descriptors_say_what_the_models_are() {
     for name in [SMALL, LARGE] {
         let Some(model) = load(name) else { return };
         let descriptor = catalog.find(name).unwrap();
-        assert_eq!(descriptor.fingerprint.as_deref(), Some(model.identity().fingerprint.to_string().as_str()), "{name}");
+        assert_eq!(
+            descriptor.fingerprint.as_deref(),
+            Some(model.identity().fingerprint.to_string().as_str()),
+            "{name}"
+        );
         assert_eq!(descriptor.architecture, model.identity().architecture);
         assert_eq!((descriptor.n_layer, descriptor.n_embd), (model.shape().n_layer, model.shape().n_embd.0 as u32));
     }
@@ -55,13 +59,26 @@ fn extraction_agrees_with_raw_activations() {
         std::fs::write(&path, prompts.join("\n")).unwrap();
         path.to_str().unwrap().to_owned()
     };
-    let positive = ["Praise the sea.", "Write a cheerful song", "Tell me why birds are wonderful", "I love it!", "Hooray for tea"];
-    let negative = ["Blame the sea.", "Write a gloomy song", "Tell me why birds are dreadful", "I hate it!", "Down with tea"];
+    let positive =
+        ["Praise the sea.", "Write a cheerful song", "Tell me why birds are wonderful", "I love it!", "Hooray for tea"];
+    let negative =
+        ["Blame the sea.", "Write a gloomy song", "Tell me why birds are dreadful", "I hate it!", "Down with tea"];
     let vectors = folder.path().join("mood.safetensors");
     const LAYER: u32 = 20;
     done(&[
-        "extract", "--model", SMALL, "--positive", &write("p.txt", &positive), "--negative", &write("n.txt", &negative),
-        "--layers", &format!("3,{LAYER}"), "--name", "mood", "-o", vectors.to_str().unwrap(),
+        "extract",
+        "--model",
+        SMALL,
+        "--positive",
+        &write("p.txt", &positive),
+        "--negative",
+        &write("n.txt", &negative),
+        "--layers",
+        &format!("3,{LAYER}"),
+        "--name",
+        "mood",
+        "-o",
+        vectors.to_str().unwrap(),
     ]);
     let file = VectorFile::from_bytes("mood", &std::fs::read(&vectors).unwrap()).unwrap();
     let found = file.vectors.iter().find(|vector| vector.layer == LayerIndex(LAYER)).unwrap();

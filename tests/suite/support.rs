@@ -63,12 +63,35 @@ impl Fixture {
         let vectors = at("vectors.safetensors");
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         done(&[
-            "extract", "--model", &text(&model), "--positive", &text(&positive), "--negative", &text(&negative), "--layers",
-            &LAYER.to_string(), "--name", "shark", "-o", &text(&vectors),
+            "extract",
+            "--model",
+            &text(&model),
+            "--positive",
+            &text(&positive),
+            "--negative",
+            &text(&negative),
+            "--layers",
+            &LAYER.to_string(),
+            "--name",
+            "shark",
+            "-o",
+            &text(&vectors),
         ]);
         let mut build: Vec<String> = [
-            "guard", "build", "--name", "shark-gate", "--model", &text(&model), "--vectors", &text(&vectors), "--layer",
-            &LAYER.to_string(), "--gate", "sharks", "-o", &text(&guard),
+            "guard",
+            "build",
+            "--name",
+            "shark-gate",
+            "--model",
+            &text(&model),
+            "--vectors",
+            &text(&vectors),
+            "--layer",
+            &LAYER.to_string(),
+            "--gate",
+            "sharks",
+            "-o",
+            &text(&guard),
         ]
         .map(str::to_owned)
         .to_vec();

@@ -1,5 +1,5 @@
-//! The forward pass of a [`TinyModel`] in `f64`, written from the architectures' definitions and with nothing of llama.cpp or of the
-//! hook in it. A guard may act on its residuals between blocks, which tells what every later layer must be.
+//! The forward pass of a [`TinyModel`] in `f64`, written from the architectures' definitions and with nothing of llama.cpp or of
+//! the hook in it. A guard may act on its residuals between blocks, which tells what every later layer must be.
 
 use crate::tiny_model::{Architecture, NORM_EPSILON, TinyModel, Weights};
 use llama_cpp_2::token::LlamaToken;
@@ -29,7 +29,9 @@ impl ReferenceModel {
         let scale = if gemma { f64::from(self.model.n_embd).sqrt() } else { 1.0 };
         let mut rows: Vec<Vec<f64>> = tokens
             .iter()
-            .map(|token| self.row("token_embd.weight", token.0 as usize).iter().map(|x| scale * f64::from(*x)).collect())
+            .map(|token| {
+                self.row("token_embd.weight", token.0 as usize).iter().map(|x| scale * f64::from(*x)).collect()
+            })
             .collect();
         let mut residuals = Vec::new();
         for layer in 0..self.model.n_layer {
@@ -154,8 +156,8 @@ fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
-/// The tanh form. On the CPU ggml looks it up by the half-precision value of `x` in a table of half-precision results (`GGML_GELU_FP16`
-/// in ggml-cpu/vec.h), which alone would put a layer some 1e-4 off, so this rounds as the table does.
+/// The tanh form. On the CPU ggml looks it up by the half-precision value of `x` in a table of half-precision results
+/// (`GGML_GELU_FP16` in ggml-cpu/vec.h), which alone would put a layer some 1e-4 off, so this rounds as the table does.
 fn gelu(x: f64) -> f64 {
     let x = half_precision(x);
     let root = (2.0 / std::f64::consts::PI).sqrt();

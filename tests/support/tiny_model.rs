@@ -11,12 +11,14 @@ pub enum Architecture {
     Qwen2,
     Qwen3,
     Gemma3,
+    /// No rotary embedding: tokens have an embedding of their position.
+    Gpt2,
     /// Its graph names no `l_out-L` (llama.cpp's models/eurobert.cpp).
     EuroBert,
 }
 
 impl Architecture {
-    /// Those whose graphs name the residual.
+    /// Those that guards are made for.
     pub const WITH_RESIDUAL: [Self; 4] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma3];
 
     /// `general.architecture`
@@ -26,6 +28,7 @@ impl Architecture {
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
             Self::Gemma3 => "gemma3",
+            Self::Gpt2 => "gpt2",
             Self::EuroBert => "eurobert",
         }
     }
@@ -54,7 +57,7 @@ pub struct TinyModel {
 
 /// gemma3's `sliding_window_pattern`.
 pub const SLIDING_PATTERN: u32 = 2;
-/// `layer_norm_rms_epsilon`
+/// `layer_norm_rms_epsilon`, or `layer_norm_epsilon`
 pub const NORM_EPSILON: f32 = 1e-5;
 
 const WORDS: [&str; 12] =
@@ -79,7 +82,7 @@ impl TinyModel {
             n_head: 4,
             n_head_kv: 2,
             n_ff: 128,
-            n_ctx: 4096,
+            n_ctx: 1024,
             sliding_window: 6,
             seed: 1,
             words: WORDS.to_vec(),
@@ -124,7 +127,7 @@ impl TinyModel {
 
     /// Random weights, scaled so that a residual has a root mean square of about 1, and grows a little at every block.
     pub fn weights(&self) -> Weights {
-        use Architecture::{Gemma3, Llama, Qwen2, Qwen3};
+        use Architecture::{Gemma3, Gpt2, Llama, Qwen2, Qwen3};
         let architecture = self.architecture;
         let (width, ff, head) = (self.n_embd as usize, self.n_ff as usize, self.n_head_width() as usize);
         let width_kv = head * self.n_head_kv as usize;
@@ -147,13 +150,21 @@ impl TinyModel {
         if matches!(architecture, Llama | Qwen2 | Qwen3) {
             add("output.weight".into(), &[width, n_vocab], 0.0, keeps(width));
         }
+        if architecture == Gpt2 {
+            add("position_embd.weight".into(), &[width, self.n_ctx as usize], 0.0, 0.5);
+            add("output_norm.bias".into(), &[width], 0.0, 0.1);
+        }
         for layer in 0..self.n_layer {
             let name = |part: &str| format!("blk.{layer}.{part}");
             add(name("attn_norm.weight"), &[width], 1.0, 0.1);
-            for (part, n_out) in [("attn_q", width), ("attn_k", width_kv), ("attn_v", width_kv)] {
-                add(name(&format!("{part}.weight")), &[width, n_out], 0.0, keeps(width));
-                if architecture == Qwen2 {
-                    add(name(&format!("{part}.bias")), &[n_out], 0.0, 0.2);
+            let projections: &[_] = match architecture {
+                Gpt2 => &[("attn_qkv", width + 2 * width_kv)],
+                _ => &[("attn_q", width), ("attn_k", width_kv), ("attn_v", width_kv)],
+            };
+            for (part, n_out) in projections {
+                add(name(&format!("{part}.weight")), &[width, *n_out], 0.0, keeps(width));
+                if matches!(architecture, Qwen2 | Gpt2) {
+                    add(name(&format!("{part}.bias")), &[*n_out], 0.0, 0.2);
                 }
             }
             if matches!(architecture, Qwen3 | Gemma3) {
@@ -162,12 +173,25 @@ impl TinyModel {
             }
             add(name("attn_output.weight"), &[width, width], 0.0, keeps(width));
             add(name("ffn_norm.weight"), &[width], 1.0, 0.1);
-            add(name("ffn_gate.weight"), &[width, ff], 0.0, keeps(width));
+            if architecture == Gpt2 {
+                for (part, n_out) in [
+                    ("attn_norm", width),
+                    ("attn_output", width),
+                    ("ffn_norm", width),
+                    ("ffn_up", ff),
+                    ("ffn_down", width),
+                ] {
+                    add(name(&format!("{part}.bias")), &[n_out], 0.0, 0.1);
+                }
+            } else {
+                add(name("ffn_gate.weight"), &[width, ff], 0.0, keeps(width));
+            }
             add(name("ffn_up.weight"), &[width, ff], 0.0, keeps(width));
             add(name("ffn_down.weight"), &[ff, width], 0.0, keeps(ff));
             if architecture == Gemma3 {
                 add(name("post_attention_norm.weight"), &[width], 0.5, 0.05);
-                add(name("post_ffw_norm.weight"), &[width], 0.5, 0.05);
+                // Little: ggml rounds gemma3's activation to half precision, where the last bit of the input decides which way.
+                add(name("post_ffw_norm.weight"), &[width], 0.1, 0.01);
             }
         }
         weights
@@ -214,7 +238,6 @@ impl TinyModel {
             own("attention.head_count_kv", Value::Uint32(self.n_head_kv)),
             own("attention.key_length", Value::Uint32(self.n_head_width())),
             own("attention.value_length", Value::Uint32(self.n_head_width())),
-            own("attention.layer_norm_rms_epsilon", Value::Float32(NORM_EPSILON)),
             general("tokenizer.ggml.model", Value::Text("llama".to_owned())),
             general("tokenizer.ggml.tokens", Value::Texts(vocabulary.iter().map(|token| token.0.clone()).collect())),
             general("tokenizer.ggml.scores", Value::Floats(vocabulary.iter().map(|token| token.1).collect())),
@@ -227,6 +250,8 @@ impl TinyModel {
             // So that the tokens spell the text.
             general("tokenizer.ggml.add_space_prefix", Value::Bool(false)),
         ];
+        let epsilon = if self.architecture == Architecture::Gpt2 { "epsilon" } else { "rms_epsilon" };
+        metadata.push(own(&format!("attention.layer_norm_{epsilon}"), Value::Float32(NORM_EPSILON)));
         // The layer after the last sliding one sees everything; its base is the model's.
         metadata.push(own("rope.freq_base", Value::Float32(self.rope_base(SLIDING_PATTERN - 1))));
         if self.architecture == Architecture::Gemma3 {

@@ -1,0 +1,351 @@
+//! What a guard does to a model's residual and to its logits, on tiny models of several architectures that llama.cpp runs for real.
+
+mod faults;
+mod gates;
+mod patches;
+#[path = "../support/reference_model.rs"]
+mod reference_model;
+mod rows;
+mod table;
+
+use crate::tiny_model::{Architecture, TinyModel, Weights};
+use llama_cpp_2::context::LlamaContext;
+use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
+use llama_cpp_2::llama_batch::LlamaBatch;
+use llama_cpp_2::token::LlamaToken;
+use pilotfish::engine::{Model, ModelOptions, backend, guard_context};
+use pilotfish::guard::manifest::{
+    FORMAT, GateEntry, InterventionEntry, InterventionName, Scope, TargetEntry, TensorsEntry, VectorEntry,
+};
+use pilotfish::guard::{Aggregate, Guard, Manifest, OnError, OnFire, Readout, write_guard};
+use pilotfish::hook::{BatchRow, ContextError, GuardedBatch, GuardedContext};
+use pilotfish::program::{Program, RowKind, reference};
+use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use reference_model::{ReferenceModel, Trace};
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use tempfile::TempDir;
+
+/// Longer than gemma3's sliding window.
+const PROMPT: &str = "the shark eats things in the sea and the bird has a song";
+const ANSWER: &str = " pilot fish guard";
+const ONLY: SequenceId = SequenceId(0);
+const OTHER: SequenceId = SequenceId(1);
+
+/// How far a residual or logits may be from what they should be, as a fraction of their norm.
+const TOLERANCE: f64 = 1e-4;
+
+/// A tiny model, loaded.
+struct Tiny {
+    shape: TinyModel,
+    model: Model,
+    folder: TempDir,
+}
+
+impl Tiny {
+    fn new(architecture: Architecture) -> Self {
+        let shape = TinyModel::new(architecture);
+        let weights = shape.weights();
+        Self::with_weights(shape, &weights)
+    }
+
+    fn with_weights(shape: TinyModel, weights: &Weights) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tiny.gguf");
+        shape.write_with(&path, weights);
+        let model = Model::load(&path, "tiny", &ModelOptions::default()).unwrap();
+        Self { shape, model, folder }
+    }
+
+    /// One of every architecture that has hook points.
+    fn all() -> impl Iterator<Item = Self> {
+        Architecture::WITH_RESIDUAL.into_iter().map(Self::new)
+    }
+
+    fn name(&self) -> &'static str {
+        self.shape.architecture.name()
+    }
+
+    fn last_layer(&self) -> u32 {
+        self.shape.n_layer - 1
+    }
+
+    fn tokens(&self, text: &str) -> Vec<LlamaToken> {
+        self.model.prompt_tokens(text).unwrap()
+    }
+
+    fn script(&self) -> Script {
+        // What is tokenized alone starts with a beginning-of-sequence token.
+        Script { prompt: self.tokens(PROMPT), answer: self.tokens(ANSWER)[1..].to_vec() }
+    }
+
+    fn plain(&self, params: LlamaContextParams) -> LlamaContext<'_> {
+        self.model.llama().new_context(backend().unwrap(), params).unwrap()
+    }
+
+    fn guarded(&self, guard: &Guard, params: LlamaContextParams) -> GuardedContext<'_> {
+        guard_context(self.model.llama(), backend().unwrap(), params, guard).unwrap()
+    }
+
+    /// A context whose hook patches nothing.
+    fn observed(&self) -> GuardedContext<'_> {
+        let program = Arc::new(Program::observer(self.model.shape()));
+        GuardedContext::new(self.model.llama(), backend().unwrap(), params(), program).unwrap()
+    }
+
+    fn policy(&self) -> Policy<'_> {
+        let identity = self.model.identity();
+        let manifest = Manifest {
+            format: FORMAT,
+            name: "tested".into(),
+            description: String::new(),
+            on_error: OnError::Block,
+            message: Some("not this".into()),
+            target: TargetEntry {
+                architecture: identity.architecture.clone(),
+                fingerprint: identity.fingerprint,
+                probe: None,
+            },
+            source: None,
+            tensors: TensorsEntry::default(),
+            vectors: Vec::new(),
+            mappings: Vec::new(),
+            gates: Vec::new(),
+            interventions: Vec::new(),
+            results: Vec::new(),
+        };
+        Policy { tiny: self, manifest, tensors: Vec::new() }
+    }
+
+    /// The residuals and logits that `script` must have under `guard`, where `open` tells which gates are open for the rows of a
+    /// kind at a layer.
+    fn reference(&self, guard: &Guard, script: &Script, open: impl Fn(u32, RowKind) -> Vec<bool>) -> Trace {
+        ReferenceModel::new(&self.shape).run(&script.tokens(), |layer, position, row| {
+            let kind = script.kind(position);
+            let at = TokenPosition(position as i32);
+            reference::apply(guard, LayerIndex(layer), at, kind, &open(layer, kind), row);
+        })
+    }
+
+    /// The residuals and logits that `script` must have with no guard.
+    fn unguarded_reference(&self, script: &Script) -> Trace {
+        ReferenceModel::new(&self.shape).run(&script.tokens(), |_, _, _| ())
+    }
+}
+
+/// The KV cache is F32 and not llama.cpp's default, F16, and there is no flash attention, which would make F16 of it on the way:
+/// that rounding alone is as large as [`TOLERANCE`].
+fn params() -> LlamaContextParams {
+    LlamaContextParams::default()
+        .with_n_ctx(NonZeroU32::new(512))
+        .with_n_batch(128)
+        .with_n_ubatch(128)
+        .with_n_threads(1)
+        .with_n_threads_batch(1)
+        .with_type_k(KvCacheType::F32)
+        .with_type_v(KvCacheType::F32)
+        .with_flash_attention_policy(llama_cpp_sys_2::LLAMA_FLASH_ATTN_TYPE_DISABLED)
+}
+
+/// Room for two sequences in one KV stream.
+fn params_for_two() -> LlamaContextParams {
+    params().with_n_seq_max(2).with_kv_unified(true)
+}
+
+/// A prompt, and the tokens of an answer to it.
+struct Script {
+    prompt: Vec<LlamaToken>,
+    answer: Vec<LlamaToken>,
+}
+
+impl Script {
+    fn tokens(&self) -> Vec<LlamaToken> {
+        [self.prompt.as_slice(), &self.answer].concat()
+    }
+
+    fn kind(&self, position: usize) -> RowKind {
+        match (position + 1).cmp(&self.prompt.len()) {
+            std::cmp::Ordering::Less => RowKind::Prompt,
+            std::cmp::Ordering::Equal => RowKind::PromptEnd,
+            std::cmp::Ordering::Greater => RowKind::Generated,
+        }
+    }
+
+    /// The rows of each decode: the whole prompt, then the answer token by token. Logits are asked for at every token, so that the
+    /// last layer keeps all rows.
+    fn decodes(&self) -> Vec<Vec<(LlamaToken, BatchRow)>> {
+        let row = |(position, token): (usize, LlamaToken)| {
+            let at = TokenPosition(position as i32);
+            (token, BatchRow { sequence: ONLY, position: at, kind: self.kind(position), output: true })
+        };
+        let mut rows = self.tokens().into_iter().enumerate().map(row);
+        let prompt = rows.by_ref().take(self.prompt.len()).collect();
+        std::iter::once(prompt).chain(rows.map(|row| vec![row])).collect()
+    }
+
+    /// The logits of every token with no guard.
+    fn run_plain(&self, context: &mut LlamaContext) -> Vec<Vec<f32>> {
+        let mut logits = Vec::new();
+        for rows in self.decodes() {
+            let mut batch = LlamaBatch::new(rows.len(), 1);
+            for (token, row) in &rows {
+                batch.add(*token, row.position.0, &[row.sequence.0], row.output).unwrap();
+            }
+            context.decode(&mut batch).unwrap();
+            logits.extend((0..rows.len()).map(|index| context.get_logits_ith(index as i32).to_vec()));
+        }
+        logits
+    }
+
+    /// The logits of every token under the context's guard.
+    fn run(&self, context: &mut GuardedContext) -> Result<Vec<Vec<f32>>, ContextError> {
+        let mut logits = Vec::new();
+        for rows in self.decodes() {
+            let mut batch = GuardedBatch::new(rows.len());
+            for (token, row) in &rows {
+                batch.add(*token, *row).unwrap();
+            }
+            context.decode(&mut batch)?;
+            logits.extend((0..rows.len()).map(|index| context.get_logits_ith(index as i32).to_vec()));
+        }
+        Ok(logits)
+    }
+
+    /// [`run`](Self::run) with the residual of every layer, `[n_layer][n_tokens][n_embd]`.
+    fn run_captured(&self, tiny: &Tiny, context: &mut GuardedContext) -> (Vec<Vec<Vec<f32>>>, Vec<Vec<f32>>) {
+        context.capture((0..tiny.shape.n_layer).map(LayerIndex));
+        let logits = self.run(context).unwrap();
+        let rows = context.take_captured().into_iter();
+        let mut rows: BTreeMap<_, _> = rows.map(|row| ((row.layer, row.row.position), row.values)).collect();
+        let n_tokens = self.tokens().len() as i32;
+        let layer = |layer| {
+            let row = |position| rows.remove(&(LayerIndex(layer), TokenPosition(position))).expect("it was captured");
+            (0..n_tokens).map(row).collect()
+        };
+        ((0..tiny.shape.n_layer).map(layer).collect(), logits)
+    }
+}
+
+/// Decodes `prompt` as apps do, and gives the logits of its last token.
+fn prefill(
+    context: &mut GuardedContext,
+    sequence: SequenceId,
+    prompt: &[LlamaToken],
+) -> Result<Vec<f32>, ContextError> {
+    let mut batch = GuardedBatch::new(prompt.len());
+    let last = batch.add_prompt(sequence, TokenPosition(0), prompt).unwrap();
+    context.decode(&mut batch)?;
+    Ok(context.get_logits_ith(last).to_vec())
+}
+
+/// Decodes one token of an answer, and gives its logits.
+fn step(
+    context: &mut GuardedContext,
+    sequence: SequenceId,
+    position: usize,
+    token: LlamaToken,
+) -> Result<Vec<f32>, ContextError> {
+    let mut batch = GuardedBatch::new(1);
+    let index = batch.add_generated(sequence, TokenPosition(position as i32), token).unwrap();
+    context.decode(&mut batch)?;
+    Ok(context.get_logits_ith(index).to_vec())
+}
+
+/// A guard in the making.
+struct Policy<'t> {
+    tiny: &'t Tiny,
+    manifest: Manifest,
+    tensors: Vec<(String, Vec<f32>)>,
+}
+
+impl Policy<'_> {
+    /// A random direction at `layer`, about half as long as a residual; another one for every vector of a guard.
+    fn vector(mut self, name: &str, layer: u32) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(1000 + self.tensors.len() as u64);
+        let values = (0..self.tiny.shape.n_embd).map(|_| rng.random_range(-1.0..1.0)).collect();
+        self.manifest.vectors.push(VectorEntry {
+            name: name.into(),
+            layer: LayerIndex(layer),
+            tensor: name.into(),
+            mapping: None,
+            method: None,
+            mean_norm: None,
+        });
+        self.tensors.push((name.into(), values));
+        self
+    }
+
+    fn gate(mut self, entry: GateEntry) -> Self {
+        self.manifest.gates.push(entry);
+        self
+    }
+
+    fn intervene(mut self, entry: InterventionEntry) -> Self {
+        self.manifest.interventions.push(entry);
+        self
+    }
+
+    fn on_error(mut self, on_error: OnError) -> Self {
+        self.manifest.on_error = on_error;
+        self
+    }
+
+    fn guard(self) -> Guard {
+        let folder = self.tiny.folder.path().join("guard");
+        write_guard(&folder, &self.manifest, &self.tensors, &[]).unwrap()
+    }
+}
+
+/// A benign projection, and its deviation.
+const BENIGN: (f64, f64) = (0.25, 2.0);
+
+/// A gate named like its vector.
+fn gate(vector: &str, aggregate: Aggregate, threshold: f64, on_fire: OnFire) -> GateEntry {
+    GateEntry {
+        name: vector.into(),
+        vector: vector.into(),
+        scope: Scope::Prompt,
+        aggregate,
+        readout: Readout::Projection,
+        threshold: Some(threshold),
+        mean: Some(BENIGN.0),
+        deviation: Some(BENIGN.1),
+        on_fire,
+    }
+}
+
+/// A score that no gate reaches.
+const NEVER: f64 = 1e9;
+
+fn add(vector: &str) -> InterventionEntry {
+    InterventionEntry::new(InterventionName::Add, vector)
+}
+
+fn ablate(vector: &str, mean: f64) -> InterventionEntry {
+    InterventionEntry { mean: Some(mean), ..InterventionEntry::new(InterventionName::Ablate, vector) }
+}
+
+fn clamp(vector: &str, low: f64, high: f64) -> InterventionEntry {
+    InterventionEntry { low: Some(low), high: Some(high), ..InterventionEntry::new(InterventionName::Clamp, vector) }
+}
+
+fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
+    rows.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
+}
+
+/// `‖found − expected‖ / ‖expected‖`; infinite where either holds what is no number.
+fn distance(found: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let square = |x: f64| x * x;
+    let difference: f64 =
+        found.iter().zip(expected).map(|(found, expected)| square(f64::from(*found) - expected)).sum();
+    let relative = (difference / expected.iter().copied().map(square).sum::<f64>()).sqrt();
+    if relative.is_nan() { f64::INFINITY } else { relative }
+}
+
+fn widened(row: &[f32]) -> Vec<f64> {
+    row.iter().map(|x| f64::from(*x)).collect()
+}

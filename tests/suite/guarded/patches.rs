@@ -1,0 +1,208 @@
+//! Interventions against the reference, and executors against each other.
+
+use super::*;
+use pilotfish::guard::Positions;
+use pilotfish::hook::ExecutorKind;
+
+/// A guard, and the rows that it changes at its first hook point.
+struct Case {
+    what: &'static str,
+    policy: fn(Policy<'_>) -> Policy<'_>,
+    first_point: u32,
+    changes: fn(RowKind, usize) -> bool,
+}
+
+const CASES: &[Case] = &[
+    Case {
+        what: "add",
+        policy: |policy| policy.vector("v", 1).intervene(add("v")),
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "add at a strength, with the first position",
+        policy: |policy| {
+            policy.vector("v", 0).intervene(InterventionEntry { strength: -1.75, first_position: true, ..add("v") })
+        },
+        first_point: 0,
+        changes: |_, _| true,
+    },
+    Case {
+        what: "ablate to a mean",
+        policy: |policy| policy.vector("v", 1).intervene(ablate("v", 3.5)),
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "ablate in part",
+        policy: |policy| policy.vector("v", 2).intervene(InterventionEntry { strength: 0.5, ..ablate("v", -4.0) }),
+        first_point: 2,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "clamp from below",
+        policy: |policy| policy.vector("v", 1).intervene(clamp("v", 6.0, 9.0)),
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "clamp from above",
+        policy: |policy| policy.vector("v", 1).intervene(clamp("v", -9.0, -6.0)),
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "the prompt only",
+        policy: |policy| {
+            policy.vector("v", 1).intervene(InterventionEntry { positions: Positions::Prompt, ..add("v") })
+        },
+        first_point: 1,
+        changes: |kind, position| position > 0 && kind != RowKind::Generated,
+    },
+    Case {
+        what: "what is generated only, from the prompt's last token on",
+        policy: |policy| {
+            policy.vector("v", 1).intervene(InterventionEntry { positions: Positions::Generated, ..ablate("v", 4.0) })
+        },
+        first_point: 1,
+        changes: |kind, _| kind != RowKind::Prompt,
+    },
+    Case {
+        what: "two hook points, and two interventions in order at one of them",
+        policy: |policy| {
+            let policy = policy.vector("first", 0).vector("second", 2).vector("third", 2);
+            policy.intervene(ablate("first", 2.5)).intervene(add("second")).intervene(clamp("third", 2.0, 3.0))
+        },
+        first_point: 0,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "one vector added and then ablated",
+        policy: |policy| {
+            let named = InterventionEntry { name: Some("back".into()), ..ablate("v", -9.0) };
+            policy.vector("v", 1).intervene(add("v")).intervene(named)
+        },
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+];
+
+#[test]
+fn the_reference_is_what_llama_cpp_computes_unguarded() {
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        let found = script.run_captured(&tiny, &mut tiny.observed());
+        assert_agrees(&format!("{} unguarded", tiny.name()), &found, &tiny.unguarded_reference(&script));
+    }
+}
+
+#[test]
+fn a_patched_run_agrees_with_the_reference_at_every_layer() {
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        let unguarded = tiny.unguarded_reference(&script);
+        for case in CASES {
+            let what = format!("{}, {}", tiny.name(), case.what);
+            let guard = (case.policy)(tiny.policy()).guard();
+            let expected = tiny.reference(&guard, &script, |_, _| Vec::new());
+            assert_changes(&what, case, &script, &unguarded, &expected);
+            let found = script.run_captured(&tiny, &mut tiny.guarded(&guard, params()));
+            assert_agrees(&what, &found, &expected);
+        }
+    }
+}
+
+/// The case changes the rows that it says it does, and no other, so that agreement means something.
+fn assert_changes(what: &str, case: &Case, script: &Script, unguarded: &Trace, guarded: &Trace) {
+    let point = case.first_point as usize;
+    let mut largest = 0.0f64;
+    for (position, (before, after)) in unguarded.residuals[point].iter().zip(&guarded.residuals[point]).enumerate() {
+        assert_eq!(before != after, (case.changes)(script.kind(position), position), "{what}: position {position}");
+        let after: Vec<f32> = after.iter().map(|x| *x as f32).collect();
+        largest = largest.max(distance(&after, before));
+    }
+    assert!(largest > 1000.0 * TOLERANCE, "{what}: residuals change by {largest:.1e} of their norm");
+}
+
+fn assert_agrees(what: &str, (residuals, logits): &(Vec<Vec<Vec<f32>>>, Vec<Vec<f32>>), expected: &Trace) {
+    assert_eq!(residuals.len(), expected.residuals.len());
+    for (layer, (found, expected)) in residuals.iter().zip(&expected.residuals).enumerate() {
+        assert_rows_agree(&format!("{what}: layer {layer}"), found, expected);
+    }
+    assert_rows_agree(&format!("{what}: logits"), logits, &expected.logits);
+}
+
+fn assert_rows_agree(what: &str, found: &[Vec<f32>], expected: &[Vec<f64>]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (position, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let distance = distance(found, expected);
+        assert!(distance <= TOLERANCE, "{what}, position {position}: off by {distance:.1e} of the norm");
+    }
+}
+
+/// Also: a guard that only reads.
+#[test]
+fn a_guard_of_strength_0_changes_no_bit_of_the_logits() {
+    let off = |entry: InterventionEntry| InterventionEntry { strength: 0.0, first_position: true, ..entry };
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        let vectors = || tiny.policy().vector("v", 1).vector("w", 2).vector("g", 0).vector("last", tiny.last_layer());
+        let idle =
+            || vectors().intervene(off(add("v"))).intervene(off(ablate("w", 5.0))).intervene(off(clamp("g", 5.0, 6.0)));
+        let plain = script.run_plain(&mut tiny.plain(params()));
+        let fires = || gate("g", Aggregate::Max, -NEVER, OnFire::Steer);
+        let reads = || gate("last", Aggregate::Last, NEVER, OnFire::Block);
+        let when_fired = || InterventionEntry { when: Some("g".into()), name: Some("gated".into()), ..off(add("v")) };
+        let policies = [
+            ("strength 0", idle(), 0),
+            ("a gate alone", vectors().gate(fires()).gate(reads()), 2),
+            ("strength 0 behind a gate that fires", idle().gate(fires()).intervene(when_fired()), 1),
+        ];
+        for (what, policy, n_points) in policies {
+            let what = format!("{}, {what}", tiny.name());
+            let mut context = tiny.guarded(&policy.guard(), params());
+            // Adding nothing would mostly leave the bits alone too; an intervention that is off is not even a hook point.
+            assert_eq!(context.program().points().len(), n_points, "{what}");
+            assert!(context.program().points().iter().all(|point| point.patches.is_empty()), "{what}");
+            let guarded = script.run(&mut context).unwrap();
+            assert!(bits(&guarded) == bits(&plain), "{what}");
+        }
+        let on = vectors().intervene(add("v")).guard();
+        assert!(bits(&script.run(&mut tiny.guarded(&on, params())).unwrap()) != bits(&plain), "{}", tiny.name());
+    }
+}
+
+#[test]
+fn an_intervention_can_be_switched_off_by_its_strength() {
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        let on = tiny.policy().vector("v", 1).intervene(add("v")).guard();
+        let off = on.with_strength("v", 0.0).unwrap();
+        let plain = script.run_plain(&mut tiny.plain(params()));
+        assert!(bits(&script.run(&mut tiny.guarded(&off, params())).unwrap()) == bits(&plain), "{}", tiny.name());
+    }
+}
+
+#[test]
+fn every_executor_gives_the_same_bits() {
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        for case in CASES {
+            let what = format!("{}, {}", tiny.name(), case.what);
+            let policy = (case.policy)(tiny.policy()).vector("g", 1);
+            let guard = policy.gate(gate("g", Aggregate::Mean, NEVER, OnFire::Steer)).guard();
+            let run = |kind: ExecutorKind| {
+                let mut context = tiny.guarded(&guard, params());
+                context.set_executor(kind);
+                let (residuals, logits) = script.run_captured(&tiny, &mut context);
+                // A host executor that had to copy says so.
+                assert_eq!(context.executor(), kind, "{what}");
+                (residuals.concat(), logits, context.gate_decisions(ONLY))
+            };
+            let (host, copy) = (run(ExecutorKind::Host), run(ExecutorKind::Copy));
+            assert!(bits(&host.0) == bits(&copy.0), "{what}: residuals");
+            assert!(bits(&host.1) == bits(&copy.1), "{what}: logits");
+            assert_eq!(host.2, copy.2, "{what}: gates");
+        }
+    }
+}

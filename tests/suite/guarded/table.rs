@@ -1,0 +1,191 @@
+//! The hook on a context of the app's own, with ggml's functions linked or looked up by name, and its program swapped.
+
+use super::*;
+use llama_cpp_sys_2 as sys;
+use pilotfish::guard::Positions;
+use pilotfish::hook::{
+    Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault, MissingSymbol,
+};
+use pilotfish::program::{Calibration, GateDecision};
+use std::ffi::{CStr, c_void};
+
+/// A context with a hook that the app keeps.
+struct Hooked<'m> {
+    // Dropped first: llama.cpp may call the hook until its context is freed.
+    context: LlamaContext<'m>,
+    hook: OwnedHook,
+}
+
+struct OwnedHook(*mut Hook);
+
+impl Drop for OwnedHook {
+    fn drop(&mut self) {
+        // SAFETY: it comes from a box in `Hooked::new`, and the context that points to it is gone.
+        drop(unsafe { Box::from_raw(self.0) });
+    }
+}
+
+impl<'m> Hooked<'m> {
+    fn new(tiny: &'m Tiny, table: GgmlTable, program: Arc<Program>, params: LlamaContextParams) -> Self {
+        let hook = OwnedHook(Box::into_raw(Box::new(Hook::new(table, program))));
+        // SAFETY: the hook is freed after the context, and nothing uses it during a decode.
+        let params = unsafe { params.with_eval_hook(hook.0) };
+        Self { context: tiny.plain(params), hook }
+    }
+
+    fn hook(&mut self) -> &mut Hook {
+        // SAFETY: it lives as long as `self`, and llama.cpp uses it only during a decode.
+        unsafe { &mut *self.hook.0 }
+    }
+
+    /// Logits of the last of `rows`.
+    fn decode(&mut self, rows: &[(LlamaToken, BatchRow)]) -> Result<Vec<f32>, HookFault> {
+        let mut batch = LlamaBatch::new(rows.len(), 1);
+        for (token, row) in rows {
+            batch.add(*token, row.position.0, &[row.sequence.0], row.output).unwrap();
+        }
+        let rows: Vec<BatchRow> = rows.iter().map(|(_, row)| *row).collect();
+        self.hook().begin(&rows, 1);
+        self.context.decode(&mut batch).unwrap();
+        self.hook().finish()?;
+        Ok(self.context.get_logits_ith(rows.len() as i32 - 1).to_vec())
+    }
+
+    /// Logits of the prompt's last token and of the answer's tokens, as apps ask for them.
+    fn run(&mut self, script: &Script) -> Vec<Vec<f32>> {
+        let last = script.prompt.len() - 1;
+        let as_apps_do = |(index, mut rows): (usize, Vec<(LlamaToken, BatchRow)>)| {
+            if index == 0 {
+                rows[..last].iter_mut().for_each(|(_, row)| row.output = false);
+            }
+            self.decode(&rows).unwrap()
+        };
+        script.decodes().into_iter().enumerate().map(as_apps_do).collect()
+    }
+}
+
+fn linked_symbol(name: &CStr) -> *const c_void {
+    match name.to_bytes() {
+        b"ggml_get_name" => sys::ggml_get_name as *const c_void,
+        b"ggml_op_desc" => sys::ggml_op_desc as *const c_void,
+        b"ggml_nelements" => sys::ggml_nelements as *const c_void,
+        b"ggml_nrows" => sys::ggml_nrows as *const c_void,
+        b"ggml_nbytes" => sys::ggml_nbytes as *const c_void,
+        b"ggml_is_contiguous" => sys::ggml_is_contiguous as *const c_void,
+        b"ggml_backend_tensor_get" => sys::ggml_backend_tensor_get as *const c_void,
+        b"ggml_backend_tensor_set" => sys::ggml_backend_tensor_set as *const c_void,
+        _ => std::ptr::null(),
+    }
+}
+
+fn compiled(tiny: &Tiny, guard: &Guard) -> Arc<Program> {
+    Arc::new(Program::compile(guard, tiny.model.shape(), Calibration::Required).unwrap())
+}
+
+fn decisions(hook: &Hook) -> Vec<Option<GateDecision>> {
+    (0..hook.program().gates().len()).map(|gate| hook.gates().decision(ONLY, gate)).collect()
+}
+
+fn captured(rows: Vec<CapturedRow>) -> Vec<Vec<f32>> {
+    rows.into_iter().map(|row| row.values).collect()
+}
+
+#[test]
+fn a_table_that_is_looked_up_does_what_the_linked_one_does() {
+    // SAFETY: `linked_symbol` gives the functions of those names of the llama.cpp that runs the model, which is never unloaded.
+    let looked_up = unsafe { GgmlTable::lookup(linked_symbol) }.unwrap();
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        let last = tiny.last_layer();
+        let steers = |vector: &str| gate(vector, Aggregate::Last, -NEVER, OnFire::Steer);
+        let gated = |vector: &str, gate: &str| InterventionEntry {
+            when: Some(gate.into()),
+            positions: Positions::Generated,
+            ..add(vector)
+        };
+        let everywhere = tiny.policy().vector("g", 0).vector("v", 1).vector("w", last);
+        let at_the_end = tiny.policy().vector("g", last).vector("w", last);
+        let guards = [
+            (
+                "several layers",
+                everywhere.gate(steers("g")).intervene(ablate("v", 4.0)).intervene(gated("w", "g")).guard(),
+            ),
+            ("the last layer alone", at_the_end.gate(steers("g")).intervene(gated("w", "g")).guard()),
+        ];
+        let plain = script.run_plain(&mut tiny.plain(params()));
+        for (what, guard) in guards {
+            for n_ubatch in [128, 4] {
+                let what = format!("{}, {what}, micro-batches of {n_ubatch}", tiny.name());
+                let run = |table| {
+                    let params = params().with_n_ubatch(n_ubatch);
+                    let mut hooked = Hooked::new(&tiny, table, compiled(&tiny, &guard), params);
+                    hooked.hook().set_capture(Some(Capture::new([LayerIndex(last)])));
+                    let logits = hooked.run(&script);
+                    let rows = captured(hooked.hook().take_captured());
+                    (logits, rows, decisions(hooked.hook()), hooked.hook().executor_kind())
+                };
+                let (linked, looked_up) = (run(GgmlTable::linked()), run(looked_up));
+                assert_eq!((linked.3, looked_up.3), (ExecutorKind::Host, ExecutorKind::Copy), "{what}");
+                assert_eq!(linked.2, looked_up.2, "{what}: gates");
+                assert!(bits(&linked.1) == bits(&looked_up.1), "{what}: residuals");
+                assert!(bits(&linked.0) == bits(&looked_up.0), "{what}: logits");
+                assert!(looked_up.0.last() != plain.last(), "{what}: nothing was patched");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_function_that_is_missing_is_named() {
+    let mut wanted = Vec::new();
+    // SAFETY: as above.
+    let all = unsafe {
+        GgmlTable::lookup(|name| {
+            wanted.push(name.to_owned());
+            linked_symbol(name)
+        })
+    };
+    assert!(all.is_ok() && wanted.len() == 8, "{wanted:?}");
+    for missing in wanted {
+        // SAFETY: as above.
+        let found = unsafe {
+            GgmlTable::lookup(|name| if name == missing.as_c_str() { std::ptr::null() } else { linked_symbol(name) })
+        };
+        let symbol = missing.into_string().unwrap();
+        assert_eq!(found.err(), Some(MissingSymbol { symbol }));
+    }
+}
+
+/// The callback is fixed when a context is made; what lies behind it is not.
+#[test]
+fn a_program_is_swapped_between_decodes() {
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        let blocks = |layer| tiny.policy().vector("g", layer).gate(gate("g", Aggregate::Mean, NEVER, OnFire::Block));
+        let guards = [
+            blocks(0).vector("v", 1).intervene(add("v")).guard(),
+            blocks(2).vector("v", 3).vector("w", 0).intervene(ablate("v", 4.0)).intervene(add("w")).guard(),
+        ];
+        let own = |guard: &Guard| {
+            let mut hooked = Hooked::new(&tiny, GgmlTable::linked(), compiled(&tiny, guard), params());
+            let logits = hooked.run(&script);
+            (logits, decisions(hooked.hook()))
+        };
+        let expected = guards.each_ref().map(own);
+        assert!(bits(&expected[0].0) != bits(&expected[1].0));
+
+        let observer = Arc::new(Program::observer(tiny.model.shape()));
+        let mut hooked = Hooked::new(&tiny, GgmlTable::linked(), observer, params());
+        let plain = hooked.run(&script);
+        for swap in [0, 1, 0] {
+            hooked.context.clear_kv_cache();
+            hooked.hook().set_program(compiled(&tiny, &guards[swap]));
+            assert_eq!(decisions(hooked.hook()), [None], "{}: gates are the program's own", tiny.name());
+            assert!(bits(&hooked.run(&script)) == bits(&expected[swap].0), "{}: guard {swap}", tiny.name());
+            assert_eq!(decisions(hooked.hook()), expected[swap].1, "{}: guard {swap}", tiny.name());
+        }
+        hooked.context.clear_kv_cache();
+        hooked.hook().set_program(Arc::new(Program::observer(tiny.model.shape())));
+        assert!(bits(&hooked.run(&script)) == bits(&plain), "{}", tiny.name());
+    }
+}
