@@ -38,7 +38,7 @@ pub struct Native<'a> {
 const RANDOM_DIRECTIONS: u64 = 100;
 
 /// Scores `positive` and `negative` with every gate of `guard` on `model`, and with the controls at the gate's layer: the model's own
-/// direction, if `native` prompts are given, and random ones (median and 95th percentile over [`RANDOM_DIRECTIONS`] seeds).
+/// direction, if `native` prompts are given, and random ones (median and 95th percentile over 100 seeds).
 ///
 /// # Errors
 /// The guard is not for this model, or a prompt can't be run.

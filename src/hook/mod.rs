@@ -1,4 +1,4 @@
-//! The eval callback: finds the residual in llama.cpp's graph while it is computed, and runs a [`Program`] on it.
+//! The eval callback: finds the residual in llama.cpp's graph while it is computed, and runs a [`Program`](crate::program::Program) on it.
 //!
 //! In: a program, the rows of each batch, and the tensors that llama.cpp shows its callback. Out: patched residuals, gate
 //! states and faults. This room decides nothing: what to patch is the program's business, what a fault means is said by the

@@ -8,7 +8,7 @@ use crate::tensor::{LayerIndex, Residual, auc, dot};
 #[derive(Debug, Clone)]
 pub struct Contrast {
     pub vectors: Vec<SteeringVector>,
-    /// Area under the ROC curve of projections on held-out prompts ([`FOLDS`]-fold), a layer each.
+    /// Area under the ROC curve of projections on held-out prompts (five-fold), a layer each.
     pub separation: Vec<(LayerIndex, f64)>,
     /// Of all prompts of both classes at their last token, a layer each.
     pub standardization: Vec<Standardization>,
@@ -43,7 +43,7 @@ pub fn last_token_activations(
 /// (arXiv 2503.04429, section 3: difference in means).
 ///
 /// # Errors
-/// Fewer than [`FOLDS`] prompts in a class, or prompts that the model can't run.
+/// Fewer than five prompts in a class, or prompts that the model can't run.
 pub fn contrast(
     model: &Model,
     layers: &[LayerIndex],

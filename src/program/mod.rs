@@ -1,6 +1,6 @@
 //! A guard compiled for one model's shape, and what runs it on slices.
 //!
-//! In: a validated [`Guard`], a [`ModelShape`], then residual rows with who they belong to. Out: the rows patched, and each
+//! In: a validated [`Guard`](crate::guard::Guard), a [`ModelShape`], then residual rows with who they belong to. Out: the rows patched, and each
 //! sequence's gate decisions. This room knows nothing of ggml, of devices or of files: the [hook](crate::hook) finds the rows
 //! and brings them here, or runs the same [`Program`] elsewhere.
 //!
