@@ -2,6 +2,7 @@ use super::descriptor::Descriptor;
 use super::digest::Sha256Digest;
 use super::error::ModelError;
 use super::pull::PullProgress;
+use etcetera::BaseStrategy;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, Metadata};
 use std::io;
@@ -20,9 +21,9 @@ impl ModelCache {
         const VARIABLE: &str = "PILOTFISH_MODELS";
         match std::env::var_os(VARIABLE) {
             Some(directory) => Ok(Self::at(directory)),
-            None => match dirs::cache_dir() {
-                Some(cache) => Ok(Self::at(cache.join("pilotfish").join("models"))),
-                None => Err(ModelError::NoCacheDirectory { variable: VARIABLE }),
+            None => match etcetera::choose_base_strategy() {
+                Ok(base) => Ok(Self::at(base.cache_dir().join("pilotfish").join("models"))),
+                Err(_) => Err(ModelError::NoCacheDirectory { variable: VARIABLE }),
             },
         }
     }

@@ -1,5 +1,6 @@
 use super::descriptor::Descriptor;
 use super::error::ModelError;
+use etcetera::BaseStrategy;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,10 +23,12 @@ impl Catalog {
     pub fn load() -> Result<Self, ModelError> {
         match std::env::var_os("PILOTFISH_DESCRIPTORS") {
             Some(directory) => Self::with_directory(Path::new(&directory)),
-            None => match dirs::config_dir().map(|config| config.join("pilotfish").join("models")) {
-                Some(directory) if directory.is_dir() => Self::with_directory(&directory),
-                _ => Self::shipped(),
-            },
+            None => {
+                match etcetera::choose_base_strategy().map(|base| base.config_dir().join("pilotfish").join("models")) {
+                    Ok(directory) if directory.is_dir() => Self::with_directory(&directory),
+                    _ => Self::shipped(),
+                }
+            }
         }
     }
 

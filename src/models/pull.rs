@@ -132,7 +132,7 @@ fn place(descriptor: &Descriptor, staged: &Path, path: &Path, progress: &dyn Pul
 
 fn copy_local(path: &Path, bytes: u64, staging: &Path, progress: &dyn PullProgress) -> Result<PathBuf, ModelError> {
     let path = match path.strip_prefix("~") {
-        Ok(rest) => dirs::home_dir().map_or_else(|| path.to_owned(), |home| home.join(rest)),
+        Ok(rest) => etcetera::home_dir().map_or_else(|_| path.to_owned(), |home| home.join(rest)),
         Err(_) => path.to_owned(),
     };
     let source = File::open(&path).map_err(ModelError::io("open", &path))?;
