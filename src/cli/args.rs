@@ -93,6 +93,12 @@ pub struct ExtractArguments {
     pub layers: Layers,
     #[arg(long, value_enum, default_value_t = Method::Mean)]
     pub method: Method,
+    /// Tokens of a prompt to read; a mean leaves out the model's last layer
+    #[arg(long, value_enum, default_value_t = TokensArgument::Last)]
+    pub tokens: TokensArgument,
+    /// With `lda`: how much of the covariance to take as if dimensions were independent, above 0 up to 1
+    #[arg(long, default_value_t = pilotfish::steering::DEFAULT_SHRINKAGE, value_name = "GAMMA")]
+    pub shrinkage: f64,
     /// Name of the vectors
     #[arg(long, default_value = "direction")]
     pub name: String,
@@ -103,7 +109,17 @@ pub struct ExtractArguments {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum Method {
-    /// Difference of the classes' means
+    /// Difference of the classes' means: to steer with, and to read
+    Mean,
+    /// Linear discriminant with a shrunk covariance: to read with, better than `mean`
+    Lda,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum TokensArgument {
+    /// The last, where the answer begins
+    Last,
+    /// The mean over all but the first
     Mean,
 }
 
@@ -254,10 +270,10 @@ pub struct BuildArguments {
     /// Add a prompt gate on the vector
     #[arg(long, value_name = "NAME")]
     pub gate: Option<String>,
-    /// How the gate's projections over the prompt become a score
-    #[arg(long, value_enum, default_value_t = AggregateArgument::Last)]
-    pub aggregate: AggregateArgument,
-    /// How the gate reads along its vector; by default `standardized` where there is a mapping, which it needs
+    /// How the gate's projections over the prompt become a score; by default over the tokens that the vector was made from
+    #[arg(long, value_enum)]
+    pub aggregate: Option<AggregateArgument>,
+    /// How the gate reads along its vector; by default `standardized` for a `mean` vector with a mapping, which it needs
     #[arg(long, value_enum)]
     pub readout: Option<ReadoutArgument>,
     /// What a fired gate does

@@ -5,8 +5,9 @@ use super::progress::Bar;
 use super::table::table;
 use super::{guard, prompts};
 use anyhow::Context;
-use pilotfish::eval::{Detection, Native, detection};
+use pilotfish::eval::{Detection, detection};
 use pilotfish::guard::{MANIFEST_FILE, MeasuredResult, edit, replace_manifest};
+use pilotfish::learn::Classes;
 use std::io::Write;
 use std::path::Path;
 
@@ -20,10 +21,12 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     };
     let guard = guard::load_guard(&arguments.guard)?;
     let model = load(&arguments.model)?;
-    let native = native.as_ref().map(|(positive, negative)| Native { positive, negative });
+    let native = native.as_ref().map(|(positive, negative)| Classes { positive, negative });
     let report = {
         let bar = Bar::new("scoring");
-        detection(&model, &guard, &positive, &negative, native, &mut |done, total| bar.at(done, total))?
+        detection(&model, &guard, Classes { positive: &positive, negative: &negative }, native, &mut |done, total| {
+            bar.at(done, total)
+        })?
     };
     if let Some(on) = &arguments.record {
         record(&arguments.guard, &report, on)?;

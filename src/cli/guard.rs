@@ -14,12 +14,12 @@ use pilotfish::guard::manifest::{
 };
 use pilotfish::guard::{
     Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Readout, Source,
-    VectorFile, from_control_vector, write_guard,
+    VectorFile, carry, from_control_vector, write_guard,
 };
-use pilotfish::learn;
+use pilotfish::learn::{self, Classes};
 use pilotfish::mapping::AffineMap;
 use pilotfish::program::Calibration;
-use pilotfish::steering::{ControlVector, SteeringVector};
+use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind};
 use pilotfish::tensor::{LayerIndex, norm};
 use std::io::Write;
 use std::path::Path;
@@ -195,17 +195,15 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
         name: arguments.name,
         description: arguments.description,
         gate: arguments.gate,
-        aggregate: match arguments.aggregate {
+        aggregate: arguments.aggregate.map(|aggregate| match aggregate {
             AggregateArgument::Last => Aggregate::Last,
             AggregateArgument::Mean => Aggregate::Mean,
             AggregateArgument::Max => Aggregate::Max,
-        },
-        readout: match arguments.readout {
-            Some(ReadoutArgument::Projection) => Readout::Projection,
-            Some(ReadoutArgument::Standardized) => Readout::Standardized,
-            None if arguments.mapping.is_some() && !arguments.baked => Readout::Standardized,
-            None => Readout::Projection,
-        },
+        }),
+        readout: arguments.readout.map(|readout| match readout {
+            ReadoutArgument::Projection => Readout::Projection,
+            ReadoutArgument::Standardized => Readout::Standardized,
+        }),
         on_fire: match arguments.on_fire {
             OnFireArgument::Steer => OnFire::Steer,
             OnFireArgument::Block => OnFire::Block,
@@ -243,8 +241,9 @@ struct Policy {
     name: String,
     description: String,
     gate: Option<String>,
-    aggregate: Aggregate,
-    readout: Readout,
+    /// Or what suits the vectors.
+    aggregate: Option<Aggregate>,
+    readout: Option<Readout>,
     on_fire: OnFire,
     intervention: Option<InterventionEntry>,
     on_error: OnError,
@@ -306,30 +305,58 @@ fn build_to(
             target.identity().name
         );
     }
-    let (vector, map) = choose(target, &file, mapping.as_ref(), policy.readout, choice)?;
+    let first = file.vectors.first().with_context(|| format!("there is no vector in `{vectors_label}`"))?;
+    let (tokens, kind) = (first.tokens, first.method.kind());
+    let aggregate = policy.aggregate.unwrap_or(match tokens {
+        PromptTokens::Last => Aggregate::Last,
+        PromptTokens::Mean => Aggregate::Mean,
+    });
+    let readout = policy.readout.unwrap_or(match kind {
+        VectorKind::Direction if mapping.is_some() && !policy.baked => Readout::Standardized,
+        VectorKind::Direction | VectorKind::Discriminant => Readout::Projection,
+    });
+    let (vector, map) = choose(target, &file, mapping.as_ref(), readout, tokens, choice)?;
 
     let name = vector.name.clone();
     let (mut mappings, mut mapping_files) = (Vec::new(), Vec::new());
     let carried = match (&mapping, map) {
         (Some(mapping), Some(map)) if !policy.baked => {
-            // Only the pair that is used: a guard is to be small.
-            let pair = mapping.pair(map.source_layer(), map.target_layer()).expect("the chosen pair").clone();
-            let bytes = MappingFile { pairs: vec![pair], ..mapping.clone() }.to_bytes()?;
-            let (source, target) = (&mapping.source.name, &mapping.target.name);
-            let pair_name = format!("{source}-{}-to-{target}-{}", map.source_layer(), map.target_layer());
+            // Only the pair that is used, and only the way it is used: a guard is to be small.
+            let (map, mut quality) =
+                mapping.pair(map.source_layer(), map.target_layer()).expect("the chosen pair").clone();
+            let map = if kind == VectorKind::Direction {
+                quality.backward = None;
+                map.without_backward()
+            } else {
+                map
+            };
+            let pair_name = format!(
+                "{}-{}-to-{}-{}",
+                mapping.source.name,
+                map.source_layer(),
+                mapping.target.name,
+                map.target_layer()
+            );
+            let (source_layer, target_layer) = (map.source_layer(), map.target_layer());
+            let bytes = MappingFile { pairs: vec![(map, quality)], ..mapping.clone() }.to_bytes()?;
             mappings.push(MappingEntry {
                 name: pair_name.clone(),
                 sha256: Digest::of(&bytes),
                 kind: MappingKind::Affine,
-                source_layer: map.source_layer(),
-                target_layer: map.target_layer(),
+                source_layer,
+                target_layer,
             });
             mapping_files.push((format!("{pair_name}{MAPPING_SUFFIX}"), bytes));
             Some(pair_name)
         }
         _ => None,
     };
-    let in_target = map.map_or_else(|| vector.values.clone(), |map| map.apply_direction(&vector.values));
+    let in_target = match map {
+        Some(map) => carry(map, kind, &vector.values).with_context(|| {
+            format!("the mapping can carry directions only, and `{vectors_label}` has discriminants: make it anew with `pilotfish map`")
+        })?,
+        None => vector.values.clone(),
+    };
     let target_layer = map.map_or(vector.layer, |map| map.target_layer());
     let (layer, values) =
         if carried.is_some() { (vector.layer, vector.values.clone()) } else { (target_layer, in_target.clone()) };
@@ -358,6 +385,7 @@ fn build_to(
             name: name.clone(),
             layer,
             tensor: tensor.clone(),
+            kind,
             mapping: carried,
             method: Some(vector.method.to_string()),
             mean_norm: Some(vector.mean_norm),
@@ -370,8 +398,8 @@ fn build_to(
                 name: gate.clone(),
                 vector: name.clone(),
                 scope: Scope::Prompt,
-                aggregate: policy.aggregate,
-                readout: policy.readout,
+                aggregate,
+                readout,
                 threshold: None,
                 mean: None,
                 deviation: None,
@@ -395,6 +423,7 @@ fn choose<'a>(
     file: &'a VectorFile,
     mapping: Option<&'a MappingFile>,
     readout: Readout,
+    tokens: PromptTokens,
     choice: LayerChoice<'_>,
 ) -> anyhow::Result<(&'a SteeringVector, Option<&'a AffineMap>)> {
     let vector_at = |layer: LayerIndex| {
@@ -440,7 +469,8 @@ fn choose<'a>(
             let separations = {
                 let bar = Bar::new("choosing layers");
                 let step = &mut |done, total| bar.at(done, total);
-                learn::separation_by_map(target, &file.vectors, &maps, readout, positive, negative, step)?
+                let classes = Classes { positive, negative };
+                learn::separation_by_map(target, &file.vectors, &maps, readout, tokens, classes, step)?
             };
             let mut rated: Vec<_> = maps.iter().zip(separations).filter_map(|(map, auc)| Some((*map, auc?))).collect();
             rated.sort_by(|a, b| b.1.total_cmp(&a.1));

@@ -1,5 +1,5 @@
 use super::args::{
-    CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method,
+    CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method, TokensArgument,
 };
 use super::models::{load, load_named};
 use super::progress::Bar;
@@ -8,25 +8,39 @@ use super::{Outcome, guard, prompts};
 use anyhow::{Context, ensure};
 use pilotfish::engine::Model;
 use pilotfish::guard::{MAPPING_SUFFIX, MappingFile, VectorFile, edit, replace_manifest};
-use pilotfish::learn::{self, CorpusOptions, MapOptions};
+use pilotfish::learn::{self, Classes, ContrastMethod, ContrastOptions, CorpusOptions, MapOptions};
 use pilotfish::mapping::RidgeOptions;
+use pilotfish::steering::PromptTokens;
 use pilotfish::tensor::LayerIndex;
 use std::io::Write;
 use std::path::Path;
 
 pub fn extract(arguments: ExtractArguments) -> anyhow::Result<Outcome> {
-    let Method::Mean = arguments.method;
+    let method = match arguments.method {
+        Method::Mean => ContrastMethod::DifferenceOfMeans,
+        Method::Lda => ContrastMethod::LinearDiscriminant { shrinkage: arguments.shrinkage },
+    };
+    let tokens = match arguments.tokens {
+        TokensArgument::Last => PromptTokens::Last,
+        TokensArgument::Mean => PromptTokens::Mean,
+    };
     let positive = prompts::read(&arguments.positive)?;
     let negative = prompts::read(&arguments.negative)?;
     let model = load(&arguments.model)?;
     let layers = match arguments.layers {
-        Layers::Auto => (0..model.shape().n_layer).map(LayerIndex).collect(),
+        // At the last layer llama.cpp keeps only rows with logits.
+        Layers::Auto => {
+            let without = u32::from(tokens == PromptTokens::Mean);
+            (0..model.shape().n_layer.saturating_sub(without)).map(LayerIndex).collect()
+        }
         Layers::Chosen(layers) => layers,
     };
     let found = {
         let bar = Bar::new("reading prompts");
         let step = &mut |done, total| bar.at(done, total);
-        learn::contrast(&model, &layers, &arguments.name, &positive, &negative, step)?
+        let options = ContrastOptions { method, tokens };
+        let classes = Classes { positive: &positive, negative: &negative };
+        learn::contrast(&model, &layers, &arguments.name, classes, options, step)?
     };
     let file = VectorFile { model: model.identity().clone(), vectors: found.vectors.clone() };
     write(&arguments.output, &file.to_bytes()?)?;
@@ -35,7 +49,7 @@ pub fn extract(arguments: ExtractArguments) -> anyhow::Result<Outcome> {
         [
             layer.to_string(),
             format!("{separation:.3}"),
-            format!("{:.2}", pilotfish::tensor::norm(&vector.values)),
+            format!("{:.3e}", pilotfish::tensor::norm(&vector.values)),
             format!("{:.2}", vector.mean_norm),
         ]
     });
@@ -82,11 +96,16 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
             format!("{} → {}", map.source_layer(), map.target_layer()),
             format!("{:.3}", quality.fraction_unexplained),
             format!("{:.3}", quality.cosine),
+            quality.backward.map_or_else(String::new, |fit| format!("{:.3}", fit.fraction_unexplained)),
             format!("{:.1e}", quality.lambda),
         ]
     });
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", table(["layers", "variance unexplained, held out", "cosine", "λ / token"], rows))?;
+    writeln!(
+        out,
+        "{}",
+        table(["layers", "variance unexplained, held out", "cosine", "unexplained backwards", "λ / token"], rows)
+    )?;
     writeln!(
         out,
         "{} paired tokens of {} documents; {} layer pairs surveyed",

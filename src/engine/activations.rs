@@ -135,6 +135,21 @@ impl Activations {
         self.positions.len()
     }
 
+    /// The mean of all rows, as one row at the last one's position; `None` of no rows.
+    pub fn mean(&self) -> Option<Self> {
+        let positions = vec![*self.positions.last()?];
+        let n = self.n_rows() as f64;
+        let mean = |values: &Vec<f32>| -> Vec<f32> {
+            let mut sums = vec![0.0f64; self.width];
+            for row in values.chunks_exact(self.width) {
+                sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
+            }
+            sums.iter().map(|sum| (sum / n) as f32).collect()
+        };
+        let layers = self.layers.iter().map(|(layer, values)| (*layer, mean(values))).collect();
+        Some(Self { width: self.width, positions, layers })
+    }
+
     /// Appends the rows of `other`, which has the same layers.
     pub fn append(&mut self, other: Self) {
         self.width = other.width;

@@ -1,10 +1,12 @@
-use crate::engine::{Model, Session, SessionOptions};
-use crate::guard::Guard;
-use crate::learn::{LearnError, Progress, contrast, last_token_activations};
-use crate::tensor::{LayerIndex, auc, dot, quantile};
+use crate::engine::{Activations, Model, Session, SessionOptions};
+use crate::guard::{Aggregate, Guard};
+use crate::learn::{Classes, ContrastMethod, ContrastOptions, LearnError, Progress, contrast_of, prompt_activations};
+use crate::steering::{DEFAULT_SHRINKAGE, PromptTokens};
+use crate::tensor::{LayerIndex, Residual, auc, dot, quantile};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
+use std::collections::BTreeSet;
 
 /// How well a guard's gates tell positive prompts from negative ones, beside what else could do it.
 #[derive(Debug, Clone, Serialize)]
@@ -27,27 +29,19 @@ pub struct DetectionRow {
     pub fired: Option<(f64, f64)>,
 }
 
-/// Prompts for the model's own direction, the control that a mapped one is held against: those the guard was made from.
-#[derive(Debug, Clone, Copy)]
-pub struct Native<'a> {
-    pub positive: &'a [String],
-    pub negative: &'a [String],
-}
-
 /// Directions of the random control.
 const RANDOM_DIRECTIONS: u64 = 100;
 
-/// Scores `positive` and `negative` with every gate of `guard` on `model`, and with the controls at the gate's layer: the model's own
-/// direction, if `native` prompts are given, and random ones (median and 95th percentile over 100 seeds).
+/// Scores prompts with every gate of `guard` on `model`, and with the controls at the gate's layer and tokens: the model's own
+/// direction and discriminant, if `native` prompts are given, those that the guard was made from, and random directions (median and 95th percentile over 100 seeds).
 ///
 /// # Errors
 /// The guard is not for this model, or a prompt can't be run.
 pub fn detection(
     model: &Model,
     guard: &Guard,
-    positive: &[String],
-    negative: &[String],
-    native: Option<Native<'_>>,
+    Classes { positive, negative }: Classes<'_>,
+    native: Option<Classes<'_>>,
     progress: Progress<'_>,
 ) -> Result<Detection, LearnError> {
     let total = 2 * (positive.len() + negative.len())
@@ -68,20 +62,6 @@ pub fn detection(
     };
     let (positive_readings, negative_readings) = (read(positive)?, read(negative)?);
 
-    let mut layers: Vec<LayerIndex> = guard.gates().iter().map(|gate| guard.vectors()[gate.vector].layer).collect();
-    layers.sort_unstable();
-    layers.dedup();
-    let positive_rows = last_token_activations(model, &layers, positive, &mut |step, _| progress(done + step, total))?;
-    done += positive.len();
-    let negative_rows = last_token_activations(model, &layers, negative, &mut |step, _| progress(done + step, total))?;
-    done += negative.len();
-    let own = native
-        .map(|native| {
-            let step = &mut |step, _| progress(done + step, total);
-            contrast(model, &layers, "native", native.positive, native.negative, step)
-        })
-        .transpose()?;
-
     let mut rows = Vec::new();
     for ((gate, positive), negative) in guard.gates().iter().zip(&positive_readings).zip(&negative_readings) {
         let scores = |readings: &[(f64, bool)]| -> Vec<f64> { readings.iter().map(|reading| reading.0).collect() };
@@ -95,26 +75,46 @@ pub fn detection(
             fired: Some((share(positive), share(negative))),
         });
     }
-    for layer in layers.iter().copied() {
-        let separation = |direction: &[f32]| {
-            let scores = |rows: crate::tensor::Residual<'_>| -> Vec<f64> {
-                rows.rows().map(|row| f64::from(dot(row, direction))).collect()
-            };
-            auc(&scores(positive_rows.layer(layer)), &scores(negative_rows.layer(layer)))
-        };
-        let at = layers.iter().position(|known| *known == layer).expect("one of them");
-        if let Some(own) = &own {
-            let (vector, scale) = (&own.vectors[at].values, &own.standardization[at]);
-            for (name, direction) in [("", vector.clone()), (", standardized", scale.readout(vector))] {
-                let name = format!("the model's own direction{name}");
-                rows.push(DetectionRow { name, layer, auc: separation(&direction), fired: None });
-            }
-        }
-        let random: Vec<f64> = (0..RANDOM_DIRECTIONS)
-            .map(|seed| separation(&random_direction(positive_rows.layer(layer).width(), seed)))
+    // What the controls read: once for all gates at the same layer and tokens.
+    for tokens in [PromptTokens::Last, PromptTokens::Mean] {
+        let layers: BTreeSet<LayerIndex> = guard
+            .gates()
+            .iter()
+            .filter(|gate| tokens_of(gate.aggregate) == tokens)
+            .map(|gate| guard.vectors()[gate.vector].layer)
             .collect();
-        for (name, q) in [("random direction, median", 0.5), ("random direction, 95th percentile", 0.95)] {
-            rows.push(DetectionRow { name: name.into(), layer, auc: quantile(&random, q), fired: None });
+        if layers.is_empty() {
+            continue;
+        }
+        let layers: Vec<LayerIndex> = layers.into_iter().collect();
+        let mut read = |prompts: &[String]| -> Result<Activations, LearnError> {
+            let read =
+                prompt_activations(model, &layers, prompts, tokens, &mut |step, _| progress(done + step, total))?;
+            done += prompts.len();
+            Ok(read)
+        };
+        let (positive, negative) = (read(positive)?, read(negative)?);
+        let own = match native {
+            Some(native) => own_directions(&layers, &read(native.positive)?, &read(native.negative)?, tokens)?,
+            None => Vec::new(),
+        };
+        for layer in layers {
+            let separation = |direction: &[f32]| {
+                let scores = |rows: Residual<'_>| -> Vec<f64> {
+                    rows.rows().map(|row| f64::from(dot(row, direction))).collect()
+                };
+                auc(&scores(positive.layer(layer)), &scores(negative.layer(layer)))
+            };
+            for OwnVector { name, values, .. } in own.iter().filter(|own| own.layer == layer) {
+                let name = format!("the model's own {name}");
+                rows.push(DetectionRow { name, layer, auc: separation(values), fired: None });
+            }
+            let width = positive.layer(layer).width();
+            let random: Vec<f64> =
+                (0..RANDOM_DIRECTIONS).map(|seed| separation(&random_direction(width, seed))).collect();
+            for (name, q) in [("random direction, median", 0.5), ("random direction, 95th percentile", 0.95)] {
+                rows.push(DetectionRow { name: name.into(), layer, auc: quantile(&random, q), fired: None });
+            }
         }
     }
     Ok(Detection {
@@ -124,6 +124,46 @@ pub fn detection(
         n_negative: negative.len(),
         rows,
     })
+}
+
+/// The tokens that a control of a gate reads: those of the gate, but for a maximum, which no direction is learnt on.
+fn tokens_of(aggregate: Aggregate) -> PromptTokens {
+    match aggregate {
+        Aggregate::Mean => PromptTokens::Mean,
+        Aggregate::Last | Aggregate::Max => PromptTokens::Last,
+    }
+}
+
+/// A control made from the guarded model's own activations.
+struct OwnVector {
+    name: &'static str,
+    layer: LayerIndex,
+    values: Vec<f32>,
+}
+
+/// What the model itself gives from the prompts that the guard was made from: its direction, the same in units of each dimension's
+/// standard deviation, and its discriminant.
+fn own_directions(
+    layers: &[LayerIndex],
+    positive: &Activations,
+    negative: &Activations,
+    tokens: PromptTokens,
+) -> Result<Vec<OwnVector>, LearnError> {
+    let by = |method| contrast_of(layers, "own", positive, negative, ContrastOptions { method, tokens });
+    let means = by(ContrastMethod::DifferenceOfMeans)?;
+    let discriminants = by(ContrastMethod::LinearDiscriminant { shrinkage: DEFAULT_SHRINKAGE })?;
+    let mut own = Vec::new();
+    for (vector, scale) in means.vectors.iter().zip(&means.standardization) {
+        own.push(OwnVector { name: "direction", layer: vector.layer, values: vector.values.clone() });
+        let values = scale.readout(&vector.values);
+        own.push(OwnVector { name: "direction, standardized", layer: vector.layer, values });
+    }
+    own.extend(discriminants.vectors.into_iter().map(|vector| OwnVector {
+        name: "discriminant",
+        layer: vector.layer,
+        values: vector.values,
+    }));
+    Ok(own)
 }
 
 /// A direction drawn evenly from the sphere: each component normal (Box–Muller).

@@ -4,4 +4,4 @@
 
 mod detection;
 
-pub use detection::{Detection, DetectionRow, Native, detection};
+pub use detection::{Detection, DetectionRow, detection};

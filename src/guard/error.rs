@@ -62,6 +62,10 @@ pub enum GuardError {
     NonFinite { file: String, tensor: String, index: usize, value: f32 },
     #[error("`{file}`: tensor `{tensor}` is zero everywhere, so it has no direction")]
     ZeroVector { file: String, tensor: String },
+    #[error(
+        "vector `{vector}` is a discriminant, and mapping `{mapping}` can carry directions only: make it anew with `pilotfish map`"
+    )]
+    NoBackward { vector: String, mapping: String },
     #[error("mapped by `{mapping}`, vector `{vector}` is {problem}")]
     MappedVector { mapping: String, vector: String, problem: &'static str },
     #[error("at strength {strength} the vector has values that do not fit in `f32`")]

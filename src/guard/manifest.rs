@@ -2,6 +2,7 @@
 
 use super::error::{GuardError, Location, shown};
 use super::{Digest, Fingerprint, MAX_MANIFEST_BYTES, location};
+use crate::steering::VectorKind;
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
 
@@ -110,12 +111,19 @@ pub struct VectorEntry {
     pub layer: LayerIndex,
     /// F32 and one-dimensional, in the tensor file.
     pub tensor: String,
+    /// What its numbers mean, and so how a mapping carries them.
+    #[serde(default, skip_serializing_if = "is_direction")]
+    pub kind: VectorKind,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mapping: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mean_norm: Option<f64>,
+}
+
+fn is_direction(kind: &VectorKind) -> bool {
+    *kind == VectorKind::Direction
 }
 
 /// `[[mapping]]`: one pair of layers of a mapping file.

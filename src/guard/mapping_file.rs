@@ -1,18 +1,19 @@
 use super::error::{GuardError, shown};
 use super::tensors::{self, TensorData, TensorFile};
 use super::{MAX_WIDTH, ModelIdentity};
-use crate::mapping::{AffineMap, MappingQuality, Standardization};
+use crate::mapping::{AffineMap, FitQuality, MappingQuality, Standardization};
+use crate::steering::VectorKind;
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 const FORMAT: &str = "pilotfish-mapping-1";
-const TENSORS_OF_A_PAIR: usize = 5;
 
 /// Mappings between the residuals of two models, as `map` writes them. A guard picks one by its pair of layers.
 ///
 /// In safetensors a pair of layers S and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
-/// (`[d_s]`), `S-T.target_mean` and `S-T.target_scale` (`[d_t]`), and the metadata key `S-T`.
+/// (`[d_s]`), `S-T.target_mean` and `S-T.target_scale` (`[d_t]`), if it can carry discriminants `S-T.backward` (`[d_t, d_s]`), and the metadata
+/// key `S-T`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MappingFile {
     pub source: ModelIdentity,
@@ -35,6 +36,16 @@ struct Description {
     cosine: f64,
     n_train: usize,
     n_heldout: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    backward: Option<BackwardDescription>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BackwardDescription {
+    lambda: f64,
+    fraction_unexplained: f64,
+    cosine: f64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -52,7 +63,7 @@ impl MappingFile {
     /// The same file for the same pairs, in whatever order.
     ///
     /// # Errors
-    /// A pair of layers twice, or a quality figure that is not finite.
+    /// A pair of layers twice, a quality figure that is not finite, or a backward weight without its quality.
     pub fn to_bytes(&self) -> Result<Vec<u8>, GuardError> {
         let mut metadata = BTreeMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
@@ -64,7 +75,13 @@ impl MappingFile {
         let mut tensors = BTreeMap::new();
         for (map, quality) in &self.pairs {
             let pair = format!("{}-{}", map.source_layer(), map.target_layer());
-            for figure in [quality.lambda, quality.fraction_unexplained, quality.cosine] {
+            if quality.backward.is_some() != map.backward().is_some() {
+                let found = format!("one without the other for the pair {pair}");
+                return Err(GuardError::value("a backward weight and its quality, or neither", found));
+            }
+            let backward = quality.backward.map(|fit| [fit.lambda, fit.fraction_unexplained, fit.cosine]);
+            let forward = [quality.lambda, quality.fraction_unexplained, quality.cosine];
+            for figure in forward.into_iter().chain(backward.into_iter().flatten()) {
                 if !figure.is_finite() {
                     return Err(GuardError::value("finite quality figures", format!("{figure} for the pair {pair}")));
                 }
@@ -76,12 +93,21 @@ impl MappingFile {
                 cosine: quality.cosine,
                 n_train: quality.n_train,
                 n_heldout: quality.n_heldout,
+                backward: backward.map(|[lambda, fraction_unexplained, cosine]| BackwardDescription {
+                    lambda,
+                    fraction_unexplained,
+                    cosine,
+                }),
             };
             if metadata.insert(pair.clone(), json(&description)).is_some() {
                 return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
             }
             let weight = TensorData { shape: vec![map.source_width(), map.target_width()], values: map.weight() };
             tensors.insert(format!("{pair}.weight"), weight);
+            if let Some(values) = map.backward() {
+                let backward = TensorData { shape: vec![map.target_width(), map.source_width()], values };
+                tensors.insert(format!("{pair}.backward"), backward);
+            }
             for (part, values) in [
                 ("source_mean", &map.source().mean),
                 ("source_scale", &map.source().scale),
@@ -105,22 +131,37 @@ impl MappingFile {
         let (source, target) = (described.json("source")?, described.json("target")?);
         let corpus = described.text("corpus")?.to_owned();
         let seed = described.parsed("seed")?;
-        let mut pairs = Vec::new();
+        let (mut pairs, mut expected) = (Vec::new(), 0);
         for key in described.keys() {
             let layers = layers_of(&key).ok_or_else(|| described.problem(&key, "unknown".to_owned()))?;
-            let Description { kind: Kind::Affine, lambda, fraction_unexplained, cosine, n_train, n_heldout } =
+            let Description { kind: Kind::Affine, lambda, fraction_unexplained, cosine, n_train, n_heldout, backward } =
                 described.json(&key)?;
-            let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout };
-            pairs.push((read_map(file, &tensors, &key, layers)?, quality));
+            let backward = backward.map(|BackwardDescription { lambda, fraction_unexplained, cosine }| FitQuality {
+                lambda,
+                fraction_unexplained,
+                cosine,
+            });
+            let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout, backward };
+            expected += 5 + usize::from(backward.is_some());
+            pairs.push((read_map(file, &tensors, &key, layers, backward.is_some())?, quality));
         }
         // Every pair has read all of its own, and no two share any.
-        let (expected, found) = (TENSORS_OF_A_PAIR * pairs.len(), tensors.names().len());
+        let found = tensors.names().len();
         if found != expected {
             let reason = format!("the pairs of layers in its metadata have {expected} tensors, it has {found}");
             return Err(GuardError::Safetensors { file: shown(file), reason });
         }
         pairs.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
         Ok(Self { source, target, corpus, seed, pairs })
+    }
+}
+
+/// A vector of the map's source as one of its target: a direction is pushed forward, a discriminant pulled back. `None` for a discriminant
+/// where the map has no [`backward`](AffineMap::backward) weight.
+pub fn carry(map: &AffineMap, kind: VectorKind, values: &[f32]) -> Option<Vec<f32>> {
+    match kind {
+        VectorKind::Direction => Some(map.apply_direction(values)),
+        VectorKind::Discriminant => map.pull_back(values),
     }
 }
 
@@ -140,6 +181,7 @@ fn read_map(
     tensors: &TensorFile<'_>,
     pair: &str,
     (source_layer, target_layer): (LayerIndex, LayerIndex),
+    backward: bool,
 ) -> Result<AffineMap, GuardError> {
     let weight = format!("{pair}.weight");
     let (source_width, target_width) = tensors.matrix_shape(&weight)?;
@@ -155,8 +197,12 @@ fn read_map(
     };
     let (source, target) = (side("source", source_width)?, side("target", target_width)?);
     let weight = tensors.shaped(&weight, &[source_width, target_width])?;
-    AffineMap::new(source_layer, target_layer, source, target, weight).map_err(|error| GuardError::Safetensors {
-        file: shown(file),
-        reason: format!("pair of layers {pair}: {error}"),
+    let backward =
+        backward.then(|| tensors.shaped(&format!("{pair}.backward"), &[target_width, source_width])).transpose()?;
+    let map = AffineMap::new(source_layer, target_layer, source, target, weight);
+    map.and_then(|map| match backward {
+        Some(weight) => map.with_backward(weight),
+        None => Ok(map),
     })
+    .map_err(|error| GuardError::Safetensors { file: shown(file), reason: format!("pair of layers {pair}: {error}") })
 }

@@ -25,11 +25,12 @@ pub use digest::Digest;
 pub use error::{GuardError, Location};
 pub use identity::{Fingerprint, ModelIdentity};
 pub use manifest::{Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source};
-pub use mapping_file::MappingFile;
+pub use mapping_file::{MappingFile, carry};
 pub use vector_file::VectorFile;
 pub use write::{from_control_vector, replace_manifest, write_guard};
 
 use crate::mapping::{MappingQuality, Standardization};
+use crate::steering::VectorKind;
 use crate::tensor::LayerIndex;
 use folder::{Folder, InMemory};
 use std::path::Path;
@@ -83,6 +84,7 @@ pub struct GuardVector {
     pub layer: LayerIndex,
     /// `[n_embd]` of the target, mapped if need be, not normalised: strength 1.0 of `add` is this vector itself.
     pub direction: Vec<f32>,
+    pub kind: VectorKind,
     pub mapped_from: Option<MappedFrom>,
     /// How the vector was extracted, where the manifest says.
     pub method: Option<String>,

@@ -2,8 +2,8 @@
 
 use super::manifest::{InterventionEntry, InterventionName, TargetEntry, TensorsEntry, VectorEntry};
 use super::*;
-use crate::mapping::{AffineMap, Standardization};
-use crate::steering::{ControlVector, ExtractionMethod, SteeringVector};
+use crate::mapping::{AffineMap, FitQuality, Standardization};
+use crate::steering::{ControlVector, ExtractionMethod, PromptTokens, SteeringVector};
 use crate::tensor::norm;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -99,8 +99,14 @@ fn map(source_layer: u32, target_layer: u32, scale: f32) -> (AffineMap, MappingQ
     let target = Standardization { mean: vec![1.0, 2.0, 3.0], scale: vec![scale, 1.0, 0.25] };
     let weight = vec![1.0, 2.0, 3.0, -1.0, 0.5, 0.1];
     let map = AffineMap::new(LayerIndex(source_layer), LayerIndex(target_layer), source, target, weight).unwrap();
-    let quality =
-        MappingQuality { lambda: 0.1, fraction_unexplained: 0.3, cosine: 1.0 / 3.0, n_train: 80, n_heldout: 20 };
+    let quality = MappingQuality {
+        lambda: 0.1,
+        fraction_unexplained: 0.3,
+        cosine: 1.0 / 3.0,
+        n_train: 80,
+        n_heldout: 20,
+        backward: None,
+    };
     (map, quality)
 }
 
@@ -110,8 +116,15 @@ fn mapping_file() -> MappingFile {
         target: identity("gemma", "gemma3", TARGET),
         corpus: "four hundred \"documents\"\n".into(),
         seed: u64::MAX,
-        pairs: vec![map(24, 8, 1.0), map(24, 10, 4.0)],
+        pairs: vec![map(24, 8, 1.0), both_ways(map(24, 10, 4.0))],
     }
+}
+
+/// With a backward weight, as discriminants need one.
+fn both_ways((map, quality): (AffineMap, MappingQuality)) -> (AffineMap, MappingQuality) {
+    let backward = Some(FitQuality { lambda: 0.3, fraction_unexplained: 0.1 + 0.2, cosine: 0.9 });
+    let map = map.with_backward(vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+    (map, MappingQuality { backward, ..quality })
 }
 
 const HARM: [f32; 2] = [1.5, -2.0];
@@ -251,7 +264,7 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
             "layer = 8",
             "layer = 8\nlayr = 8",
             "layr = 8",
-            "`vector[1].layr`: unknown field `layr`, expected one of `name`, `layer`, `tensor`, `mapping`, `method`, `mean_norm`",
+            "`vector[1].layr`: unknown field `layr`, expected one of `name`, `layer`, `tensor`, `kind`, `mapping`, `method`, `mean_norm`",
         ),
         (
             "spread = 0.5",
@@ -837,7 +850,8 @@ fn vector_file() -> VectorFile {
         name: name.into(),
         layer: LayerIndex(layer),
         values: values.into(),
-        method: ExtractionMethod::DifferenceOfMeans,
+        method: ExtractionMethod::LinearDiscriminant,
+        tokens: PromptTokens::Mean,
         mean_norm,
         n_positive: 200,
         n_negative: 199,
@@ -860,7 +874,7 @@ fn a_vector_file_comes_back_and_its_bytes_are_one() {
         assert_eq!(turned.to_bytes().unwrap(), bytes);
     }
     // Golden: nothing may change these bytes but a new format.
-    assert_eq!(Digest::of(&bytes).to_string(), "c88d2d3f4aeffda494997f6b7c01531188dbb16b4313fbda6bce04ff4e54f532");
+    assert_eq!(Digest::of(&bytes).to_string(), "701068765c3f357149f3beeea599c78dbb6d37d4d4e6c638cd9b77b6e054bdd2");
 }
 
 #[test]
@@ -873,7 +887,7 @@ fn a_mapping_file_comes_back_and_its_bytes_are_one() {
     for _ in 0..20 {
         assert_eq!(turned.to_bytes().unwrap(), bytes);
     }
-    assert_eq!(Digest::of(&bytes).to_string(), "85e9d570a7c1bc18f67cdf8e5747cb60ae334d16ab1edc1692ae4e920836098f");
+    assert_eq!(Digest::of(&bytes).to_string(), "b5ef855c2fd33a152283c29e0bd84e8548fdc8d15a708436ef57276fe58ebb3b");
 }
 
 #[test]
@@ -935,9 +949,9 @@ fn a_self_describing_file_says_all_and_nothing_else() {
         (r#""architecture":"llama""#, r#""architecture":"llama","more":"x""#, "`v`: metadata key `more`: unknown"),
         (SOURCE, "12", "`v`: metadata key `fingerprint`: expected 64 hexadecimal digits, found `12`"),
         (
-            r#"{\"method\":\"mean\""#,
+            r#"{\"method\":\"lda\""#,
             r#"{\"method\":\"magic\""#,
-            "`v`: metadata key `harm.24`: unknown variant `magic`, expected `mean` or `imported` at line 1 column 17",
+            "`v`: metadata key `harm.24`: unknown variant `magic`, expected one of `mean`, `lda`, `imported` at line 1 column 17",
         ),
         (
             r#""harm.24":{"#,
@@ -960,7 +974,7 @@ fn a_self_describing_file_says_all_and_nothing_else() {
         (
             r#""24-10.weight""#,
             r#""24-10.wait""#,
-            "`m` has no tensor `24-10.weight`; it has `24-10.source_mean`, `24-10.source_scale`, `24-10.target_mean`, `24-10.target_scale`, `24-10.wait`, `24-8.source_mean`, `24-8.source_scale`, `24-8.target_mean`, `24-8.target_scale`, `24-8.weight`",
+            "`m` has no tensor `24-10.weight`; it has `24-10.backward`, `24-10.source_mean`, `24-10.source_scale`, `24-10.target_mean`, `24-10.target_scale`, `24-10.wait`, `24-8.source_mean`, `24-8.source_scale`, `24-8.target_mean`, `24-8.target_scale`, `24-8.weight`",
         ),
         (
             r#""shape":[2,3]"#,
@@ -978,7 +992,7 @@ fn a_self_describing_file_says_all_and_nothing_else() {
     let header = String::from_utf8_lossy(&mapping[key..]).into_owned();
     let description = &header[..header.find("}\"").unwrap() + 3];
     let found = MappingFile::from_bytes("m", &reheaded(&mapping, description, "")).unwrap_err().to_string();
-    assert!(found.ends_with("the pairs of layers in its metadata have 5 tensors, it has 10"), "{found}");
+    assert!(found.ends_with("the pairs of layers in its metadata have 6 tensors, it has 11"), "{found}");
 }
 
 fn manifest() -> Manifest {
@@ -1308,6 +1322,7 @@ proptest! {
                 layer: LayerIndex(layer),
                 values,
                 method: ExtractionMethod::Imported,
+                tokens: PromptTokens::Last,
                 mean_norm,
                 n_positive: usize::MAX,
                 n_negative: 0,
@@ -1338,6 +1353,7 @@ proptest! {
                 name: text.clone(),
                 layer: LayerIndex(layer),
                 tensor: text.clone(),
+                kind: VectorKind::Discriminant,
                 mapping: None,
                 method: None,
                 mean_norm: Some(number),
@@ -1377,4 +1393,37 @@ fn a_standardized_gate_needs_a_mapping() {
     );
     let error = load(&manifest, &tensors(), &mapping_file().to_bytes().unwrap()).unwrap_err().to_string();
     assert!(error.contains("gate[0].readout") && error.contains("refusal") && !error.contains('\n'), "{error}");
+}
+
+/// `D_t⁻¹ B D_s w`, as worked out by hand.
+#[test]
+fn a_discriminant_is_pulled_back() {
+    let manifest = edited("tensor = \"harm.24\"", "tensor = \"harm.24\"\nkind = \"discriminant\"");
+    let guard = load(&manifest, &tensors(), &mapping_file().to_bytes().unwrap()).unwrap();
+    let vector = &guard.vectors()[0];
+    assert_eq!(vector.kind, VectorKind::Discriminant);
+    // D_s w = [3, -1]; B times that is [1, 5, 9]; σ_t = [4, 1, 1/4].
+    assert_eq!(vector.direction, [0.25, 5.0, 36.0]);
+    assert_eq!(guard.gates()[0].direction, vector.direction);
+}
+
+#[test]
+fn what_can_not_be_done_with_a_discriminant_is_refused() {
+    let discriminant = ("tensor = \"harm.24\"", "tensor = \"harm.24\"\nkind = \"discriminant\"");
+    let manifest = edited(discriminant.0, discriminant.1);
+    let file = MappingFile { pairs: vec![map(24, 10, 4.0)], ..mapping_file() };
+    let error = load(&manifest, &tensors(), &file.to_bytes().unwrap()).unwrap_err().to_string();
+    assert!(error.contains("vector[0].mapping") && error.contains("carry directions only"), "{error}");
+
+    let standardized = manifest.replacen("aggregate = \"mean\"", "aggregate = \"mean\"\nreadout = \"standardized\"", 1);
+    let error = load(&standardized, &tensors(), &mapping_file().to_bytes().unwrap()).unwrap_err().to_string();
+    assert!(error.contains("gate[0].readout") && error.contains("weighs each dimension already"), "{error}");
+}
+
+#[test]
+fn a_backward_weight_without_its_quality_is_not_written() {
+    let (map, quality) = both_ways(map(24, 10, 4.0));
+    let file = MappingFile { pairs: vec![(map.without_backward(), quality)], ..mapping_file() };
+    let error = file.to_bytes().unwrap_err().to_string();
+    assert!(error.contains("backward weight and its quality, or neither") && error.contains("24-10"), "{error}");
 }

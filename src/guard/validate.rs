@@ -8,8 +8,9 @@ use super::manifest::{
 use super::tensors::TensorFile;
 use super::{
     Calibration, Digest, Gate, Guard, GuardVector, Intervention, InterventionKind, MAX_ENTRIES, MappedFrom,
-    MappingFile, Probe, Target, location,
+    MappingFile, Probe, Target, carry, location,
 };
+use crate::steering::VectorKind;
 use crate::tensor::norm;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -175,6 +176,7 @@ impl<F: Files> Check<'_, F> {
             name: entry.name.clone(),
             layer,
             direction,
+            kind: entry.kind,
             mapped_from,
             method: entry.method.clone(),
             mean_norm: entry.mean_norm,
@@ -198,7 +200,9 @@ impl<F: Files> Check<'_, F> {
             let (expected, found) = (map.source_width(), values.len());
             return Err(GuardError::MappingWidth { vector, mapping, expected, found }).at(at("tensor"));
         }
-        let direction = map.apply_direction(&values);
+        let direction = carry(map, entry.kind, &values)
+            .ok_or_else(|| GuardError::NoBackward { vector: entry.name.clone(), mapping: name.clone() });
+        let direction = direction.at(at("mapping"))?;
         let problem = match norm(&direction) {
             length if !length.is_finite() || direction.iter().any(|value| !value.is_finite()) => "too large for `f32`",
             0.0 => "zero, so it has no direction",
@@ -328,6 +332,10 @@ impl<F: Files> Check<'_, F> {
 fn read_along(vector: &GuardVector, readout: Readout) -> Result<Vec<f32>, GuardError> {
     if readout == Readout::Projection {
         return Ok(vector.direction.clone());
+    }
+    if vector.kind == VectorKind::Discriminant {
+        let why = format!("a `direction`: vector `{}`, as a discriminant, weighs each dimension already", vector.name);
+        return Err(GuardError::value(why, "the readout `standardized`"));
     }
     let from = vector.mapped_from.as_ref().ok_or_else(|| GuardError::Missing {
         why: format!(

@@ -2,7 +2,7 @@ use super::error::{GuardError, shown};
 use super::tensors::{self, TensorData, TensorFile};
 use super::validate::check_name;
 use super::{MAX_WIDTH, ModelIdentity};
-use crate::steering::{ExtractionMethod, SteeringVector};
+use crate::steering::{ExtractionMethod, PromptTokens, SteeringVector};
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -23,6 +23,8 @@ pub struct VectorFile {
 #[serde(deny_unknown_fields)]
 struct Description {
     method: ExtractionMethod,
+    #[serde(default)]
+    tokens: PromptTokens,
     mean_norm: f64,
     n_positive: usize,
     n_negative: usize,
@@ -55,6 +57,7 @@ impl VectorFile {
             }
             let description = Description {
                 method: vector.method,
+                tokens: vector.tokens,
                 mean_norm: vector.mean_norm,
                 n_positive: vector.n_positive,
                 n_negative: vector.n_negative,
@@ -93,9 +96,9 @@ impl VectorFile {
                 file: shown(file),
                 reason: format!("expected tensors named `NAME.LAYER`, found `{}`", shown(&tensor)),
             })?;
-            let Description { method, mean_norm, n_positive, n_negative } = described.json(&tensor)?;
+            let Description { method, tokens, mean_norm, n_positive, n_negative } = described.json(&tensor)?;
             let values = tensors.direction(&tensor)?;
-            vectors.push(SteeringVector { name, layer, values, method, mean_norm, n_positive, n_negative });
+            vectors.push(SteeringVector { name, layer, values, method, tokens, mean_norm, n_positive, n_negative });
         }
         described.finish()?;
         Ok(Self { model, vectors })

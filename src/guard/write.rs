@@ -6,7 +6,7 @@ use super::manifest::{
 use super::tensors::{self, TensorData};
 use super::validate::{self, check_file_name};
 use super::{Digest, Guard, MANIFEST_FILE, MAPPING_SUFFIX, ModelIdentity};
-use crate::steering::{ControlVector, ExtractionMethod};
+use crate::steering::{ControlVector, ExtractionMethod, VectorKind};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -79,6 +79,7 @@ pub fn from_control_vector(
             name: name.clone(),
             layer,
             tensor: name.clone(),
+            kind: VectorKind::Direction,
             mapping: None,
             method: Some(ExtractionMethod::Imported.to_string()),
             mean_norm: None,

@@ -1,12 +1,13 @@
-use super::{LearnError, Progress, last_token_activations};
+use super::{Classes, LearnError, Progress, prompt_activations};
 use crate::engine::Model;
-use crate::guard::Readout;
+use crate::guard::{Readout, carry};
 use crate::mapping::AffineMap;
-use crate::steering::SteeringVector;
+use crate::steering::{PromptTokens, SteeringVector};
 use crate::tensor::{LayerIndex, auc, dot};
 
-/// How well each of `maps` carries its source layer's vector over: the AUC of what a gate with this `readout` of the mapped vector reads
-/// from `positive` against `negative` prompts in the target `model`, in the order of `maps`; `None` where `vectors` has none of that source layer.
+/// How well each of `maps` carries its source layer's vector over: the AUC of what a gate with this `readout` of the carried vector reads
+/// from `tokens` of positive against negative prompts in the target `model`, in the order of `maps`; `None` where `vectors` has none of that
+/// source layer, or the map can't carry it.
 ///
 /// The prompts should be those that the vectors were made from. Variance explained says how much of the residual a map carries, this
 /// how much of the one direction that matters.
@@ -18,22 +19,22 @@ pub fn separation_by_map(
     vectors: &[SteeringVector],
     maps: &[&AffineMap],
     readout: Readout,
-    positive: &[String],
-    negative: &[String],
+    tokens: PromptTokens,
+    Classes { positive, negative }: Classes<'_>,
     progress: Progress<'_>,
 ) -> Result<Vec<Option<f64>>, LearnError> {
     let mut layers: Vec<LayerIndex> = maps.iter().map(|map| map.target_layer()).collect();
     layers.sort_unstable();
     layers.dedup();
     let total = positive.len() + negative.len();
-    let positive = last_token_activations(model, &layers, positive, &mut |done, _| progress(done, total))?;
+    let positive = prompt_activations(model, &layers, positive, tokens, &mut |done, _| progress(done, total))?;
     let before = positive.n_rows();
-    let negative = last_token_activations(model, &layers, negative, &mut |done, _| progress(before + done, total))?;
+    let negative = prompt_activations(model, &layers, negative, tokens, &mut |done, _| progress(before + done, total))?;
     Ok(maps
         .iter()
         .map(|map| {
             let vector = vectors.iter().find(|vector| vector.layer == map.source_layer())?;
-            let mut mapped = map.apply_direction(&vector.values);
+            let mut mapped = carry(map, vector.method.kind(), &vector.values)?;
             if readout == Readout::Standardized {
                 mapped = map.target().readout(&mapped);
             }

@@ -1,10 +1,8 @@
-use super::{LearnError, Progress};
+use super::{LearnError, Progress, threads};
 use crate::engine::{ActivationReader, Activations, Model, PromptLayout};
 use crate::mapping::{AffineMap, MappingQuality, RidgeOptions, SourceFit, align_tokens};
 use crate::tensor::LayerIndex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
 
 /// What to map.
 #[derive(Debug, Clone)]
@@ -60,28 +58,8 @@ pub fn map(
     }
     let groups: Vec<_> = groups.into_iter().collect();
     // One source layer's Gram matrix serves all its target layers, so a thread takes a source layer at a time.
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(groups.len());
-    let next = AtomicUsize::new(0);
-    let (sender, receiver) = mpsc::channel();
-    let fitted = std::thread::scope(|scope| {
-        for _ in 0..threads {
-            let (sender, groups, next, paired) = (sender.clone(), &groups, &next, &paired);
-            scope.spawn(move || {
-                while let Some((source_layer, target_layers)) = groups.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    // Nobody listens any more after another thread's error.
-                    if sender.send(paired.fit_group(*source_layer, target_layers, options)).is_err() {
-                        break;
-                    }
-                }
-            });
-        }
-        drop(sender);
-        let mut fitted = Vec::with_capacity(groups.len());
-        for group in receiver {
-            fitted.push(group?);
-            progress(fitted.len(), groups.len());
-        }
-        Ok::<_, LearnError>(fitted)
+    let fitted = threads::each(&groups, progress, |(source_layer, target_layers)| {
+        paired.fit_group(*source_layer, target_layers, options)
     })?;
 
     let (mut maps, mut survey) = (Vec::new(), Vec::with_capacity(options.layers.len()));
@@ -89,6 +67,7 @@ pub fn map(
         maps.extend(group.maps);
         survey.extend(group.survey);
     }
+    let mut maps = paired.fit_backward(maps, options, progress)?;
     survey.sort_by_key(|(source_layer, target_layer, _)| (*source_layer, *target_layer));
     let unexplained = |(_, quality): &(AffineMap, MappingQuality)| quality.fraction_unexplained;
     maps.sort_by(|a, b| {
@@ -130,6 +109,36 @@ impl Paired {
             })
             .collect::<Result<_, _>>()?;
         Ok(FittedGroup { maps, survey })
+    }
+
+    /// `maps` with what the target's residuals say of the source's.
+    fn fit_backward(
+        &self,
+        maps: Vec<(AffineMap, MappingQuality)>,
+        options: &MapOptions,
+        progress: Progress<'_>,
+    ) -> Result<Vec<(AffineMap, MappingQuality)>, LearnError> {
+        let mut groups = BTreeMap::<LayerIndex, Vec<(AffineMap, MappingQuality)>>::new();
+        for pair in maps {
+            groups.entry(pair.0.target_layer()).or_default().push(pair);
+        }
+        let groups: Vec<_> = groups.into_iter().collect();
+        let fitted = threads::each(&groups, progress, |(target_layer, maps)| {
+            let problem = |map: &AffineMap| {
+                let (source_layer, target_layer) = (map.source_layer(), map.target_layer());
+                move |source| LearnError::Mapping { source_layer, target_layer, source }
+            };
+            let target = self.target.layer(*target_layer);
+            let fit = SourceFit::new(target, &self.documents, &options.ridge).map_err(problem(&maps[0].0))?;
+            maps.iter()
+                .map(|(map, quality)| {
+                    let source = self.source.layer(map.source_layer());
+                    let (map, backward) = fit.fit_backward(map.clone(), source).map_err(problem(map))?;
+                    Ok((map, MappingQuality { backward: Some(backward), ..*quality }))
+                })
+                .collect::<Result<Vec<_>, LearnError>>()
+        })?;
+        Ok(fitted.into_iter().flatten().collect())
     }
 }
 

@@ -10,11 +10,12 @@ mod corpus;
 mod extract;
 mod map;
 mod recentre;
+mod threads;
 
 pub use calibrate::{Calibrated, calibrate};
 pub use choose::separation_by_map;
 pub use corpus::{CorpusOptions, sample_corpus};
-pub use extract::{Contrast, contrast, last_token_activations};
+pub use extract::{Contrast, ContrastMethod, ContrastOptions, contrast, contrast_of, prompt_activations};
 pub use map::{MapOptions, Mapped, map};
 pub use recentre::benign_means;
 
@@ -37,12 +38,21 @@ pub enum LearnError {
     TooFewPrompts { what: &'static str, needed: usize, found: usize },
     #[error("the two tokenizers share no token ends in the corpus of {documents} documents: is it text?")]
     NoPairs { documents: usize },
+    #[error("prompt {index} has no token but its first, which is left out, so there is nothing to take the mean of")]
+    NothingToAverage { index: usize },
     #[error("gate `{gate}` read nothing from prompt {index}")]
     NothingRead { gate: String, index: usize },
     #[error("gate `{gate}`: the {found} benign prompts all score alike, so there is no scale to set a threshold on")]
     NoSpread { gate: String, found: usize },
     #[error("sampling from the model gave {found} usable documents after {tries} tries, {wanted} were asked for")]
     Corpus { found: usize, wanted: usize, tries: usize },
+}
+
+/// Prompts with a property, and prompts without it.
+#[derive(Debug, Clone, Copy)]
+pub struct Classes<'a> {
+    pub positive: &'a [String],
+    pub negative: &'a [String],
 }
 
 /// Told of steps done and steps in all.

@@ -33,6 +33,7 @@ pub struct AffineMap {
     source: Standardization,
     target: Standardization,
     weight: Vec<f32>,
+    backward: Option<Vec<f32>>,
 }
 
 impl AffineMap {
@@ -55,7 +56,25 @@ impl AffineMap {
             return Err(MappingError::Length { what: "`weight`", expected, found: weight.len() });
         }
         check_finite(&weight, "`weight`")?;
-        Ok(Self { source_layer, target_layer, source, target, weight })
+        Ok(Self { source_layer, target_layer, source, target, weight, backward: None })
+    }
+
+    /// This map with what the target's residual says of the source's: `weight` is `B`, `[d_t, d_s]` row-major, with `z_s ≈ z_t · B`. It is
+    /// the regression the other way round, on the same rows, and not the inverse of `W`: each predicts as well as it can.
+    ///
+    /// # Errors
+    /// If its length does not fit, or a value is not finite.
+    pub fn with_backward(self, weight: Vec<f32>) -> Result<Self, MappingError> {
+        if weight.len() != self.weight.len() {
+            return Err(MappingError::Length { what: "`backward`", expected: self.weight.len(), found: weight.len() });
+        }
+        check_finite(&weight, "`backward`")?;
+        Ok(Self { backward: Some(weight), ..self })
+    }
+
+    /// This map without [`backward`](Self::backward), for who has no use for it.
+    pub fn without_backward(self) -> Self {
+        Self { backward: None, ..self }
     }
 
     pub fn source_layer(&self) -> LayerIndex {
@@ -79,6 +98,11 @@ impl AffineMap {
     /// `W`, `[d_s, d_t]` row-major.
     pub fn weight(&self) -> &[f32] {
         &self.weight
+    }
+
+    /// `B`, `[d_t, d_s]` row-major, where there is one.
+    pub fn backward(&self) -> Option<&[f32]> {
+        self.backward.as_deref()
     }
 
     /// `d_s`
@@ -110,6 +134,27 @@ impl AffineMap {
     pub fn apply_direction(&self, v: &[f32]) -> Vec<f32> {
         assert_eq!(v.len(), self.source_width(), "a direction of the wrong width");
         self.linear_part(v.iter().map(|v| f64::from(*v))).map(|y| y as f32).collect()
+    }
+
+    /// A reading of source residuals, `[d_s]`, as one of target residuals, `[d_t]`: `w_t = D_t⁻¹ B D_s w_s`, accumulated in `f64`, so that
+    /// `w_t · x_t` is, but for a constant, `w_s · x̂_s` with `x̂_s` what the target's residual `x_t` says of the source's. `None` without
+    /// [`backward`](Self::backward).
+    ///
+    /// A direction is pushed forward; a reading is pulled back. Reading along a direction pushed forward would ask of every dimension what
+    /// the mapping predicts in it, however much else moves that dimension.
+    ///
+    /// # Panics
+    /// If `w` is not [`source_width`](Self::source_width) long.
+    pub fn pull_back(&self, w: &[f32]) -> Option<Vec<f32>> {
+        assert_eq!(w.len(), self.source_width(), "a reading of the wrong width");
+        let scaled: Vec<f64> =
+            w.iter().zip(&self.source.scale).map(|(w, scale)| f64::from(*w) * f64::from(*scale)).collect();
+        let rows = self.backward.as_ref()?.chunks_exact(self.source_width());
+        let read = rows.zip(&self.target.scale).map(|(row, scale)| {
+            let sum: f64 = row.iter().zip(&scaled).map(|(weight, w)| f64::from(*weight) * w).sum();
+            (sum / f64::from(*scale)) as f32
+        });
+        Some(read.collect())
     }
 
     /// `D_t Wᵀ D_s⁻¹ x`
@@ -190,6 +235,19 @@ mod tests {
         for (source, target, weight, expected) in cases {
             assert_eq!(make(source, target, &weight).unwrap_err().to_string(), expected);
         }
+    }
+
+    #[test]
+    fn a_reading_pulled_back_by_hand() {
+        let map = make(side(&[1.0, 2.0], &[2.0, 4.0]), side(&[10.0, 20.0, 30.0], &[1.0, 2.0, 5.0]), &[0.0; 6]).unwrap();
+        assert_eq!(map.pull_back(&[1.0, 1.0]), None);
+        let map = map.with_backward(vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+        // D_s w = [2, 4]; B times that = [10, 22, 34]; over the target's scale.
+        assert_eq!(map.pull_back(&[1.0, 1.0]).unwrap(), [10.0, 11.0, 6.8]);
+        let error = map.clone().with_backward(vec![0.0; 5]).unwrap_err();
+        assert_eq!(error.to_string(), "`backward` has 5 values, expected 6");
+        let error = map.with_backward(vec![0.0, 0.0, f32::NAN, 0.0, 0.0, 0.0]).unwrap_err();
+        assert_eq!(error.to_string(), "`backward` has a non-finite value (NaN) at index 2");
     }
 
     proptest! {

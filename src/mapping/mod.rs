@@ -13,7 +13,7 @@ mod ridge;
 
 pub use affine::{AffineMap, Standardization};
 pub use align::align_tokens;
-pub use ridge::{MappingQuality, RidgeOptions, SourceFit};
+pub use ridge::{FitQuality, MappingQuality, RidgeOptions, SourceFit};
 
 /// Why a mapping could not be fitted or made.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

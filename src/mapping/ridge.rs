@@ -41,6 +41,16 @@ pub struct MappingQuality {
     pub cosine: f64,
     pub n_train: usize,
     pub n_heldout: usize,
+    /// Of the regression the other way round, where there is one ([`AffineMap::backward`]).
+    pub backward: Option<FitQuality>,
+}
+
+/// How well a regression predicts held-out rows: fields as in [`MappingQuality`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FitQuality {
+    pub lambda: f64,
+    pub fraction_unexplained: f64,
+    pub cosine: f64,
 }
 
 /// The source model's half of a ridge regression: whatever does not depend on the target, computed once for all target layers.
@@ -145,6 +155,17 @@ impl SourceFit {
         Ok((map, quality))
     }
 
+    /// `map` with its [`backward`](AffineMap::backward) weight, and that one's quality: here the *target* of
+    /// `map` is this fit's source, and `source` is the rows of the source of `map`.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit).
+    pub fn fit_backward(&self, map: AffineMap, source: Residual) -> Result<(AffineMap, FitQuality), MappingError> {
+        let (backward, quality) = self.fit(source, map.target_layer(), map.source_layer())?;
+        let MappingQuality { lambda, fraction_unexplained, cosine, .. } = quality;
+        Ok((map.with_backward(backward.weight().to_vec())?, FitQuality { lambda, fraction_unexplained, cosine }))
+    }
+
     fn judge(&self, target: Residual) -> Result<Judged, MappingError> {
         if target.n_rows() != self.split.order.len() {
             let (expected, found) = (self.split.order.len(), target.n_rows());
@@ -227,7 +248,14 @@ impl SourceFit {
         if !fraction_unexplained.is_finite() || !cosine.is_finite() {
             return Err(MappingError::Numerical { lambda });
         }
-        Ok(MappingQuality { lambda, fraction_unexplained, cosine, n_train: self.split.n_train, n_heldout })
+        Ok(MappingQuality {
+            lambda,
+            fraction_unexplained,
+            cosine,
+            n_train: self.split.n_train,
+            n_heldout,
+            backward: None,
+        })
     }
 }
 
@@ -456,6 +484,30 @@ mod tests {
         fn fit(&self, options: &RidgeOptions) -> (AffineMap, MappingQuality) {
             let fit = SourceFit::new(self.source(), &self.documents, options).unwrap();
             fit.fit(self.target(), LayerIndex(24), LayerIndex(10)).unwrap()
+        }
+    }
+
+    #[test]
+    fn backward_is_the_regression_with_the_sides_exchanged() {
+        let data = Synthetic::new(240, 5, 7, 0.3, 3);
+        let options = RidgeOptions::default();
+        let (map, _) = data.fit(&options);
+        let exchanged = SourceFit::new(data.target(), &data.documents, &options).unwrap();
+        let (map, quality) = exchanged.fit_backward(map, data.source()).unwrap();
+        let (expected, judged) = exchanged.fit(data.source(), LayerIndex(10), LayerIndex(24)).unwrap();
+        assert_eq!(map.backward().unwrap(), expected.weight());
+        assert_eq!((quality.lambda, quality.fraction_unexplained), (judged.lambda, judged.fraction_unexplained));
+        // What the target's row says of the source's reading is the reading of what it says of the source's row.
+        let w = [1.0, -2.0, 0.5, 3.0, 0.25];
+        let pulled = map.pull_back(&w).unwrap();
+        for row in 1..20 {
+            let read = |row: &[f32]| pulled.iter().zip(row).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>();
+            let change = read(data.target().row(row)) - read(data.target().row(0));
+            let predicted = |row: usize| -> f64 {
+                expected.apply(data.target().row(row)).iter().zip(&w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum()
+            };
+            let expected = predicted(row) - predicted(0);
+            assert!((change - expected).abs() <= 1e-3 * expected.abs().max(1.0), "{change} {expected}");
         }
     }
 

@@ -1,4 +1,4 @@
-use super::{ExtractionMethod, SteeringError, SteeringVector};
+use super::{ExtractionMethod, PromptTokens, SteeringError, SteeringVector};
 use crate::tensor::{LayerIndex, Residual, norm};
 
 /// A direction before it has a name and a place.
@@ -14,10 +14,10 @@ pub struct Extracted {
 }
 
 impl Extracted {
-    /// The steering vector `name` at `layer`, the layer whose residual the rows were.
-    pub fn named(self, name: impl Into<String>, layer: LayerIndex) -> SteeringVector {
+    /// The steering vector `name` at `layer`, the layer whose residual the rows were, made from those `tokens` of prompts.
+    pub fn named(self, name: impl Into<String>, layer: LayerIndex, tokens: PromptTokens) -> SteeringVector {
         let Self { values, method, mean_norm, n_positive, n_negative } = self;
-        SteeringVector { name: name.into(), layer, values, method, mean_norm, n_positive, n_negative }
+        SteeringVector { name: name.into(), layer, values, method, tokens, mean_norm, n_positive, n_negative }
     }
 }
 
@@ -30,31 +30,37 @@ impl Extracted {
 /// # Errors
 /// If a class is empty, the widths differ, a value is not finite, or the means are equal.
 pub fn difference_of_means(positive: Residual, negative: Residual) -> Result<Extracted, SteeringError> {
-    if positive.width() != negative.width() {
-        return Err(SteeringError::ClassWidths { positive: positive.width(), negative: negative.width() });
-    }
-    let positive_mean = class_mean("positive", positive)?;
-    let negative_mean = class_mean("negative", negative)?;
-    let mut values = Vec::with_capacity(positive.width());
-    for (index, (positive, negative)) in positive_mean.iter().zip(&negative_mean).enumerate() {
-        let value = positive - negative;
-        if !(value as f32).is_finite() {
-            return Err(SteeringError::Overflow { index, value });
-        }
-        values.push(value as f32);
-    }
+    let (positive_mean, negative_mean) = class_means(positive, negative)?;
+    let difference = positive_mean.iter().zip(&negative_mean).map(|(positive, negative)| positive - negative);
+    extracted(ExtractionMethod::DifferenceOfMeans, difference, positive, negative)
+}
+
+/// Rounds `values` and adds what is to be known of the classes.
+pub(super) fn extracted(
+    method: ExtractionMethod,
+    values: impl Iterator<Item = f64>,
+    positive: Residual,
+    negative: Residual,
+) -> Result<Extracted, SteeringError> {
+    let rounded = |(index, value): (usize, f64)| {
+        let rounded = value as f32;
+        if rounded.is_finite() { Ok(rounded) } else { Err(SteeringError::Overflow { index, value }) }
+    };
+    let values = values.enumerate().map(rounded).collect::<Result<Vec<_>, _>>()?;
     if values.iter().all(|value| *value == 0.0) {
         return Err(SteeringError::ZeroDirection);
     }
     let (n_positive, n_negative) = (positive.n_rows(), negative.n_rows());
     let norms: f64 = positive.rows().chain(negative.rows()).map(norm).sum();
-    Ok(Extracted {
-        values,
-        method: ExtractionMethod::DifferenceOfMeans,
-        mean_norm: norms / (n_positive + n_negative) as f64,
-        n_positive,
-        n_negative,
-    })
+    Ok(Extracted { values, method, mean_norm: norms / (n_positive + n_negative) as f64, n_positive, n_negative })
+}
+
+/// Both classes' means, `[width]`, once the rows are known to be comparable.
+pub(super) fn class_means(positive: Residual, negative: Residual) -> Result<(Vec<f64>, Vec<f64>), SteeringError> {
+    if positive.width() != negative.width() {
+        return Err(SteeringError::ClassWidths { positive: positive.width(), negative: negative.width() });
+    }
+    Ok((class_mean("positive", positive)?, class_mean("negative", negative)?))
 }
 
 fn class_mean(class: &'static str, rows: Residual) -> Result<Vec<f64>, SteeringError> {
@@ -90,7 +96,7 @@ mod tests {
         let extracted = difference_of_means(rows(&[3.0, 4.0, 0.0, 0.0, 6.0, 8.0], 2), rows(&[1.0, 0.0], 2)).unwrap();
         assert_eq!(extracted.values, [2.0, 4.0]);
         assert_eq!(extracted.mean_norm, (5.0 + 0.0 + 10.0 + 1.0) / 4.0);
-        let vector = extracted.named("harm", LayerIndex(24));
+        let vector = extracted.named("harm", LayerIndex(24), PromptTokens::Last);
         assert_eq!((vector.n_positive, vector.n_negative, vector.layer), (3, 1, LayerIndex(24)));
         assert_eq!(vector.method, ExtractionMethod::DifferenceOfMeans);
     }

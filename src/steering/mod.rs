@@ -5,10 +5,12 @@
 //! caller's business.
 
 mod control_vector;
+mod discriminant;
 mod extract;
 mod gguf;
 
 pub use control_vector::ControlVector;
+pub use discriminant::{DEFAULT_SHRINKAGE, linear_discriminant};
 pub use extract::{Extracted, difference_of_means};
 
 use crate::tensor::LayerIndex;
@@ -24,6 +26,7 @@ pub struct SteeringVector {
     /// `[width]`, as found: not normalised, so that strength 1.0 is the vector itself.
     pub values: Vec<f32>,
     pub method: ExtractionMethod,
+    pub tokens: PromptTokens,
     /// Mean L2 norm of the residual rows at that layer, over both classes; 0 where the vector was imported and none is known.
     pub mean_norm: f64,
     /// Rows of the positive class; 0 where imported.
@@ -39,15 +42,50 @@ pub enum ExtractionMethod {
     /// See [`difference_of_means`].
     #[serde(rename = "mean")]
     DifferenceOfMeans,
+    /// See [`linear_discriminant`].
+    #[serde(rename = "lda")]
+    LinearDiscriminant,
     /// Read from a file that does not say.
     #[serde(rename = "imported")]
     Imported,
+}
+
+/// What the numbers of a vector mean, and so how a mapping carries them to another model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VectorKind {
+    /// A difference of residuals: pushed forward, `v_t = D_t Wᵀ D_s⁻¹ v_s`.
+    #[default]
+    Direction,
+    /// A function of residuals, `x ↦ w·x`: pulled back through what the mapping says of the source's residual, given the target's.
+    Discriminant,
+}
+
+/// Which tokens of a prompt a vector was made from: how a gate on it should read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PromptTokens {
+    /// The last, where the answer begins.
+    #[default]
+    Last,
+    /// The mean over all but the first.
+    Mean,
+}
+
+impl ExtractionMethod {
+    pub fn kind(self) -> VectorKind {
+        match self {
+            Self::LinearDiscriminant => VectorKind::Discriminant,
+            Self::DifferenceOfMeans | Self::Imported => VectorKind::Direction,
+        }
+    }
 }
 
 impl fmt::Display for ExtractionMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::DifferenceOfMeans => "mean",
+            Self::LinearDiscriminant => "lda",
             Self::Imported => "imported",
         })
     }
@@ -59,6 +97,7 @@ impl FromStr for ExtractionMethod {
     fn from_str(text: &str) -> Result<Self, SteeringError> {
         match text {
             "mean" => Ok(Self::DifferenceOfMeans),
+            "lda" => Ok(Self::LinearDiscriminant),
             "imported" => Ok(Self::Imported),
             _ => Err(SteeringError::UnknownMethod { found: text.to_owned() }),
         }
@@ -69,7 +108,7 @@ impl FromStr for ExtractionMethod {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SteeringError {
-    #[error("unknown extraction method `{found}`, expected `mean` or `imported`")]
+    #[error("unknown extraction method `{found}`, expected `mean`, `lda` or `imported`")]
     UnknownMethod { found: String },
 
     #[error("the {class} class has no rows")]
@@ -80,6 +119,12 @@ pub enum SteeringError {
     NonFiniteRow { class: &'static str, row: usize, index: usize, value: f32 },
     #[error("the two classes have the same mean: there is no direction between them")]
     ZeroDirection,
+    #[error("a discriminant needs two rows of each class or more, found {positive} positive and {negative} negative")]
+    TooFewRows { positive: usize, negative: usize },
+    #[error("the shrinkage is {found}, expected a number above 0, up to 1")]
+    Shrinkage { found: f64 },
+    #[error("no row differs from its class's mean, so there is no variance to weigh dimensions by")]
+    NoVariance,
     #[error("the direction does not fit in `f32`: index {index} is {value}")]
     Overflow { index: usize, value: f64 },
 
@@ -112,8 +157,11 @@ mod tests {
 
     #[test]
     fn a_method_is_spelt_the_same_everywhere() {
-        for (method, name) in [(ExtractionMethod::DifferenceOfMeans, "mean"), (ExtractionMethod::Imported, "imported")]
-        {
+        for (method, name) in [
+            (ExtractionMethod::DifferenceOfMeans, "mean"),
+            (ExtractionMethod::LinearDiscriminant, "lda"),
+            (ExtractionMethod::Imported, "imported"),
+        ] {
             assert_eq!(method.to_string(), name);
             assert_eq!(name.parse(), Ok(method));
             assert_eq!(serde_json::to_value(method).unwrap(), name);

@@ -13,7 +13,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("hook", &["tensor", "guard", "program"]),
     ("engine", &["tensor", "guard", "program", "hook"]),
     ("learn", &["tensor", "steering", "mapping", "guard", "program", "engine"]),
-    ("eval", &["tensor", "guard", "engine", "learn"]),
+    ("eval", &["tensor", "guard", "engine", "learn", "steering"]),
     ("models", &[]),
     // A crate of its own, the binary: it sees the library's public face.
     ("cli", &["tensor", "steering", "mapping", "guard", "program", "hook", "engine", "learn", "eval", "models"]),

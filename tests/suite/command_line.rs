@@ -5,7 +5,10 @@ use crate::support::{Fixture, LAYER, done, pilotfish};
 use crate::tiny_model::{Architecture, TinyModel};
 use pilotfish::Guard;
 use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
+use pilotfish::guard::{Aggregate, MappingFile, Readout, VectorFile};
+use pilotfish::steering::VectorKind;
 use serde_json::Value;
+use std::path::Path;
 
 /// What is done to a good guard, and what the error must say.
 type Spoil = (&'static str, fn(&Fixture), &'static [&'static str]);
@@ -353,6 +356,7 @@ fn a_mapped_guard_is_made_and_measured_by_the_commands() {
             "gate `sharks`",
             "the model's own direction",
             "the model's own direction, standardized",
+            "the model's own discriminant",
             "random direction, median",
             "random direction, 95th percentile"
         ]
@@ -390,6 +394,93 @@ fn a_mapped_guard_is_made_and_measured_by_the_commands() {
     for phase in ["prefill", "decode"] {
         assert!(bench[phase]["ratio"].as_f64().unwrap() > 0.0, "{bench}");
     }
+}
+
+/// A reading of the small model, carried to a larger one: the gate's score is `w_t · mean(x_t)` with `w_t` and the mean worked out here.
+#[test]
+fn a_discriminant_reads_a_larger_model_as_the_small_one_would_be_read() {
+    let fixture = Fixture::new(&[]);
+    let at = |name: &str| fixture.folder.path().join(name).to_str().unwrap().to_owned();
+    let mut large = TinyModel::new(Architecture::Gemma3);
+    large.n_embd = 96;
+    large.write(at("large.gguf").as_ref());
+    let corpus: String =
+        (0..60).map(|n| format!("the shark {n} swims to the sea and eats {} pilot fish\n", n * 7)).collect();
+    std::fs::write(at("corpus.txt"), corpus).unwrap();
+    let (large, mapping, vectors, guard) =
+        (at("large.gguf"), at("m.map.safetensors"), at("lda.safetensors"), at("mapped"));
+    let (positive, negative) = (fixture.positive.to_str().unwrap(), fixture.negative.to_str().unwrap());
+    let classes = ["--positive", positive, "--negative", negative];
+    let extract = ["extract", "--model", fixture.model(), "--name", "shark", "--method", "lda", "--tokens", "mean"];
+    done(&[&extract[..], &classes, &["-o", &vectors]].concat());
+    let map = ["map", "--source", fixture.model(), "--target", &large, "--layers", "1:2", "-o", &mapping];
+    done(&[&map[..], &["--corpus", &at("corpus.txt"), "--corpus", positive]].concat());
+    let build = ["guard", "build", "--name", "mapped", "--model", &large, "--vectors", &vectors, "--layer", "1:2"];
+    done(&[&build[..], &["--mapping", &mapping, "--gate", "sharks", "-o", &guard]].concat());
+    done(&["calibrate", "--model", &large, "--guard", &guard, "--benign", negative]);
+
+    let built = Guard::load(guard.as_ref()).unwrap();
+    let (vector, gate) = (&built.vectors()[0], &built.gates()[0]);
+    assert_eq!((vector.kind, vector.layer.0), (VectorKind::Discriminant, 2));
+    assert_eq!((gate.aggregate, gate.readout), (Aggregate::Mean, Readout::Projection));
+
+    // The reading, from the files alone.
+    let file = MappingFile::from_bytes("m", &std::fs::read(&mapping).unwrap()).unwrap();
+    let (map, quality) = &file.pairs[0];
+    assert!(quality.backward.unwrap().fraction_unexplained < 1.0, "{quality:?}");
+    let source = VectorFile::from_bytes("v", &std::fs::read(&vectors).unwrap()).unwrap();
+    let w = &source.vectors.iter().find(|vector| vector.layer.0 == 1).unwrap().values;
+    let reading: Vec<f64> = map
+        .backward()
+        .unwrap()
+        .chunks_exact(w.len())
+        .zip(&map.target().scale)
+        .map(|(row, target)| {
+            let terms = row.iter().zip(w).zip(&map.source().scale);
+            terms.map(|((b, w), scale)| f64::from(*b) * f64::from(*w) * f64::from(*scale)).sum::<f64>()
+                / f64::from(*target)
+        })
+        .collect();
+    let norm = reading.iter().map(|x| x * x).sum::<f64>().sqrt();
+
+    // The residual, from llama.cpp alone.
+    let prompt = "shark sea sea";
+    let model = Model::load(large.as_ref(), "large", &ModelOptions::default()).unwrap();
+    let tokens: Vec<i32> = model.prompt_tokens(prompt).unwrap().iter().map(|token| token.0).collect();
+    let rows = raw_llama::decode(large.as_ref(), &tokens, 2, None).residual;
+    let projection = |row: &Vec<f32>| row.iter().zip(&reading).map(|(x, w)| f64::from(*x) * w).sum::<f64>() / norm;
+    let mean = rows[1..].iter().map(projection).sum::<f64>() / (rows.len() - 1) as f64;
+    let calibration = gate.calibration.unwrap();
+    let expected = (mean - calibration.mean) / calibration.deviation;
+
+    std::fs::write(at("one.txt"), prompt).unwrap();
+    let scored = done(&["score", "--model", &large, "--guard", &guard, "--prompts", &at("one.txt"), "--json"]);
+    let found = json_lines(&scored)[0]["gates"]["sharks"]["score"].as_f64().unwrap();
+    assert!((found - expected).abs() <= 1e-3 * expected.abs().max(1.0), "{found} and {expected}");
+}
+
+#[test]
+fn a_shrinkage_out_of_range_writes_nothing() {
+    let fixture = Fixture::new(&[]);
+    let at = |name: &str| fixture.folder.path().join(name).to_str().unwrap().to_owned();
+    let refused = pilotfish(&[
+        "extract",
+        "--model",
+        fixture.model(),
+        "--method",
+        "lda",
+        "--shrinkage",
+        "1.5",
+        "--positive",
+        fixture.positive.to_str().unwrap(),
+        "--negative",
+        fixture.negative.to_str().unwrap(),
+        "-o",
+        &at("x.safetensors"),
+    ]);
+    assert_eq!(refused.code, 2, "{refused:?}");
+    assert!(refused.stderr.contains("the shrinkage is 1.5"), "{refused:?}");
+    assert!(!Path::new(&at("x.safetensors")).exists());
 }
 
 fn json_lines(text: &str) -> Vec<Value> {

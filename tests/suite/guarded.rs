@@ -20,6 +20,7 @@ use pilotfish::guard::manifest::{
 use pilotfish::guard::{Aggregate, Guard, Manifest, OnError, OnFire, Readout, write_guard};
 use pilotfish::hook::{BatchRow, ContextError, GuardedBatch, GuardedContext};
 use pilotfish::program::{Program, RowKind, reference};
+use pilotfish::steering::VectorKind;
 use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -270,6 +271,7 @@ impl Policy<'_> {
             name: name.into(),
             layer: LayerIndex(layer),
             tensor: name.into(),
+            kind: VectorKind::Direction,
             mapping: None,
             method: None,
             mean_norm: None,

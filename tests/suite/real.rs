@@ -63,41 +63,35 @@ fn extraction_agrees_with_raw_activations() {
         ["Praise the sea.", "Write a cheerful song", "Tell me why birds are wonderful", "I love it!", "Hooray for tea"];
     let negative =
         ["Blame the sea.", "Write a gloomy song", "Tell me why birds are dreadful", "I hate it!", "Down with tea"];
-    let vectors = folder.path().join("mood.safetensors");
     const LAYER: u32 = 20;
-    done(&[
-        "extract",
-        "--model",
-        SMALL,
-        "--positive",
-        &write("p.txt", &positive),
-        "--negative",
-        &write("n.txt", &negative),
-        "--layers",
-        &format!("3,{LAYER}"),
-        "--name",
-        "mood",
-        "-o",
-        vectors.to_str().unwrap(),
-    ]);
-    let file = VectorFile::from_bytes("mood", &std::fs::read(&vectors).unwrap()).unwrap();
-    let found = file.vectors.iter().find(|vector| vector.layer == LayerIndex(LAYER)).unwrap();
+    let (path, layers) = (located(SMALL).unwrap(), format!("3,{LAYER}"));
+    let (positive_file, negative_file) = (write("p.txt", &positive), write("n.txt", &negative));
+    for tokens in ["last", "mean"] {
+        let vectors = folder.path().join(format!("{tokens}.safetensors"));
+        let extract = ["extract", "--model", SMALL, "--layers", &layers, "--name", "mood", "--tokens", tokens];
+        let classes = ["--positive", &positive_file, "--negative", &negative_file, "-o", vectors.to_str().unwrap()];
+        done(&[&extract[..], &classes].concat());
+        let file = VectorFile::from_bytes("mood", &std::fs::read(&vectors).unwrap()).unwrap();
+        let found = file.vectors.iter().find(|vector| vector.layer == LayerIndex(LAYER)).unwrap();
 
-    let path = located(SMALL).unwrap();
-    let mean = |prompts: &[&str]| -> Vec<f64> {
-        let mut mean = vec![0.0; model.shape().n_embd.0];
-        for prompt in prompts {
-            let tokens: Vec<i32> = model.prompt_tokens(prompt).unwrap().iter().map(|token| token.0).collect();
-            let rows = raw_llama::decode(&path, &tokens, LAYER, None).residual;
-            let last = rows.last().unwrap();
-            mean.iter_mut().zip(last).for_each(|(mean, x)| *mean += f64::from(*x) / prompts.len() as f64);
-        }
-        mean
-    };
-    let expected: Vec<f64> = mean(&positive).iter().zip(mean(&negative)).map(|(p, n)| p - n).collect();
-    let error: f64 = expected.iter().zip(&found.values).map(|(e, f)| (e - f64::from(*f)).powi(2)).sum::<f64>().sqrt();
-    let norm = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
-    assert!(error <= 1e-5 * norm, "{error} of {norm}");
+        let mean = |prompts: &[&str]| -> Vec<f64> {
+            let mut mean = vec![0.0; model.shape().n_embd.0];
+            for prompt in prompts {
+                let ids: Vec<i32> = model.prompt_tokens(prompt).unwrap().iter().map(|token| token.0).collect();
+                let rows = raw_llama::decode(&path, &ids, LAYER, None).residual;
+                let read = if tokens == "last" { &rows[rows.len() - 1..] } else { &rows[1..] };
+                let share = 1.0 / (read.len() * prompts.len()) as f64;
+                for row in read {
+                    mean.iter_mut().zip(row).for_each(|(mean, x)| *mean += f64::from(*x) * share);
+                }
+            }
+            mean
+        };
+        let expected: Vec<f64> = mean(&positive).iter().zip(mean(&negative)).map(|(p, n)| p - n).collect();
+        let differences = expected.iter().zip(&found.values).map(|(e, f)| (e - f64::from(*f)).powi(2));
+        let (error, norm) = (differences.sum::<f64>().sqrt(), expected.iter().map(|x| x * x).sum::<f64>().sqrt());
+        assert!(error <= 1e-5 * norm, "{tokens}: {error} of {norm}");
+    }
 }
 
 #[test]
