@@ -56,7 +56,12 @@ struct Shape {
     pairs: usize,
 }
 
-/// Runs the same tokens guarded and unguarded in turn, each pair in the other order than the one before.
+/// Pairs that run in the same two contexts. Where a context's memory happens to lie makes it a few percent faster or slower for as long as it
+/// lives, so that many pairs in two contexts would compare places in memory.
+const PAIRS_A_CONTEXT: usize = 4;
+
+/// Runs the same tokens guarded and unguarded in turn, each pair in the other order than the one before, in new contexts every
+/// [`PAIRS_A_CONTEXT`], which are made in the other order too.
 fn compare(
     model: &Model,
     guard: &pilotfish::guard::Guard,
@@ -65,9 +70,16 @@ fn compare(
 ) -> anyhow::Result<BenchReport> {
     let n_ctx = (shape.prompt_tokens + shape.tokens) as u32;
     let options = SessionOptions { n_ctx, ..Default::default() };
-    let mut unguarded = Session::new(model, None, options)?;
-    let mut guarded = Session::new(model, Some(guard), options)?;
-    guarded.set_executor(kind);
+    let sessions = |guarded_first: bool| -> anyhow::Result<(Session<'_>, Session<'_>)> {
+        let guarded = || -> anyhow::Result<_> {
+            let mut session = Session::new(model, Some(guard), options)?;
+            session.set_executor(kind);
+            Ok(session)
+        };
+        let early = if guarded_first { Some(guarded()?) } else { None };
+        let unguarded = Session::new(model, None, options)?;
+        Ok((unguarded, early.map_or_else(guarded, Ok)?))
+    };
     let text = model.prompt_tokens("The pilot fish swims beside the shark and keeps it clean. ")?;
     let tokens: Vec<_> = text.iter().copied().cycle().take(shape.prompt_tokens + shape.tokens).collect();
     let time = |session: &mut Session<'_>| -> anyhow::Result<[f64; 2]> {
@@ -83,11 +95,18 @@ fn compare(
     };
 
     let bar = Bar::new("timing");
-    // Once each before anything counts: the first run pages the weights in.
-    time(&mut unguarded)?;
-    time(&mut guarded)?;
     let mut pairs = Vec::with_capacity(shape.pairs);
+    let (mut unguarded, mut guarded) = sessions(false)?;
     for pair in 0..shape.pairs {
+        if pair % PAIRS_A_CONTEXT == 0 {
+            if pair > 0 {
+                drop((unguarded, guarded));
+                (unguarded, guarded) = sessions(pair / PAIRS_A_CONTEXT % 2 == 1)?;
+            }
+            // Once each before anything counts: the first run pages memory in.
+            time(&mut unguarded)?;
+            time(&mut guarded)?;
+        }
         pairs.push(if pair % 2 == 0 {
             let without = time(&mut unguarded)?;
             (without, time(&mut guarded)?)

@@ -103,7 +103,7 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
             .iter()
             .map(|gate| {
                 let vector = &guard.vectors()[gate.vector];
-                serde_json::json!({ "name": gate.name, "vector": vector.name, "layer": vector.layer,
+                serde_json::json!({ "name": gate.name, "vector": vector.name, "kind": vector.kind, "layer": vector.layer,
                     "threshold": gate.threshold, "aggregate": gate.aggregate, "readout": gate.readout, "on_fire": gate.on_fire })
             })
             .collect();
@@ -137,17 +137,20 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
     let vectors = guard.vectors().iter().map(|vector| {
         [
             vector.name.clone(),
+            format!("{:?}", vector.kind).to_lowercase(),
             vector.layer.to_string(),
             format!("{:.2}", norm(&vector.direction)),
             text(vector.mapped_from.as_ref().map(|from| {
-                format!(
-                    "layer {} by `{}`, {:.2} unexplained",
-                    from.layer, from.mapping, from.quality.fraction_unexplained
-                )
+                // The regression that carried it.
+                let unexplained = match (vector.kind, from.quality.backward) {
+                    (VectorKind::Discriminant, Some(backward)) => backward.fraction_unexplained,
+                    _ => from.quality.fraction_unexplained,
+                };
+                format!("layer {} by `{}`, {unexplained:.2} unexplained", from.layer, from.mapping)
             })),
         ]
     });
-    writeln!(out, "{}", table(["vector", "layer", "norm", "mapped from"], vectors))?;
+    writeln!(out, "{}", table(["vector", "kind", "layer", "norm", "mapped from"], vectors))?;
     if !guard.gates().is_empty() {
         let gates = guard.gates().iter().map(|gate| {
             [
