@@ -6,10 +6,16 @@ missing=""
 command -v cmake >/dev/null 2>&1 || missing="$missing cmake"
 command -v c++ >/dev/null 2>&1 || missing="$missing g++"
 # bindgen loads libclang while it builds, and needs clang's own headers beside it.
-if [ -z "${LIBCLANG_PATH:-}" ] && ! ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* /usr/lib64/libclang*.so* \
-    /Library/Developer/CommandLineTools/usr/lib/libclang.dylib /opt/homebrew/opt/llvm/lib/libclang.dylib >/dev/null 2>&1; then
-    missing="$missing libclang-dev"
-fi
+has_libclang() {
+    [ -n "${LIBCLANG_PATH:-}" ] && return 0
+    for library in /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* /usr/lib64/libclang*.so* \
+        /Library/Developer/CommandLineTools/usr/lib/libclang.dylib /opt/homebrew/opt/llvm/lib/libclang.dylib; do
+        # A pattern that nothing matches stands for itself.
+        [ -e "$library" ] && return 0
+    done
+    return 1
+}
+has_libclang || missing="$missing libclang-dev"
 
 if [ -n "$missing" ]; then
     echo "Compiling llama.cpp needs what this machine does not have:$missing" >&2

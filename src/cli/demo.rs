@@ -55,7 +55,7 @@ pub fn demo(arguments: DemoArguments) -> anyhow::Result<Outcome> {
     answer(HARMLESS, Some(&guard))?;
 
     say("What it costs:");
-    run(&["bench", "--model", TARGET, "--guard", &guard, "--pairs", "3", "--prompt-tokens", "128", "--tokens", "24"])?;
+    run(&["bench", "--model", TARGET, "--guard", &guard, "--pairs", "9", "--prompt-tokens", "128", "--tokens", "24"])?;
 
     say(&format!(
         "Try next:\n  \
