@@ -3,10 +3,13 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use pilotfish::guard::{Digest, Guard};
-use pilotfish::program::{Calibration, GateStates, ModelShape, Program, Row, RowKind};
-use pilotfish::tensor::{HiddenSize, ResidualMut, SequenceId, TokenPosition};
+use pilotfish::program::{Calibration, ModelShape, Program, Row, RowKind, Scratch, Sequences};
+use pilotfish::tensor::{HiddenSize, LayerIndex, ResidualMut, SequenceId, TokenPosition};
 use safetensors::tensor::{Dtype, TensorView};
 use std::hint::black_box;
+use std::sync::Arc;
+
+const LAYER: LayerIndex = LayerIndex(0);
 
 /// Residual widths: SmolLM2-135M, a 3B, an 8B model.
 const WIDTHS: [usize; 3] = [576, 2048, 4096];
@@ -38,8 +41,9 @@ fn program(width: usize, policy: &str) -> Program {
 
 fn rows_of(n: usize) -> Vec<Row> {
     let kind = if n == 1 { RowKind::Generated } else { RowKind::Prompt };
-    let row = |position| Row { sequence: Some(SequenceId(0)), position: TokenPosition(position), kind };
-    (1..=n as i32).map(row).collect()
+    let sequence = Some(SequenceId(0));
+    let row = |index| Row { sequence, position: TokenPosition(index as i32 + 1), kind, index };
+    (0..n).map(row).collect()
 }
 
 fn hook_point(c: &mut Criterion) {
@@ -53,12 +57,14 @@ fn hook_point(c: &mut Criterion) {
             let rows = rows_of(n_rows);
             for (name, policy) in PROGRAMS {
                 let program = program(width, policy);
-                let mut states = GateStates::default();
-                states.open(&program, SequenceId(0));
+                let mut sequences = Sequences::new(Arc::new(program));
+                sequences.begin([SequenceId(0)].into_iter());
+                sequences.begin_rows(n_rows);
+                let mut scratch = Scratch::default();
                 group.bench_function(BenchmarkId::from_parameter(name), |b| {
                     b.iter(|| {
                         let mut residual = ResidualMut::new(black_box(&mut values), width).expect("whole rows");
-                        program.run(&program.points()[0], &rows, &mut states, &mut residual).expect("finite rows")
+                        sequences.run(LAYER, &rows, &mut residual, &mut scratch).expect("a row each")
                     });
                 });
             }

@@ -104,17 +104,16 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
             .map(|gate| {
                 let vector = &guard.vectors()[gate.vector];
                 serde_json::json!({ "name": gate.name, "vector": vector.name, "kind": vector.kind, "layer": vector.layer,
-                    "threshold": gate.threshold, "aggregate": gate.aggregate, "readout": gate.readout, "on_fire": gate.on_fire })
+                    "threshold": gate.threshold, "reads": gate.scope.to_string(), "readout": gate.readout, "on_fire": gate.on_fire })
             })
             .collect();
         let interventions: Vec<_> = guard
             .interventions()
             .iter()
             .map(|intervention| {
-                let vector = &guard.vectors()[intervention.vector];
-                serde_json::json!({ "name": intervention.name, "vector": vector.name, "layer": vector.layer,
+                serde_json::json!({ "name": intervention.name, "on": guard.operand_of(intervention), "layer": guard.layer_of(intervention),
                     "kind": intervention.kind.name(), "strength": intervention.strength, "positions": intervention.positions,
-                    "when": intervention.when.map(|gate| &guard.gates()[gate].name) })
+                    "when": intervention.when.as_ref().map(|rule| guard.written(rule)) })
             })
             .collect();
         let value = serde_json::json!({
@@ -156,23 +155,23 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
             [
                 gate.name.clone(),
                 guard.vectors()[gate.vector].name.clone(),
-                format!("{:?}", gate.aggregate).to_lowercase(),
+                gate.scope.to_string(),
                 gate.readout.name().to_owned(),
                 text(gate.threshold.map(|threshold| format!("{threshold:+.2}"))),
                 format!("{:?}", gate.on_fire).to_lowercase(),
             ]
         });
-        writeln!(out, "{}", table(["gate", "vector", "aggregate", "readout", "threshold", "on fire"], gates))?;
+        writeln!(out, "{}", table(["gate", "vector", "reads", "readout", "threshold", "on fire"], gates))?;
     }
     if !guard.interventions().is_empty() {
         let interventions = guard.interventions().iter().map(|intervention| {
             [
                 intervention.name.clone(),
                 intervention.kind.name().to_owned(),
-                guard.vectors()[intervention.vector].name.clone(),
+                guard.operand_of(intervention).to_owned(),
                 intervention.strength.to_string(),
                 format!("{:?}", intervention.positions).to_lowercase(),
-                text(intervention.when.map(|gate| guard.gates()[gate].name.clone())),
+                text(intervention.when.as_ref().map(|rule| guard.written(rule))),
             ]
         });
         writeln!(out, "{}", table(["intervention", "kind", "vector", "strength", "positions", "when"], interventions))?;
@@ -401,9 +400,11 @@ fn build_to(
                 name: gate.clone(),
                 vector: name.clone(),
                 scope: Scope::Prompt,
-                aggregate,
+                aggregate: Some(aggregate),
+                positions: None,
                 readout,
                 threshold: None,
+                release: None,
                 mean: None,
                 deviation: None,
                 on_fire: policy.on_fire,
@@ -412,7 +413,11 @@ fn build_to(
         interventions: policy
             .intervention
             .into_iter()
-            .map(|intervention| InterventionEntry { vector: name.clone(), when: policy.gate.clone(), ..intervention })
+            .map(|intervention| InterventionEntry {
+                vector: Some(name.clone()),
+                when: policy.gate.clone(),
+                ..intervention
+            })
             .collect(),
         results: Vec::new(),
     };

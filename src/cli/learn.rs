@@ -88,6 +88,7 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
         corpus: corpus.provenance,
         seed: options.ridge.seed,
         pairs: mapped.maps.clone(),
+        autoencoders: Vec::new(),
     };
     write(&arguments.output, &file.to_bytes()?)?;
     eprintln!("wrote {} layer pairs to {}", mapped.maps.len(), arguments.output.display());

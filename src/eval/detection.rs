@@ -1,5 +1,5 @@
 use crate::engine::{Activations, Model, Session, SessionOptions};
-use crate::guard::{Aggregate, Guard};
+use crate::guard::{Aggregate, GateScope, Guard};
 use crate::learn::{Classes, ContrastMethod, ContrastOptions, LearnError, Progress, contrast_of, prompt_activations};
 use crate::steering::{DEFAULT_SHRINKAGE, PromptTokens};
 use crate::tensor::{LayerIndex, Residual, auc, dot, quantile};
@@ -80,7 +80,7 @@ pub fn detection(
         let layers: BTreeSet<LayerIndex> = guard
             .gates()
             .iter()
-            .filter(|gate| tokens_of(gate.aggregate) == tokens)
+            .filter(|gate| tokens_of(gate.scope) == tokens)
             .map(|gate| guard.vectors()[gate.vector].layer)
             .collect();
         if layers.is_empty() {
@@ -127,10 +127,10 @@ pub fn detection(
 }
 
 /// The tokens that a control of a gate reads: those of the gate, but for a maximum, which no direction is learnt on.
-fn tokens_of(aggregate: Aggregate) -> PromptTokens {
-    match aggregate {
-        Aggregate::Mean => PromptTokens::Mean,
-        Aggregate::Last | Aggregate::Max => PromptTokens::Last,
+fn tokens_of(scope: GateScope) -> PromptTokens {
+    match scope {
+        GateScope::Prompt(Aggregate::Mean) => PromptTokens::Mean,
+        GateScope::Prompt(Aggregate::Last | Aggregate::Max) | GateScope::Token { .. } => PromptTokens::Last,
     }
 }
 

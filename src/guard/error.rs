@@ -43,8 +43,8 @@ pub enum GuardError {
     NoMapping { sha256: Digest, searched: String },
     #[error("mapping `{file}` is {side} {found}, but this guard's {side_of_guard} is {expected}")]
     OtherModel { file: String, side: &'static str, side_of_guard: &'static str, expected: String, found: String },
-    #[error("mapping `{file}` has no pair of layers {source_layer} → {target_layer}; it has {known}")]
-    NoLayerPair { file: String, source_layer: u32, target_layer: u32, known: String },
+    #[error("mapping `{file}` has no {kind} pair of layers {source_layer} → {target_layer}; it has {known}")]
+    NoLayerPair { file: String, kind: &'static str, source_layer: u32, target_layer: u32, known: String },
     #[error("vector `{vector}` has {found} values, but mapping `{mapping}` takes {expected}")]
     MappingWidth { vector: String, mapping: String, expected: usize, found: usize },
     #[error("vector `{vector}` has {found} values in the target, but vector `{other}` has {expected}")]

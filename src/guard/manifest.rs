@@ -142,8 +142,17 @@ pub struct MappingEntry {
 #[serde(rename_all = "lowercase")]
 pub enum MappingKind {
     Affine,
-    /// Reserved: no version runs it yet.
     Autoencoder,
+}
+
+impl MappingKind {
+    /// As manifests call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Affine => "affine",
+            Self::Autoencoder => "autoencoder",
+        }
+    }
 }
 
 /// `[[gate]]`
@@ -154,12 +163,19 @@ pub struct GateEntry {
     pub vector: String,
     #[serde(default)]
     pub scope: Scope,
-    #[serde(default)]
-    pub aggregate: Aggregate,
+    /// Scope `prompt` only: `last` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aggregate: Option<Aggregate>,
+    /// Scope `token` only: the tokens that it reads, all where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub positions: Option<Positions>,
     #[serde(default)]
     pub readout: Readout,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f64>,
+    /// Scope `token` only: once fired, it stays so until a score is below this; `threshold` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mean: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -175,7 +191,7 @@ pub enum Scope {
     /// The prompt; decided at its end and latched for the sequence.
     #[default]
     Prompt,
-    /// Reserved: no version runs it yet.
+    /// Each token by itself.
     Token,
 }
 
@@ -226,15 +242,20 @@ pub enum OnFire {
 #[serde(deny_unknown_fields)]
 pub struct InterventionEntry {
     pub kind: InterventionName,
-    /// The vector's name where absent.
+    /// The vector's or the mapping's name where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    pub vector: String,
+    /// All but `switch`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vector: Option<String>,
+    /// `switch` only: a mapping from the target's residual at a layer to one of the same layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mapping: Option<String>,
     #[serde(default = "one")]
     pub strength: f64,
     #[serde(default)]
     pub positions: Positions,
-    /// A gate's name; always where absent.
+    /// A rule over gates, as `harmful and not research`; always where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub when: Option<String>,
     #[serde(default)]
@@ -248,15 +269,21 @@ pub struct InterventionEntry {
     /// `clamp` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub high: Option<f64>,
+    /// `rotate` only: degrees towards the vector, away from it below 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub angle: Option<f64>,
 }
 
 impl InterventionEntry {
-    /// At strength 1, always, everywhere but at the first position.
-    pub fn new(kind: InterventionName, vector: impl Into<String>) -> Self {
+    /// At strength 1, always, everywhere but at the first position. `operand` is a vector's name, for `switch` a mapping's.
+    pub fn new(kind: InterventionName, operand: impl Into<String>) -> Self {
+        let operand = Some(operand.into());
+        let (vector, mapping) = if kind == InterventionName::Switch { (None, operand) } else { (operand, None) };
         Self {
             kind,
             name: None,
-            vector: vector.into(),
+            vector,
+            mapping,
             strength: one(),
             positions: Positions::default(),
             when: None,
@@ -264,6 +291,7 @@ impl InterventionEntry {
             mean: None,
             low: None,
             high: None,
+            angle: None,
         }
     }
 }
@@ -279,10 +307,21 @@ pub enum InterventionName {
     Add,
     Ablate,
     Clamp,
-    /// Reserved: no version runs it yet.
     Rotate,
-    /// Reserved: no version runs it yet.
     Switch,
+}
+
+impl InterventionName {
+    /// As manifests call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Ablate => "ablate",
+            Self::Clamp => "clamp",
+            Self::Rotate => "rotate",
+            Self::Switch => "switch",
+        }
+    }
 }
 
 /// Which tokens an intervention acts on.

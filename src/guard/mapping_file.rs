@@ -1,7 +1,11 @@
 use super::error::{GuardError, shown};
+use super::manifest::MappingKind;
 use super::tensors::{self, TensorData, TensorFile};
 use super::{MAX_WIDTH, ModelIdentity};
-use crate::mapping::{AffineMap, FitQuality, MappingQuality, Standardization};
+use crate::mapping::{
+    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, FitQuality, MappingError, MappingQuality,
+    ResidualMap, Standardization,
+};
 use crate::steering::VectorKind;
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
@@ -13,7 +17,8 @@ const FORMAT: &str = "pilotfish-mapping-1";
 ///
 /// In safetensors a pair of layers S and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
 /// (`[d_s]`), `S-T.target_mean` and `S-T.target_scale` (`[d_t]`), if it can carry discriminants `S-T.backward` (`[d_t, d_s]`), and the metadata
-/// key `S-T`.
+/// key `S-T`. An autoencoder of hidden width `k` has in place of the weights `S-T.encoder` (`[k, d_s]`), `S-T.encoder_bias` (`[k]`), `S-T.decoder`
+/// (`[d_t, k]`) and `S-T.decoder_bias` (`[d_t]`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct MappingFile {
     pub source: ModelIdentity,
@@ -24,13 +29,30 @@ pub struct MappingFile {
     pub seed: u64,
     /// Read in the order of source layer, then target layer.
     pub pairs: Vec<(AffineMap, MappingQuality)>,
+    /// In the same order. A pair of layers has a map of one kind.
+    pub autoencoders: Vec<(Autoencoder, AutoencoderQuality)>,
 }
 
 /// What the metadata says of a pair of layers.
 #[derive(Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+enum Description {
+    Affine(AffineDescription),
+    Autoencoder(AutoencoderDescription),
+}
+
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Description {
-    kind: Kind,
+struct AutoencoderDescription {
+    fraction_unexplained: f64,
+    cosine: f64,
+    n_train: usize,
+    n_heldout: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AffineDescription {
     lambda: f64,
     fraction_unexplained: f64,
     cosine: f64,
@@ -48,16 +70,35 @@ struct BackwardDescription {
     cosine: f64,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Kind {
-    Affine,
-}
-
 impl MappingFile {
     /// The pair from `source` to `target`.
     pub fn pair(&self, source: LayerIndex, target: LayerIndex) -> Option<&(AffineMap, MappingQuality)> {
         self.pairs.iter().find(|(map, _)| map.source_layer() == source && map.target_layer() == target)
+    }
+
+    /// The autoencoder from `source` to `target`.
+    pub fn autoencoder(&self, source: LayerIndex, target: LayerIndex) -> Option<&(Autoencoder, AutoencoderQuality)> {
+        self.autoencoders.iter().find(|(map, _)| map.source_layer() == source && map.target_layer() == target)
+    }
+
+    /// The map of that kind from `source` to `target`.
+    pub fn map(&self, kind: MappingKind, source: LayerIndex, target: LayerIndex) -> Option<ResidualMap> {
+        match kind {
+            MappingKind::Affine => self.pair(source, target).map(|(map, _)| ResidualMap::Affine(map.clone())),
+            MappingKind::Autoencoder => {
+                self.autoencoder(source, target).map(|(map, _)| ResidualMap::Autoencoder(map.clone()))
+            }
+        }
+    }
+
+    /// Source and target layer of each affine map.
+    pub fn affine_pairs(&self) -> Vec<(LayerIndex, LayerIndex)> {
+        self.pairs.iter().map(|(map, _)| (map.source_layer(), map.target_layer())).collect()
+    }
+
+    /// Source and target layer of each autoencoder.
+    pub fn autoencoder_pairs(&self) -> Vec<(LayerIndex, LayerIndex)> {
+        self.autoencoders.iter().map(|(map, _)| (map.source_layer(), map.target_layer())).collect()
     }
 
     /// The same file for the same pairs, in whatever order.
@@ -86,8 +127,7 @@ impl MappingFile {
                     return Err(GuardError::value("finite quality figures", format!("{figure} for the pair {pair}")));
                 }
             }
-            let description = Description {
-                kind: Kind::Affine,
+            let description = Description::Affine(AffineDescription {
                 lambda: quality.lambda,
                 fraction_unexplained: quality.fraction_unexplained,
                 cosine: quality.cosine,
@@ -98,7 +138,7 @@ impl MappingFile {
                     fraction_unexplained,
                     cosine,
                 }),
-            };
+            });
             if metadata.insert(pair.clone(), json(&description)).is_some() {
                 return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
             }
@@ -117,6 +157,31 @@ impl MappingFile {
                 tensors.insert(format!("{pair}.{part}"), TensorData { shape: vec![values.len()], values });
             }
         }
+        for (map, quality) in &self.autoencoders {
+            let pair = format!("{}-{}", map.source_layer(), map.target_layer());
+            let AutoencoderQuality { fraction_unexplained, cosine, n_train, n_heldout } = *quality;
+            if !(fraction_unexplained.is_finite() && cosine.is_finite()) {
+                return Err(GuardError::value("finite quality figures", format!("others for the pair {pair}")));
+            }
+            let description = AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout };
+            if metadata.insert(pair.clone(), json(&Description::Autoencoder(description))).is_some() {
+                return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
+            }
+            let (source, target, hidden) = (map.source_width(), map.target_width(), map.hidden_width());
+            let AutoencoderWeights { encoder, encoder_bias, decoder, decoder_bias } = map.weights();
+            for (part, shape, values) in [
+                ("encoder", vec![hidden, source], encoder),
+                ("encoder_bias", vec![hidden], encoder_bias),
+                ("decoder", vec![target, hidden], decoder),
+                ("decoder_bias", vec![target], decoder_bias),
+                ("source_mean", vec![source], &map.source().mean),
+                ("source_scale", vec![source], &map.source().scale),
+                ("target_mean", vec![target], &map.target().mean),
+                ("target_scale", vec![target], &map.target().scale),
+            ] {
+                tensors.insert(format!("{pair}.{part}"), TensorData { shape, values });
+            }
+        }
         Ok(tensors::to_bytes(&metadata, &tensors))
     }
 
@@ -131,19 +196,32 @@ impl MappingFile {
         let (source, target) = (described.json("source")?, described.json("target")?);
         let corpus = described.text("corpus")?.to_owned();
         let seed = described.parsed("seed")?;
-        let (mut pairs, mut expected) = (Vec::new(), 0);
+        let (mut pairs, mut autoencoders, mut expected) = (Vec::new(), Vec::new(), 0);
         for key in described.keys() {
             let layers = layers_of(&key).ok_or_else(|| described.problem(&key, "unknown".to_owned()))?;
-            let Description { kind: Kind::Affine, lambda, fraction_unexplained, cosine, n_train, n_heldout, backward } =
-                described.json(&key)?;
-            let backward = backward.map(|BackwardDescription { lambda, fraction_unexplained, cosine }| FitQuality {
-                lambda,
-                fraction_unexplained,
-                cosine,
-            });
-            let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout, backward };
-            expected += 5 + usize::from(backward.is_some());
-            pairs.push((read_map(file, &tensors, &key, layers, backward.is_some())?, quality));
+            match described.json(&key)? {
+                Description::Affine(AffineDescription {
+                    lambda,
+                    fraction_unexplained,
+                    cosine,
+                    n_train,
+                    n_heldout,
+                    backward,
+                }) => {
+                    let backward = backward.map(|BackwardDescription { lambda, fraction_unexplained, cosine }| {
+                        FitQuality { lambda, fraction_unexplained, cosine }
+                    });
+                    let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout, backward };
+                    expected += 5 + usize::from(backward.is_some());
+                    pairs.push((read_affine(file, &tensors, &key, layers, backward.is_some())?, quality));
+                }
+                Description::Autoencoder(description) => {
+                    let AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout } = description;
+                    let quality = AutoencoderQuality { fraction_unexplained, cosine, n_train, n_heldout };
+                    expected += 8;
+                    autoencoders.push((read_autoencoder(file, &tensors, &key, layers)?, quality));
+                }
+            }
         }
         // Every pair has read all of its own, and no two share any.
         let found = tensors.names().len();
@@ -152,7 +230,8 @@ impl MappingFile {
             return Err(GuardError::Safetensors { file: shown(file), reason });
         }
         pairs.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
-        Ok(Self { source, target, corpus, seed, pairs })
+        autoencoders.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
+        Ok(Self { source, target, corpus, seed, pairs, autoencoders })
     }
 }
 
@@ -176,7 +255,7 @@ fn layers_of(key: &str) -> Option<(LayerIndex, LayerIndex)> {
     (format!("{source}-{target}") == key).then_some((LayerIndex(source), LayerIndex(target)))
 }
 
-fn read_map(
+fn read_affine(
     file: &str,
     tensors: &TensorFile<'_>,
     pair: &str,
@@ -184,18 +263,9 @@ fn read_map(
     backward: bool,
 ) -> Result<AffineMap, GuardError> {
     let weight = format!("{pair}.weight");
-    let (source_width, target_width) = tensors.matrix_shape(&weight)?;
-    if source_width.max(target_width) > MAX_WIDTH {
-        let reason = format!("tensor `{weight}` is wider than {MAX_WIDTH}");
-        return Err(GuardError::Safetensors { file: shown(file), reason });
-    }
-    let side = |side: &str, width: usize| -> Result<Standardization, GuardError> {
-        Ok(Standardization {
-            mean: tensors.shaped(&format!("{pair}.{side}_mean"), &[width])?,
-            scale: tensors.shaped(&format!("{pair}.{side}_scale"), &[width])?,
-        })
-    };
-    let (source, target) = (side("source", source_width)?, side("target", target_width)?);
+    let (source_width, target_width) = bounded(file, tensors, &weight)?;
+    let source = standardization(tensors, pair, "source", source_width)?;
+    let target = standardization(tensors, pair, "target", target_width)?;
     let weight = tensors.shaped(&weight, &[source_width, target_width])?;
     let backward =
         backward.then(|| tensors.shaped(&format!("{pair}.backward"), &[target_width, source_width])).transpose()?;
@@ -204,5 +274,51 @@ fn read_map(
         Some(weight) => map.with_backward(weight),
         None => Ok(map),
     })
-    .map_err(|error| GuardError::Safetensors { file: shown(file), reason: format!("pair of layers {pair}: {error}") })
+    .map_err(|error| refused(file, pair, &error))
+}
+
+fn read_autoencoder(
+    file: &str,
+    tensors: &TensorFile<'_>,
+    pair: &str,
+    (source_layer, target_layer): (LayerIndex, LayerIndex),
+) -> Result<Autoencoder, GuardError> {
+    let [encoder, decoder] = ["encoder", "decoder"].map(|part| format!("{pair}.{part}"));
+    let (hidden, source_width) = bounded(file, tensors, &encoder)?;
+    let (target_width, _) = bounded(file, tensors, &decoder)?;
+    let weights = AutoencoderWeights {
+        encoder: tensors.shaped(&encoder, &[hidden, source_width])?,
+        encoder_bias: tensors.shaped(&format!("{pair}.encoder_bias"), &[hidden])?,
+        decoder: tensors.shaped(&decoder, &[target_width, hidden])?,
+        decoder_bias: tensors.shaped(&format!("{pair}.decoder_bias"), &[target_width])?,
+    };
+    let source = standardization(tensors, pair, "source", source_width)?;
+    let target = standardization(tensors, pair, "target", target_width)?;
+    Autoencoder::new(source_layer, target_layer, source, target, weights).map_err(|error| refused(file, pair, &error))
+}
+
+/// Rows and columns of a matrix, no larger than widths may be.
+fn bounded(file: &str, tensors: &TensorFile<'_>, tensor: &str) -> Result<(usize, usize), GuardError> {
+    let (rows, columns) = tensors.matrix_shape(tensor)?;
+    if rows.max(columns) > MAX_WIDTH {
+        let reason = format!("tensor `{tensor}` is wider than {MAX_WIDTH}");
+        return Err(GuardError::Safetensors { file: shown(file), reason });
+    }
+    Ok((rows, columns))
+}
+
+fn standardization(
+    tensors: &TensorFile<'_>,
+    pair: &str,
+    side: &str,
+    width: usize,
+) -> Result<Standardization, GuardError> {
+    Ok(Standardization {
+        mean: tensors.shaped(&format!("{pair}.{side}_mean"), &[width])?,
+        scale: tensors.shaped(&format!("{pair}.{side}_scale"), &[width])?,
+    })
+}
+
+fn refused(file: &str, pair: &str, error: &MappingError) -> GuardError {
+    GuardError::Safetensors { file: shown(file), reason: format!("pair of layers {pair}: {error}") }
 }

@@ -13,6 +13,7 @@ mod identity;
 mod location;
 pub mod manifest;
 mod mapping_file;
+mod rule;
 mod tensors;
 mod validate;
 mod vector_file;
@@ -26,10 +27,11 @@ pub use error::{GuardError, Location};
 pub use identity::{Fingerprint, ModelIdentity};
 pub use manifest::{Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source};
 pub use mapping_file::{MappingFile, carry};
+pub use rule::{Rule, Truth};
 pub use vector_file::VectorFile;
 pub use write::{from_control_vector, replace_manifest, write_guard};
 
-use crate::mapping::{MappingQuality, Standardization};
+use crate::mapping::{MappingQuality, ResidualMap, Standardization};
 use crate::steering::VectorKind;
 use crate::tensor::LayerIndex;
 use folder::{Folder, InMemory};
@@ -62,6 +64,7 @@ pub struct Guard {
     target: Target,
     source: Option<Source>,
     vectors: Vec<GuardVector>,
+    switches: Vec<SwitchMap>,
     gates: Vec<Gate>,
     interventions: Vec<Intervention>,
     results: Vec<MeasuredResult>,
@@ -104,13 +107,22 @@ pub struct MappedFrom {
     pub target: Standardization,
 }
 
-/// A condition on the prompt, decided once a sequence.
+/// A map that a `switch` follows: from the target's residual at a layer to the residual that it should be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SwitchMap {
+    /// The mapping's name in the manifest.
+    pub name: String,
+    /// From a layer to the same layer, of one width.
+    pub map: ResidualMap,
+}
+
+/// A condition on a sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gate {
     pub name: String,
     /// Index into [`Guard::vectors`].
     pub vector: usize,
-    pub aggregate: Aggregate,
+    pub scope: GateScope,
     pub readout: Readout,
     /// What rows are projected on, after the readout: `[n_embd]` of the target, not normalised.
     pub direction: Vec<f32>,
@@ -120,7 +132,29 @@ pub struct Gate {
     pub on_fire: OnFire,
 }
 
-/// Statistics of a gate's projection over benign prompts.
+/// Which tokens a gate reads, and what it makes of them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum GateScope {
+    /// The tokens of the prompt become one score, which decides for the sequence.
+    Prompt(Aggregate),
+    /// Each token decides for itself: the gate opens at a score of `threshold`, and stays open until one below `release`.
+    Token { positions: Positions, release: Option<f64> },
+}
+
+impl std::fmt::Display for GateScope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Prompt(Aggregate::Last) => "prompt, last token",
+            Self::Prompt(Aggregate::Mean) => "prompt, mean",
+            Self::Prompt(Aggregate::Max) => "prompt, maximum",
+            Self::Token { positions: Positions::All, .. } => "each token",
+            Self::Token { positions: Positions::Prompt, .. } => "each token of the prompt",
+            Self::Token { positions: Positions::Generated, .. } => "each generated token",
+        })
+    }
+}
+
+/// Statistics of a gate's projection over benign prompts. For a gate of scope `token`, of the largest projection of each.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Calibration {
     pub mean: f64,
@@ -132,37 +166,54 @@ pub struct Calibration {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Intervention {
     pub name: String,
-    /// Index into [`Guard::vectors`].
-    pub vector: usize,
     pub kind: InterventionKind,
     /// 1.0 is the intervention as its formula has it, 0 is off.
     pub strength: f32,
     pub positions: Positions,
-    /// Index into [`Guard::gates`]; `None` acts always.
-    pub when: Option<usize>,
+    /// `None` acts always.
+    pub when: Option<Rule>,
     /// Whether position 0, the attention sink, is patched too.
     pub first_position: bool,
 }
 
-/// The formula of an intervention at strength 1, with `v̂` the vector's unit direction.
+/// The formula of an intervention at strength 1, with `v` its vector, an index into [`Guard::vectors`], and `v̂` the vector's unit
+/// direction.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum InterventionKind {
     /// `x + v`
-    Add,
+    Add { vector: usize },
     /// `x − (v̂·x − mean) v̂`
-    Ablate { mean: f64 },
+    Ablate { vector: usize, mean: f64 },
     /// `x + (clip(v̂·x, low, high) − v̂·x) v̂`
-    Clamp { low: f64, high: f64 },
+    Clamp { vector: usize, low: f64, high: f64 },
+    /// `x` turned by `angle` degrees towards `v̂` in the plane of both, no further than to `v̂`; below 0 away from it, no further than to
+    /// `−v̂`. Its norm stays. The strength multiplies the angle.
+    Rotate { vector: usize, angle: f64 },
+    /// `f(x)`, with `f` the map of that index in [`Guard::switches`]; at strength λ, `x + λ (f(x) − x)`.
+    Switch { map: usize },
 }
 
 impl InterventionKind {
     /// As manifests call it.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Add => "add",
+            Self::Add { .. } => "add",
             Self::Ablate { .. } => "ablate",
             Self::Clamp { .. } => "clamp",
+            Self::Rotate { .. } => "rotate",
+            Self::Switch { .. } => "switch",
+        }
+    }
+
+    /// The vector, of all but a `switch`.
+    pub fn vector(&self) -> Option<usize> {
+        match *self {
+            Self::Add { vector }
+            | Self::Ablate { vector, .. }
+            | Self::Clamp { vector, .. }
+            | Self::Rotate { vector, .. } => Some(vector),
+            Self::Switch { .. } => None,
         }
     }
 }
@@ -218,6 +269,44 @@ impl Guard {
         &self.vectors
     }
 
+    /// Maps that the interventions of kind `switch` follow.
+    pub fn switches(&self) -> &[SwitchMap] {
+        &self.switches
+    }
+
+    /// The layer that `intervention`, one of this guard's, acts at.
+    ///
+    /// # Panics
+    /// On another guard's.
+    pub fn layer_of(&self, intervention: &Intervention) -> LayerIndex {
+        match intervention.kind {
+            InterventionKind::Switch { map } => self.switches[map].map.source_layer(),
+            InterventionKind::Add { vector }
+            | InterventionKind::Ablate { vector, .. }
+            | InterventionKind::Clamp { vector, .. }
+            | InterventionKind::Rotate { vector, .. } => self.vectors[vector].layer,
+        }
+    }
+
+    /// Name of the vector or the mapping that `intervention`, one of this guard's, is made of.
+    ///
+    /// # Panics
+    /// On another guard's.
+    pub fn operand_of(&self, intervention: &Intervention) -> &str {
+        match intervention.kind {
+            InterventionKind::Switch { map } => &self.switches[map].name,
+            kind => &self.vectors[kind.vector().expect("all kinds but `switch` have one")].name,
+        }
+    }
+
+    /// `rule`, one of this guard's, as a manifest has it.
+    ///
+    /// # Panics
+    /// On another guard's.
+    pub fn written(&self, rule: &Rule) -> String {
+        rule.with_names(&|gate| self.gates[gate].name.as_str())
+    }
+
     pub fn gates(&self) -> &[Gate] {
         &self.gates
     }
@@ -246,7 +335,7 @@ impl Guard {
         })?;
         let mut changed = self.clone();
         let found = &mut changed.interventions[index];
-        found.strength = validate::strength(strength, found.kind, &self.vectors[found.vector].direction)?;
+        found.strength = validate::strength(strength, found.kind, &self.vectors)?;
         Ok(changed)
     }
 }

@@ -117,6 +117,7 @@ fn mapping_file() -> MappingFile {
         corpus: "four hundred \"documents\"\n".into(),
         seed: u64::MAX,
         pairs: vec![map(24, 8, 1.0), both_ways(map(24, 10, 4.0))],
+        autoencoders: vec![],
     }
 }
 
@@ -184,7 +185,7 @@ fn everything_said_is_in_the_guard() {
     let gate = Gate {
         name: "harmful".into(),
         vector: 0,
-        aggregate: Aggregate::Mean,
+        scope: GateScope::Prompt(Aggregate::Mean),
         readout: Readout::Projection,
         direction: harm.direction.clone(),
         calibration: Some(Calibration { mean: -2.5, deviation: 0.75 }),
@@ -194,17 +195,15 @@ fn everything_said_is_in_the_guard() {
     assert_eq!(guard.gates(), [gate]);
     let add = Intervention {
         name: "refusal".into(),
-        vector: 1,
-        kind: InterventionKind::Add,
+        kind: InterventionKind::Add { vector: 1 },
         strength: 1.2,
         positions: Positions::Generated,
-        when: Some(0),
+        when: Some(Rule::Gate(0)),
         first_position: false,
     };
     let ablate = Intervention {
         name: "unharm".into(),
-        vector: 0,
-        kind: InterventionKind::Ablate { mean: -2.5 },
+        kind: InterventionKind::Ablate { vector: 0, mean: -2.5 },
         strength: 1.0,
         positions: Positions::All,
         when: None,
@@ -212,7 +211,7 @@ fn everything_said_is_in_the_guard() {
     };
     let clamp = Intervention {
         name: "hold".into(),
-        kind: InterventionKind::Clamp { low: -1.0, high: 4.5 },
+        kind: InterventionKind::Clamp { vector: 0, low: -1.0, high: 4.5 },
         positions: Positions::Prompt,
         first_position: false,
         ..ablate.clone()
@@ -235,13 +234,13 @@ intervention = [{ kind = "ablate", vector = "v" }]
 "#;
     let guard = load(text, &tensors_of(&[("v", &[1.0])]), b"").unwrap();
     let gate = &guard.gates()[0];
-    assert_eq!((gate.aggregate, gate.on_fire), (Aggregate::Last, OnFire::Steer));
+    assert_eq!((gate.scope, gate.on_fire), (GateScope::Prompt(Aggregate::Last), OnFire::Steer));
     assert_eq!((gate.threshold, gate.calibration), (None, None));
     let intervention = &guard.interventions()[0];
     assert_eq!(intervention.name, "v");
-    assert_eq!(intervention.kind, InterventionKind::Ablate { mean: 0.0 });
+    assert_eq!(intervention.kind, InterventionKind::Ablate { vector: 0, mean: 0.0 });
     assert_eq!((intervention.strength, intervention.positions), (1.0, Positions::All));
-    assert_eq!((intervention.when, intervention.first_position), (None, false));
+    assert_eq!((&intervention.when, intervention.first_position), (&None, false));
     assert_eq!((guard.on_error(), guard.message()), (OnError::Block, None));
 }
 
@@ -501,13 +500,13 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
             "target_layer = 10",
             "target_layer = 11",
             "source_layer",
-            "`mapping[0].source_layer`: mapping `mapping 1` has no pair of layers 24 → 11; it has `24 → 8`, `24 → 10`",
+            "`mapping[0].source_layer`: mapping `mapping 1` has no affine pair of layers 24 → 11; it has `24 → 8`, `24 → 10`",
         ),
         (
             "kind = \"affine\"",
             "kind = \"autoencoder\"",
-            "kind = \"auto",
-            "`mapping[0].kind`: an `autoencoder` mapping is not supported by this version",
+            "source_layer",
+            "`mapping[0].source_layer`: mapping `mapping 1` has no autoencoder pair of layers 24 → 10; it has none",
         ),
         (
             "fingerprint = \"SOURCE\"",
@@ -537,8 +536,50 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
         (
             "scope = \"prompt\"",
             "scope = \"token\"",
-            "scope",
-            "`gate[0].scope`: a gate of scope `token` is not supported by this version",
+            "aggregate",
+            "`gate[0].aggregate`: does not belong here: it is a key of gates of scope `prompt`",
+        ),
+        (
+            "aggregate = \"mean\"",
+            "release = 1.0",
+            "release",
+            "`gate[0].release`: does not belong here: it is a key of gates of scope `token`",
+        ),
+        (
+            "aggregate = \"mean\"",
+            "positions = \"generated\"",
+            "positions",
+            "`gate[0].positions`: does not belong here: it is a key of gates of scope `token`",
+        ),
+        (
+            "scope = \"prompt\"\naggregate = \"mean\"",
+            "scope = \"token\"\nrelease = 1.8",
+            "release",
+            "`gate[0].release`: expected at most the threshold, 1.7, found 1.8",
+        ),
+        (
+            "scope = \"prompt\"\naggregate = \"mean\"",
+            "scope = \"token\"\nrelease = nan",
+            "release",
+            "`gate[0].release`: expected a finite number, found NaN",
+        ),
+        (
+            "name = \"harmful\"",
+            "name = \"not\"",
+            "name = \"not\"",
+            "`gate[0].name`: expected a name that is no word of rules, found `not`",
+        ),
+        (
+            "when = \"harmful\"",
+            "when = \"not (harmful\"",
+            "when",
+            "`intervention[0].when`: expected `)` as word 4, found the rule's end",
+        ),
+        (
+            "when = \"harmful\"",
+            "when = \"harmful and harmles\"",
+            "when",
+            "`intervention[0].when`: there is no gate `harmles`; known: `harmful`",
         ),
         ("threshold = 1.7", "threshold = nan", "threshold", "`gate[0].threshold`: expected a finite number, found NaN"),
         (
@@ -624,14 +665,38 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
         (
             "kind = \"add\"",
             "kind = \"rotate\"",
-            "\"rotate\"",
-            "`intervention[0].kind`: a `rotate` intervention is not supported by this version",
+            "[[intervention]]\nkind = \"rotate\"",
+            "`intervention[0].angle`: missing: `rotate` needs an `angle`, in degrees",
+        ),
+        (
+            "kind = \"add\"",
+            "kind = \"rotate\"\nangle = 180.5",
+            "angle",
+            "`intervention[0].angle`: expected an angle from −180 to 180 degrees, found 180.5",
         ),
         (
             "kind = \"add\"",
             "kind = \"switch\"",
-            "\"switch\"",
-            "`intervention[0].kind`: a `switch` intervention is not supported by this version",
+            "vector = \"refusal\"",
+            "`intervention[0].vector`: does not belong here: it is a key of the other kinds",
+        ),
+        (
+            "kind = \"add\"\nvector = \"refusal\"",
+            "kind = \"switch\"",
+            "[[intervention]]\nkind = \"switch\"",
+            "`intervention[0].mapping`: missing: `switch` needs a `mapping`",
+        ),
+        (
+            "kind = \"add\"\nvector = \"refusal\"",
+            "kind = \"switch\"\nmapping = \"small-to-large\"",
+            "mapping = \"small-to-large\"\nstrength",
+            "`intervention[0].mapping`: expected a mapping from a layer to the same layer, found one from 24 to 10",
+        ),
+        (
+            "kind = \"add\"\nvector = \"refusal\"",
+            "kind = \"add\"",
+            "[[intervention]]\nkind = \"add\"",
+            "`intervention[0].vector`: missing: `add` needs a `vector`",
         ),
         // Probe and results.
         (
@@ -968,7 +1033,7 @@ fn a_self_describing_file_says_all_and_nothing_else() {
         (
             r#"{\"kind\":\"affine\""#,
             r#"{\"kind\":\"autoencoder\""#,
-            "`m`: metadata key `24-10`: unknown variant `autoencoder`, expected `affine` at line 1 column 21",
+            "`m`: metadata key `24-10`: unknown field `lambda`, expected one of `fraction_unexplained`, `cosine`, `n_train`, `n_heldout`",
         ),
         (r#""24-10":""#, r#""24-010":""#, "`m`: metadata key `24-010`: unknown"),
         (
@@ -1117,8 +1182,8 @@ fn a_control_vector_becomes_adds_everywhere() {
     assert_eq!(found, directions);
     for (intervention, name) in guard.interventions().iter().zip(["direction.1", "direction.12"]) {
         assert_eq!(intervention.name, name);
-        assert_eq!(guard.vectors()[intervention.vector].name, name);
-        assert_eq!(intervention.kind, InterventionKind::Add);
+        assert_eq!(guard.operand_of(intervention), name);
+        assert!(matches!(intervention.kind, InterventionKind::Add { .. }));
         assert_eq!((intervention.strength, intervention.positions), (-0.5, Positions::All));
         assert!(intervention.first_position && intervention.when.is_none());
     }
@@ -1204,7 +1269,7 @@ fn an_edited_manifest_is_what_the_guard_then_says() {
     let guard = replace_manifest(guards.path(), &text).unwrap();
     assert_eq!(guard.gates()[0].calibration, Some(Calibration { mean, deviation }));
     assert_eq!(guard.gates()[0].threshold, Some(threshold));
-    assert_eq!(guard.interventions()[1].kind, InterventionKind::Ablate { mean: 1e21 });
+    assert_eq!(guard.interventions()[1].kind, InterventionKind::Ablate { vector: 0, mean: 1e21 });
     assert_eq!(guard.target().probe, Some(probe));
     let broken = edit::set_gate_calibration(&text, "harmful", 0.0, 0.0, 1.0).unwrap();
     assert!(replace_manifest(guards.path(), &broken).is_err());

@@ -3,12 +3,13 @@
 use super::error::{GuardError, listed, shown};
 use super::folder::Files;
 use super::manifest::{
-    GateEntry, InterventionEntry, InterventionName, Manifest, MappingKind, Readout, Scope, VectorEntry, text_of,
+    GateEntry, InterventionEntry, InterventionName, Manifest, MappingEntry, MappingKind, Readout, Scope, VectorEntry,
+    text_of,
 };
 use super::tensors::TensorFile;
 use super::{
-    Calibration, Digest, Gate, Guard, GuardVector, Intervention, InterventionKind, MAX_ENTRIES, MappedFrom,
-    MappingFile, Probe, Target, carry, location,
+    Calibration, Digest, Gate, GateScope, Guard, GuardVector, Intervention, InterventionKind, MAX_ENTRIES, MappedFrom,
+    MappingFile, Positions, Probe, Rule, SwitchMap, Target, carry, location, rule,
 };
 use crate::steering::VectorKind;
 use crate::tensor::norm;
@@ -25,7 +26,7 @@ pub(super) fn guard(file: &str, bytes: &[u8], files: &impl Files) -> Result<Guar
     let check = Check { manifest: &manifest, files };
     let Manifest { name, description, on_error, message, target, source, results, .. } = &manifest;
     check.parts().map_err(|Problem { key, reason }| location::at_key(file, text, &key, reason)).map(
-        |Parts { vectors, gates, interventions }| Guard {
+        |Parts { vectors, switches, gates, interventions }| Guard {
             name: name.clone(),
             description: description.clone(),
             on_error: *on_error,
@@ -37,6 +38,7 @@ pub(super) fn guard(file: &str, bytes: &[u8], files: &impl Files) -> Result<Guar
             },
             source: source.clone(),
             vectors,
+            switches,
             gates,
             interventions,
             results: results.clone(),
@@ -63,6 +65,7 @@ impl<T> At<T> for Result<T, GuardError> {
 
 struct Parts {
     vectors: Vec<GuardVector>,
+    switches: Vec<SwitchMap>,
     gates: Vec<Gate>,
     interventions: Vec<Intervention>,
 }
@@ -76,16 +79,18 @@ impl<F: Files> Check<'_, F> {
     fn parts(&self) -> Result<Parts, Problem> {
         self.head()?;
         self.lists()?;
-        let vectors = self.vectors()?;
+        let mappings = self.mappings()?;
+        let vectors = self.vectors(&mappings)?;
+        let switches = self.switches(&mappings, &vectors)?;
         if let Some(probe) = &self.manifest.target.probe {
             check_probe(probe, &vectors)?;
         }
         let gates = self.gates(&vectors)?;
-        let interventions = self.interventions(&vectors, &gates)?;
+        let interventions = self.interventions(&vectors, &switches, &gates)?;
         if gates.is_empty() && interventions.is_empty() {
             return Err(GuardError::Idle).at("name");
         }
-        Ok(Parts { vectors, gates, interventions })
+        Ok(Parts { vectors, switches, gates, interventions })
     }
 
     fn head(&self) -> Result<(), Problem> {
@@ -128,7 +133,14 @@ impl<F: Files> Check<'_, F> {
             let mut seen = BTreeSet::new();
             for (index, name) in names.into_iter().enumerate() {
                 let key = || format!("{what}[{index}].name");
+                if what == "intervention" && name.is_empty() && interventions[index].name.is_none() {
+                    // It says neither a name nor what it works with, which is told by kind below.
+                    continue;
+                }
                 check_name(name).at(key())?;
+                if what == "gate" && rule::RESERVED.contains(&name) {
+                    return Err(GuardError::value("a name that is no word of rules", format!("`{name}`"))).at(key());
+                }
                 if !seen.insert(name) {
                     return Err(GuardError::Duplicate { what, name: name.to_owned() }).at(key());
                 }
@@ -137,7 +149,7 @@ impl<F: Files> Check<'_, F> {
         Ok(())
     }
 
-    fn vectors(&self) -> Result<Vec<GuardVector>, Problem> {
+    fn vectors(&self, mappings: &Mappings) -> Result<Vec<GuardVector>, Problem> {
         let Manifest { vectors: entries, tensors, .. } = self.manifest;
         let bytes = self.files.tensors(&tensors.file).at("tensors.file")?;
         let found = Digest::of(&bytes);
@@ -146,10 +158,9 @@ impl<F: Files> Check<'_, F> {
             return Err(GuardError::Sha256 { file, expected: tensors.sha256, found }).at("tensors.sha256");
         }
         let file = TensorFile::parse(&tensors.file, &bytes).at("tensors.file")?;
-        let mappings = self.mappings()?;
         let mut vectors: Vec<GuardVector> = Vec::with_capacity(entries.len());
         for (index, entry) in entries.iter().enumerate() {
-            let vector = self.vector(index, entry, &file, &mappings)?;
+            let vector = self.vector(index, entry, &file, mappings)?;
             if let Some(first) = vectors.first().filter(|first| first.direction.len() != vector.direction.len()) {
                 let (expected, found) = (first.direction.len(), vector.direction.len());
                 let (vector, other) = (vector.name, first.name.clone());
@@ -166,7 +177,7 @@ impl<F: Files> Check<'_, F> {
         index: usize,
         entry: &VectorEntry,
         tensors: &TensorFile<'_>,
-        mappings: &BTreeMap<Digest, (String, MappingFile)>,
+        mappings: &Mappings,
     ) -> Result<GuardVector, Problem> {
         let at = |key: &str| format!("vector[{index}].{key}");
         entry.method.as_deref().map_or(Ok(()), check_label).at(at("method"))?;
@@ -183,12 +194,14 @@ impl<F: Files> Check<'_, F> {
         };
         let Some(name) = &entry.mapping else { return Ok(vector(entry.layer, values, None)) };
 
-        let known = self.manifest.mappings.iter().map(|mapping| &mapping.name);
-        let mapping = self.manifest.mappings.iter().find(|mapping| mapping.name == *name);
-        let mapping = mapping.ok_or_else(|| GuardError::unknown("mapping", name, known)).at(at("mapping"))?;
+        let mapping = self.mapping(name).at(at("mapping"))?;
         if entry.layer != mapping.source_layer {
             let expected = format!("{}, the source layer of mapping `{name}`", mapping.source_layer);
             return Err(GuardError::value(expected, entry.layer)).at(at("layer"));
+        }
+        if mapping.kind == MappingKind::Autoencoder {
+            let what = "a vector carried by an `autoencoder` mapping";
+            return Err(GuardError::Unsupported { what }).at(at("mapping"));
         }
         let pair = mappings
             .get(&mapping.sha256)
@@ -216,16 +229,23 @@ impl<F: Files> Check<'_, F> {
         Err(GuardError::MappedVector { mapping, vector, problem }).at(at("mapping"))
     }
 
-    /// The manifest's mapping files by sha256, each checked to be between the guard's two models and to have the pairs of layers asked
-    /// of it.
-    fn mappings(&self) -> Result<BTreeMap<Digest, (String, MappingFile)>, Problem> {
+    /// The manifest's mapping of that name.
+    fn mapping(&self, name: &str) -> Result<&MappingEntry, GuardError> {
+        let known = &self.manifest.mappings;
+        let unknown = || GuardError::unknown("mapping", name, known.iter().map(|mapping| &mapping.name));
+        known.iter().find(|mapping| mapping.name == *name).ok_or_else(unknown)
+    }
+
+    /// Whether the mapping of that name carries a vector, or serves none at all: then it is between the guard's two models.
+    fn carries(&self, name: &str) -> bool {
+        let Manifest { vectors, interventions, .. } = self.manifest;
+        vectors.iter().any(|vector| vector.mapping.as_deref() == Some(name))
+            || !interventions.iter().any(|intervention| intervention.mapping.as_deref() == Some(name))
+    }
+
+    /// The manifest's mapping files by sha256, each checked to be between models of the guard and to have the pairs of layers asked of it.
+    fn mappings(&self) -> Result<Mappings, Problem> {
         let Manifest { mappings: entries, source, target, vectors, .. } = self.manifest;
-        for (index, entry) in entries.iter().enumerate() {
-            if entry.kind == MappingKind::Autoencoder {
-                let what = "an `autoencoder` mapping";
-                return Err(GuardError::Unsupported { what }).at(format!("mapping[{index}].kind"));
-            }
-        }
         if source.is_none()
             && let Some(index) = vectors.iter().position(|vector| vector.mapping.is_some())
         {
@@ -234,7 +254,7 @@ impl<F: Files> Check<'_, F> {
         }
         let wanted = entries.iter().map(|entry| entry.sha256).collect();
         let found = self.files.mappings(&wanted).at("mapping")?;
-        let mut mappings = BTreeMap::new();
+        let mut mappings = Mappings::new();
         for (index, entry) in entries.iter().enumerate() {
             let at = |key: &str| format!("mapping[{index}].{key}");
             if let Entry::Vacant(vacant) = mappings.entry(entry.sha256) {
@@ -250,24 +270,66 @@ impl<F: Files> Check<'_, F> {
                     .at(at("sha256"))
             };
             let (from, to) = (&mapping.source, &mapping.target);
-            if let Some(source) = source.as_ref().filter(|source| source.fingerprint != from.fingerprint) {
-                return other("from the model", "source", &source.fingerprint, &from.fingerprint);
+            if self.carries(&entry.name) {
+                if let Some(source) = source.as_ref().filter(|source| source.fingerprint != from.fingerprint) {
+                    return other("from the model", "source", &source.fingerprint, &from.fingerprint);
+                }
+                if target.fingerprint != to.fingerprint {
+                    return other("to the model", "target", &target.fingerprint, &to.fingerprint);
+                }
+                if target.architecture != to.architecture {
+                    return other("to the architecture", "target", &target.architecture, &to.architecture);
+                }
+            } else if target.fingerprint != from.fingerprint {
+                // A switch starts at the residual of the model that runs. What it leads to need not be a model that runs.
+                return other("from the model", "target", &target.fingerprint, &from.fingerprint);
             }
-            if target.fingerprint != to.fingerprint {
-                return other("to the model", "target", &target.fingerprint, &to.fingerprint);
-            }
-            if target.architecture != to.architecture {
-                return other("to the architecture", "target", &target.architecture, &to.architecture);
-            }
-            if mapping.pair(entry.source_layer, entry.target_layer).is_none() {
-                let pairs = mapping.pairs.iter();
-                let known = listed(pairs.map(|(map, _)| format!("{} → {}", map.source_layer(), map.target_layer())));
-                let (source_layer, target_layer) = (entry.source_layer.0, entry.target_layer.0);
-                let reason = GuardError::NoLayerPair { file: file.clone(), source_layer, target_layer, known };
+            let (source, target) = (entry.source_layer, entry.target_layer);
+            let (there, pairs) = match entry.kind {
+                MappingKind::Affine => (mapping.pair(source, target).is_some(), mapping.affine_pairs()),
+                MappingKind::Autoencoder => {
+                    (mapping.autoencoder(source, target).is_some(), mapping.autoencoder_pairs())
+                }
+            };
+            if !there {
+                let known = listed(pairs.into_iter().map(|(source, target)| format!("{source} → {target}")));
+                let (source_layer, target_layer) = (source.0, target.0);
+                let kind = entry.kind.name();
+                let reason = GuardError::NoLayerPair { file: file.clone(), kind, source_layer, target_layer, known };
                 return Err(reason).at(at("source_layer"));
             }
         }
         Ok(mappings)
+    }
+
+    /// The maps that switches follow, each mapping once.
+    fn switches(&self, mappings: &Mappings, vectors: &[GuardVector]) -> Result<Vec<SwitchMap>, Problem> {
+        let mut switches: Vec<SwitchMap> = Vec::new();
+        for (index, intervention) in self.manifest.interventions.iter().enumerate() {
+            let at = |key: &str| format!("intervention[{index}].{key}");
+            let switch = intervention.kind == InterventionName::Switch;
+            let Some(name) = intervention.mapping.as_ref().filter(|_| switch) else { continue };
+            if switches.iter().any(|known| known.name == *name) {
+                continue;
+            }
+            let entry = self.mapping(name).at(at("mapping"))?;
+            let (source, target) = (entry.source_layer, entry.target_layer);
+            if source != target {
+                let expected = "a mapping from a layer to the same layer";
+                return Err(GuardError::value(expected, format!("one from {source} to {target}"))).at(at("mapping"));
+            }
+            let map = mappings.get(&entry.sha256).and_then(|(_, file)| file.map(entry.kind, source, target));
+            let map = map.ok_or_else(|| self.no_mapping(entry.sha256)).at(at("mapping"))?;
+            let width = vectors.first().map_or(map.source_width(), |vector| vector.direction.len());
+            for found in [map.source_width(), map.target_width()] {
+                if found != width {
+                    let expected = format!("a mapping between residuals of {width} values");
+                    return Err(GuardError::value(expected, format!("{found} values"))).at(at("mapping"));
+                }
+            }
+            switches.push(SwitchMap { name: name.clone(), map });
+        }
+        Ok(switches)
     }
 
     fn no_mapping(&self, sha256: Digest) -> GuardError {
@@ -277,9 +339,7 @@ impl<F: Files> Check<'_, F> {
     fn gates(&self, vectors: &[GuardVector]) -> Result<Vec<Gate>, Problem> {
         let gate = |(index, entry): (usize, &GateEntry)| {
             let at = |key: &str| format!("gate[{index}].{key}");
-            if entry.scope == Scope::Token {
-                return Err(GuardError::Unsupported { what: "a gate of scope `token`" }).at(at("scope"));
-            }
+            let scope = scope_of(index, entry)?;
             let vector = find_vector(vectors, &entry.vector).at(at("vector"))?;
             entry.threshold.map_or(Ok(()), check_finite).at(at("threshold"))?;
             let calibration = match (entry.mean, entry.deviation) {
@@ -296,35 +356,65 @@ impl<F: Files> Check<'_, F> {
                 }
             };
             let direction = read_along(&vectors[vector], entry.readout).at(at("readout"))?;
-            let GateEntry { name, aggregate, readout, threshold, on_fire, .. } = entry;
-            let (name, aggregate, readout) = (name.clone(), *aggregate, *readout);
-            let (threshold, on_fire) = (*threshold, *on_fire);
-            Ok(Gate { name, vector, aggregate, readout, direction, calibration, threshold, on_fire })
+            let GateEntry { name, readout, threshold, on_fire, .. } = entry;
+            let (name, readout, threshold, on_fire) = (name.clone(), *readout, *threshold, *on_fire);
+            Ok(Gate { name, vector, scope, readout, direction, calibration, threshold, on_fire })
         };
         self.manifest.gates.iter().enumerate().map(gate).collect()
     }
 
-    fn interventions(&self, vectors: &[GuardVector], gates: &[Gate]) -> Result<Vec<Intervention>, Problem> {
+    fn interventions(
+        &self,
+        vectors: &[GuardVector],
+        switches: &[SwitchMap],
+        gates: &[Gate],
+    ) -> Result<Vec<Intervention>, Problem> {
+        let gate = |name: &str| {
+            let known = || GuardError::unknown("gate", name, gates.iter().map(|gate| &gate.name));
+            gates.iter().position(|gate| gate.name == *name).ok_or_else(known)
+        };
         let intervention = |(index, entry): (usize, &InterventionEntry)| {
             let at = |key: &str| format!("intervention[{index}].{key}");
-            let kind = kind_of(index, entry)?;
-            let vector = find_vector(vectors, &entry.vector).at(at("vector"))?;
-            let strength = strength(entry.strength, kind, &vectors[vector].direction).at(at("strength"))?;
-            let when = entry.when.as_ref().map(|when| {
-                let known = || GuardError::unknown("gate", when, gates.iter().map(|gate| &gate.name));
-                gates.iter().position(|gate| gate.name == *when).ok_or_else(known)
-            });
+            let kind = kind_of(index, entry, vectors, switches)?;
             Ok(Intervention {
                 name: intervention_name(entry).to_owned(),
-                vector,
                 kind,
-                strength,
+                strength: strength(entry.strength, kind, vectors).at(at("strength"))?,
                 positions: entry.positions,
-                when: when.transpose().at(at("when"))?,
+                when: entry.when.as_ref().map(|when| Rule::parse(when, gate)).transpose().at(at("when"))?,
                 first_position: entry.first_position,
             })
         };
         self.manifest.interventions.iter().enumerate().map(intervention).collect()
+    }
+}
+
+/// Mapping files by sha256, with their names.
+type Mappings = BTreeMap<Digest, (String, MappingFile)>;
+
+fn scope_of(index: usize, entry: &GateEntry) -> Result<GateScope, Problem> {
+    let at = |key: &str| format!("gate[{index}].{key}");
+    let foreign = |key: &str, there: bool, owner: &str| match there {
+        true => Err(GuardError::Misplaced { why: format!("it is a key of gates of scope `{owner}`") }).at(at(key)),
+        false => Ok(()),
+    };
+    match entry.scope {
+        Scope::Prompt => {
+            foreign("positions", entry.positions.is_some(), "token")?;
+            foreign("release", entry.release.is_some(), "token")?;
+            Ok(GateScope::Prompt(entry.aggregate.unwrap_or_default()))
+        }
+        Scope::Token => {
+            foreign("aggregate", entry.aggregate.is_some(), "prompt")?;
+            if let Some(release) = entry.release {
+                check_finite(release).at(at("release"))?;
+                if let Some(threshold) = entry.threshold.filter(|threshold| release > *threshold) {
+                    let expected = format!("at most the threshold, {threshold}");
+                    return Err(GuardError::value(expected, release)).at(at("release"));
+                }
+            }
+            Ok(GateScope::Token { positions: entry.positions.unwrap_or(Positions::All), release: entry.release })
+        }
     }
 }
 
@@ -353,7 +443,8 @@ fn read_along(vector: &GuardVector, readout: Readout) -> Result<Vec<f32>, GuardE
 }
 
 fn intervention_name(entry: &InterventionEntry) -> &str {
-    entry.name.as_deref().unwrap_or(&entry.vector)
+    let operand = || entry.vector.as_deref().or(entry.mapping.as_deref()).unwrap_or_default();
+    entry.name.as_deref().unwrap_or_else(operand)
 }
 
 fn find_vector(vectors: &[GuardVector], name: &str) -> Result<usize, GuardError> {
@@ -361,48 +452,72 @@ fn find_vector(vectors: &[GuardVector], name: &str) -> Result<usize, GuardError>
     vectors.iter().position(|vector| vector.name == name).ok_or_else(unknown)
 }
 
-fn kind_of(index: usize, entry: &InterventionEntry) -> Result<InterventionKind, Problem> {
+fn kind_of(
+    index: usize,
+    entry: &InterventionEntry,
+    vectors: &[GuardVector],
+    switches: &[SwitchMap],
+) -> Result<InterventionKind, Problem> {
+    use InterventionName::{Ablate, Add, Clamp, Rotate, Switch};
     let at = |key: &str| format!("intervention[{index}].{key}");
-    let foreign = |key: &str, value: Option<f64>, owner: &str| match value {
-        Some(_) => Err(GuardError::Misplaced { why: format!("it is a key of `{owner}`") }).at(at(key)),
-        None => Ok(()),
+    let keys: [(&str, bool, &[InterventionName], &str); 6] = [
+        ("vector", entry.vector.is_some(), &[Add, Ablate, Clamp, Rotate], "the other kinds"),
+        ("mapping", entry.mapping.is_some(), &[Switch], "`switch`"),
+        ("mean", entry.mean.is_some(), &[Ablate], "`ablate`"),
+        ("low", entry.low.is_some(), &[Clamp], "`clamp`"),
+        ("high", entry.high.is_some(), &[Clamp], "`clamp`"),
+        ("angle", entry.angle.is_some(), &[Rotate], "`rotate`"),
+    ];
+    for (key, there, owners, owner) in keys {
+        if there && !owners.contains(&entry.kind) {
+            return Err(GuardError::Misplaced { why: format!("it is a key of {owner}") }).at(at(key));
+        }
+    }
+    let needs = |what: &str| GuardError::Missing { why: format!("`{}` needs {what}", entry.kind.name()) };
+    let number = |key: &str, value: Option<f64>, what: &str| {
+        let value = value.ok_or_else(|| needs(what)).at(at(key))?;
+        check_finite_f32(value).at(at(key)).map(|()| value)
     };
-    if entry.kind != InterventionName::Ablate {
-        foreign("mean", entry.mean, "ablate")?;
+    if entry.kind == Switch {
+        let name = entry.mapping.as_ref().ok_or_else(|| needs("a `mapping`")).at(at("mapping"))?;
+        let map = switches.iter().position(|known| known.name == *name);
+        return map.map(|map| InterventionKind::Switch { map }).ok_or_else(|| needs("a `mapping`")).at(at("mapping"));
     }
-    if entry.kind != InterventionName::Clamp {
-        foreign("low", entry.low, "clamp")?;
-        foreign("high", entry.high, "clamp")?;
-    }
+    let name = entry.vector.as_ref().ok_or_else(|| needs("a `vector`")).at(at("vector"))?;
+    let vector = find_vector(vectors, name).at(at("vector"))?;
     match entry.kind {
-        InterventionName::Add => Ok(InterventionKind::Add),
-        InterventionName::Ablate => {
+        Add => Ok(InterventionKind::Add { vector }),
+        Ablate => {
             let mean = entry.mean.unwrap_or(0.0);
             check_finite_f32(mean).at(at("mean"))?;
-            Ok(InterventionKind::Ablate { mean })
+            Ok(InterventionKind::Ablate { vector, mean })
         }
-        InterventionName::Clamp => {
-            let bound = |key: &str, value: Option<f64>| {
-                let missing = || GuardError::Missing { why: "`clamp` needs both `low` and `high`".to_owned() };
-                let value = value.ok_or_else(missing).at(at(key))?;
-                check_finite_f32(value).at(at(key)).map(|()| value)
-            };
-            let (low, high) = (bound("low", entry.low)?, bound("high", entry.high)?);
+        Clamp => {
+            let both = "both `low` and `high`";
+            let (low, high) = (number("low", entry.low, both)?, number("high", entry.high, both)?);
             if low > high {
                 return Err(GuardError::value(format!("at most `high`, {high}"), low)).at(at("low"));
             }
-            Ok(InterventionKind::Clamp { low, high })
+            Ok(InterventionKind::Clamp { vector, low, high })
         }
-        InterventionName::Rotate => Err(GuardError::Unsupported { what: "a `rotate` intervention" }).at(at("kind")),
-        InterventionName::Switch => Err(GuardError::Unsupported { what: "a `switch` intervention" }).at(at("kind")),
+        Rotate => {
+            let angle = number("angle", entry.angle, "an `angle`, in degrees")?;
+            if !(-180.0..=180.0).contains(&angle) {
+                return Err(GuardError::value("an angle from −180 to 180 degrees", angle)).at(at("angle"));
+            }
+            Ok(InterventionKind::Rotate { vector, angle })
+        }
+        Switch => unreachable!("handled above"),
     }
 }
 
 /// `strength` as a program uses it.
-pub(super) fn strength(strength: f64, kind: InterventionKind, direction: &[f32]) -> Result<f32, GuardError> {
+pub(super) fn strength(strength: f64, kind: InterventionKind, vectors: &[GuardVector]) -> Result<f32, GuardError> {
     check_finite_f32(strength)?;
     let scale = strength as f32;
-    if kind == InterventionKind::Add && direction.iter().any(|value| !(scale * value).is_finite()) {
+    if let InterventionKind::Add { vector } = kind
+        && vectors[vector].direction.iter().any(|value| !(scale * value).is_finite())
+    {
         return Err(GuardError::Strength { strength });
     }
     Ok(scale)

@@ -3,7 +3,7 @@ use super::rows::{BatchRow, RowTracker};
 use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
 use super::{CopyExecutor, HookFault};
 use crate::guard::OnError;
-use crate::program::{GateStates, Program, Row};
+use crate::program::{Program, Row, Sequences, panic_message};
 use crate::tensor::{LayerIndex, SequenceId};
 use std::collections::BTreeSet;
 use std::ffi::{CStr, c_void};
@@ -13,14 +13,19 @@ use std::sync::Arc;
 /// The name that llama.cpp's graphs give the residual after block `L`: `l_out-L`.
 const RESIDUAL_PREFIX: &[u8] = b"l_out-";
 
-/// State behind the eval callback of one context: the program, what it knows of the batch, its gates, and the fault latch.
+/// State behind the eval callback of one context: its sequences with their programs and gates, what it knows of the batch, and the fault
+/// latches.
 ///
 /// A context's callback and its user data are fixed when it is made, so a program is swapped by changing what lies behind them.
 pub struct Hook {
     table: GgmlTable,
-    program: Arc<Program>,
+    sequences: Sequences,
     executor: Box<dyn Executor>,
-    gates: GateStates,
+    /// Layers whose residual is asked for: those of all live programs and of the capture, in order. On a GPU llama.cpp uses a graph again
+    /// only while this stays the same.
+    wanted: Vec<LayerIndex>,
+    /// Sequences that failed, each with what went wrong first.
+    failed: Vec<(SequenceId, HookFault)>,
     capture: Option<Capture>,
     rows: RowTracker,
     micro_batch: MicroBatch,
@@ -79,9 +84,10 @@ impl Hook {
     pub fn new(table: GgmlTable, program: Arc<Program>) -> Self {
         Self {
             table,
-            program,
+            sequences: Sequences::new(program),
             executor: Box::<HostExecutor>::default(),
-            gates: GateStates::default(),
+            wanted: Vec::new(),
+            failed: Vec::new(),
             capture: None,
             rows: RowTracker::default(),
             micro_batch: MicroBatch::default(),
@@ -108,22 +114,54 @@ impl Hook {
         };
     }
 
+    /// The program of sequences to come.
     pub fn program(&self) -> &Arc<Program> {
-        &self.program
+        self.sequences.current()
     }
 
-    /// Runs `program` from the next decode on. Gate states belong to a program, so they are cleared.
+    /// Runs `program` for sequences to come. Those that live keep theirs.
     pub fn set_program(&mut self, program: Arc<Program>) {
-        self.program = program;
-        self.gates.clear_all();
+        self.sequences.set_current(program);
     }
 
-    pub fn gates(&self) -> &GateStates {
-        &self.gates
+    /// Starts `sequence` with a program of its own; anything known of it is forgotten.
+    pub fn assign(&mut self, sequence: SequenceId, program: Arc<Program>) {
+        self.clear(sequence);
+        self.sequences.assign(sequence, program);
     }
 
-    pub fn gates_mut(&mut self) -> &mut GateStates {
-        &mut self.gates
+    pub fn sequences(&self) -> &Sequences {
+        &self.sequences
+    }
+
+    /// Prepares `sequence` for a further prompt: its gates read anew, and one that has fired stays fired.
+    pub fn begin_prompt(&mut self, sequence: SequenceId) {
+        self.sequences.begin_prompt(sequence);
+    }
+
+    /// Forgets `sequence`, what went wrong with it too.
+    pub fn clear(&mut self, sequence: SequenceId) {
+        self.sequences.clear(sequence);
+        self.failed.retain(|(failed, _)| *failed != sequence);
+    }
+
+    pub fn clear_all(&mut self) {
+        self.sequences.clear_all();
+        self.failed.clear();
+    }
+
+    /// Gives `to` what is known of `from`: its program, its gates, and what went wrong with it.
+    pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
+        self.clear(to);
+        self.sequences.copy(from, to);
+        if let Some(fault) = self.fault_of(from).cloned() {
+            self.failed.push((to, fault));
+        }
+    }
+
+    /// What went wrong with `sequence` since it was cleared. Nothing that was decoded for it is to be used then.
+    pub fn fault_of(&self, sequence: SequenceId) -> Option<&HookFault> {
+        self.failed.iter().find_map(|(failed, fault)| (*failed == sequence).then_some(fault))
     }
 
     pub fn set_capture(&mut self, capture: Option<Capture>) {
@@ -135,19 +173,17 @@ impl Hook {
         self.capture.as_mut().map(|capture| std::mem::take(&mut capture.rows)).unwrap_or_default()
     }
 
-    /// The first layer of the program or the capture whose residual did not come since [`begin`](Self::begin).
-    fn missing_hook_point(&self) -> Option<LayerIndex> {
-        let points = self.program.points().iter().map(|point| point.layer);
-        let captured = self.capture.iter().flat_map(|capture| capture.layers.iter().copied());
-        points.chain(captured).find(|layer| !self.fired.contains(layer))
-    }
-
-    /// Prepares for one `llama_decode` of `batch` on a context with `n_streams` KV streams, and opens the fault latch.
+    /// Prepares for one `llama_decode` of `batch` on a context with `n_streams` KV streams.
     pub fn begin(&mut self, batch: &[BatchRow], n_streams: usize) {
         self.rows.begin(batch, n_streams);
-        for row in batch {
-            self.gates.open(&self.program, row.sequence);
+        self.sequences.begin(batch.iter().map(|row| row.sequence));
+        self.wanted.clear();
+        for program in self.sequences.programs() {
+            self.wanted.extend(program.points().iter().map(|point| point.layer));
         }
+        self.wanted.extend(self.capture.iter().flat_map(|capture| &capture.layers));
+        self.wanted.sort_unstable();
+        self.wanted.dedup();
         self.micro_batch =
             MicroBatch { positions: std::mem::take(&mut self.micro_batch.positions), ..Default::default() };
         self.fired.clear();
@@ -155,22 +191,36 @@ impl Hook {
         self.working_on = None;
     }
 
-    /// Ends a decode: fires the gates of sequences that it could not tell apart, and gives the latched fault.
+    /// Ends a decode: fires the gates of sequences that it could not tell apart, and latches what went wrong for the sequences that it
+    /// went wrong with. [`fault_of`](Self::fault_of) then tells of each; for one whose guards say `pass` a warning is all.
     ///
     /// # Errors
-    /// The first fault since [`begin`](Self::begin), or a hook point that did not fire. Nothing that the decode produced may be
-    /// used then.
+    /// What went wrong first, whatever guards say of errors: with the whole decode (a hook point that did not fire, too), which is latched
+    /// for every sequence of the batch, or with one of them.
     pub fn finish(&mut self) -> Result<(), HookFault> {
         if self.rows.is_uncertain() {
             for sequence in self.rows.sequences().collect::<BTreeSet<SequenceId>>() {
-                self.gates.fire_all(&self.program, sequence);
+                self.sequences.fire_all(sequence);
             }
         }
-        match (&self.fault, self.missing_hook_point()) {
-            (Some(fault), _) => Err(fault.clone()),
-            (None, Some(layer)) => Err(HookFault::MissingHookPoint { layer }),
-            (None, None) => Ok(()),
+        let missing = || self.wanted.iter().find(|layer| !self.fired.contains(layer));
+        let whole = self.fault.take().or_else(|| missing().map(|layer| HookFault::MissingHookPoint { layer: *layer }));
+        let mut first = whole.clone();
+        for index in 0..self.sequences.batch().len() {
+            let sequence = self.sequences.batch()[index];
+            let own = self.sequences.fault(sequence);
+            let own = own.map(|(layer, source)| HookFault::Row { layer: *layer, source: source.clone() });
+            let Some(fault) = own.or_else(|| whole.clone()) else { continue };
+            first.get_or_insert_with(|| fault.clone());
+            let passes = self.sequences.program(sequence).is_some_and(|program| program.on_error() == OnError::Pass);
+            if passes {
+                tracing::warn!(%sequence, %fault, "unguarded decode: on_error is `pass`");
+                self.sequences.forget_fault(sequence);
+            } else if self.fault_of(sequence).is_none() {
+                self.failed.push((sequence, fault));
+            }
         }
+        first.map_or(Ok(()), Err)
     }
 
     /// llama.cpp's `cb_eval`. `user_data` is a `*mut Hook`.
@@ -191,21 +241,18 @@ impl Hook {
             Ok(Ok(answer)) => answer,
             Ok(Err(fault)) => hook.latch(fault),
             Err(payload) => {
-                let message = payload
-                    .downcast_ref::<String>()
-                    .map(String::as_str)
-                    .or_else(|| payload.downcast_ref::<&str>().copied())
-                    .unwrap_or("no message");
-                hook.latch(HookFault::Panic { layer: hook.working_on, message: message.to_owned() })
+                let message = panic_message(&*payload);
+                hook.latch(HookFault::Panic { layer: hook.working_on, message })
             }
         }
     }
 
-    /// Answers llama.cpp after a fault: stop, or go on unguarded to logits that can be used.
+    /// Answers llama.cpp after a fault of the whole decode: stop, or go on to logits that sequences may use whose guards let it pass.
     fn latch(&mut self, fault: HookFault) -> bool {
-        tracing::debug!(guard = self.program.guard(), %fault, "guard fault");
+        tracing::debug!(%fault, "guard fault");
         self.fault.get_or_insert(fault);
-        self.program.on_error() == OnError::Pass
+        let mut programs = self.sequences.batch().iter().filter_map(|sequence| self.sequences.program(*sequence));
+        programs.any(|program| program.on_error() == OnError::Pass)
     }
 
     /// Whether llama.cpp is to stop after this node and show it.
@@ -228,11 +275,7 @@ impl Hook {
     }
 
     fn wants(&self, layer: LayerIndex) -> bool {
-        self.point(layer).is_some() || self.capture.as_ref().is_some_and(|capture| capture.layers.contains(&layer))
-    }
-
-    fn point(&self, layer: LayerIndex) -> Option<usize> {
-        self.program.points().binary_search_by_key(&layer, |point| point.layer).ok()
+        self.wanted.binary_search(&layer).is_ok()
     }
 
     /// Takes note of a rotary embedding: the first one of a micro-batch tells its positions.
@@ -278,7 +321,7 @@ impl Hook {
             self.fired.push(layer);
         }
 
-        let width = self.program.width().0;
+        let width = self.program().width().0;
         if let Some(reason) = tensor.shape_problem(width) {
             return Err(HookFault::Residual { layer, reason });
         }
@@ -288,11 +331,11 @@ impl Hook {
             let MicroBatch { positions, n_rows, .. } = &self.micro_batch;
             let n_rows = if positions.is_empty() { *n_rows } else { positions.len() };
             self.rows.enter(n_rows, positions);
+            self.sequences.begin_rows(n_rows);
         }
         self.micro_batch.last_layer = Some(layer);
 
         let n_rows = tensor.n_rows();
-        let program = Arc::clone(&self.program);
         let Some(rows) = self.rows.rows(n_rows) else {
             let reason = format!("it has {n_rows} rows, which is neither the micro-batch nor its outputs");
             return Err(HookFault::Residual { layer, reason });
@@ -300,11 +343,9 @@ impl Hook {
         if rows.is_empty() {
             return Ok(());
         }
-        if let Ok(index) = program.points().binary_search_by_key(&layer, |point| point.layer) {
-            self.executor
-                .run(&program, &program.points()[index], rows, &mut self.gates, &mut tensor)
-                .map_err(|source| HookFault::Row { layer, source })?;
-        }
+        self.executor
+            .run(layer, rows, &mut self.sequences, &mut tensor)
+            .map_err(|source| HookFault::Row { layer, source })?;
         if let Some(capture) = self.capture.as_mut().filter(|capture| capture.layers.contains(&layer)) {
             let mut values = vec![0.0; n_rows * width];
             // SAFETY: the shape was checked above.

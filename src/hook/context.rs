@@ -1,5 +1,4 @@
 use super::{BatchRow, Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault};
-use crate::guard::OnError;
 use crate::program::{GateDecision, Program, RowKind};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
@@ -120,23 +119,30 @@ impl<'model> GuardedContext<'model> {
         let outcome = self.run(&mut batch)?;
         self.clear();
         self.context.reset_timings();
-        outcome.map_err(|fault| self.fault(fault))
+        let guard = self.program().name();
+        outcome.map_err(|fault| ContextError::Fault { guard, fault })
     }
 
-    /// Decodes `batch` under the guard.
+    /// Decodes `batch` under the guards.
     ///
     /// # Errors
-    /// [`ContextError::Decode`] from llama.cpp. [`ContextError::Fault`] if the guard failed and says block; none of the batch's logits may
-    /// be used then. [`ContextError::Blocked`] if a sequence of the batch is blocked by a gate: its logits must not be used, those of
-    /// the batch's other sequences may.
+    /// [`ContextError::Decode`] from llama.cpp. [`ContextError::Fault`] if a guard failed and says block, and [`ContextError::Blocked`] if a
+    /// gate blocks, for any sequence of the batch: [`decode_each`](Self::decode_each) tells which, and lets the others go on.
     pub fn decode(&mut self, batch: &mut GuardedBatch) -> Result<(), ContextError> {
-        if let Err(fault) = self.run(batch)? {
-            if self.hook.as_ref().program().on_error() == OnError::Block {
-                return Err(self.fault(fault));
-            }
-            tracing::warn!(guard = self.hook.as_ref().program().guard(), %fault, "unguarded decode: on_error is `pass`");
-        }
-        batch.rows.iter().find_map(|row| self.blocked(row.sequence)).map_or(Ok(()), Err)
+        self.decode_each(batch)?.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    /// Decodes `batch` under the guards, and tells which of its sequences have come to an end, each with [`ContextError::Fault`] or
+    /// [`ContextError::Blocked`]: logits of theirs must not be used, and they are to be cleared. Those of the others may be used.
+    ///
+    /// # Errors
+    /// [`ContextError::Decode`] from llama.cpp: it decoded nothing.
+    pub fn decode_each(&mut self, batch: &mut GuardedBatch) -> Result<Vec<(SequenceId, ContextError)>, ContextError> {
+        // What went wrong with the whole decode went wrong with each of its sequences.
+        let _latched = self.run(batch)?;
+        let hook = self.hook.as_ref();
+        let ended = |sequence: &SequenceId| self.ended(*sequence).map(|error| (*sequence, error));
+        Ok(hook.sequences().batch().iter().filter_map(ended).collect())
     }
 
     fn run(&mut self, batch: &mut GuardedBatch) -> Result<Result<(), HookFault>, ContextError> {
@@ -147,35 +153,56 @@ impl<'model> GuardedContext<'model> {
         Ok(self.hook.as_mut().finish())
     }
 
-    fn fault(&self, fault: HookFault) -> ContextError {
-        ContextError::Fault { guard: self.hook.as_ref().program().guard().to_owned(), fault }
-    }
-
-    fn blocked(&self, sequence: SequenceId) -> Option<ContextError> {
-        let program = self.hook.as_ref().program();
-        let gate = self.hook.as_ref().gates().blocked_by(program, sequence)?;
+    /// Why `sequence` is to get no more tokens, if it is not.
+    pub fn ended(&self, sequence: SequenceId) -> Option<ContextError> {
+        let hook = self.hook.as_ref();
+        let sequences = hook.sequences();
+        if let Some(fault) = hook.fault_of(sequence) {
+            let guard = sequences.program(sequence).map(|program| program.name()).unwrap_or_default();
+            return Some(ContextError::Fault { guard, fault: fault.clone() });
+        }
+        let (program, gate) = sequences.blocked_by(sequence)?;
+        let guard = &program.guards()[gate.guard];
         Some(ContextError::Blocked {
-            guard: program.guard().to_owned(),
+            guard: guard.name.clone(),
             sequence,
             gate: gate.name.clone(),
-            message: program.message().map(str::to_owned),
+            message: guard.message.clone(),
         })
     }
 
+    /// The program of sequences to come.
     pub fn program(&self) -> &Program {
         self.hook.as_ref().program()
     }
 
-    /// Every gate's decision for `sequence`, in the program's order; `None` before the end of its prompt.
+    /// Runs `program` for sequences to come; those that live keep theirs. A hook point of it that this model's graph lacks is a fault of the
+    /// first decode.
+    pub fn set_program(&mut self, program: Arc<Program>) {
+        self.hook.as_mut().set_program(program);
+    }
+
+    /// Starts `sequence`, which has no tokens yet, with a program of its own.
+    pub fn assign(&mut self, sequence: SequenceId, program: Arc<Program>) {
+        self.hook.as_mut().assign(sequence, program);
+    }
+
+    /// The program that `sequence` runs, if it lives.
+    pub fn program_of(&self, sequence: SequenceId) -> Option<&Arc<Program>> {
+        self.hook.as_ref().sequences().program(sequence)
+    }
+
+    /// Every gate's decision for `sequence`, in the order of its program; `None` before there is one.
     pub fn gate_decisions(&self, sequence: SequenceId) -> Vec<Option<GateDecision>> {
-        let hook = self.hook.as_ref();
-        (0..hook.program().gates().len()).map(|gate| hook.gates().decision(sequence, gate)).collect()
+        let sequences = self.hook.as_ref().sequences();
+        let program = sequences.program(sequence).unwrap_or(sequences.current());
+        (0..program.gates().len()).map(|gate| sequences.decision(sequence, gate)).collect()
     }
 
     /// Empties the KV cache and forgets every sequence.
     pub fn clear(&mut self) {
         self.context.clear_kv_cache();
-        self.hook.as_mut().gates_mut().clear_all();
+        self.hook.as_mut().clear_all();
     }
 
     /// Removes `sequence` from the KV cache and forgets its gates.
@@ -187,13 +214,13 @@ impl<'model> GuardedContext<'model> {
         self.context
             .clear_kv_cache_seq(Some(id), None, None)
             .map_err(|error| ContextError::Cache(error.to_string()))?;
-        self.hook.as_mut().gates_mut().clear(sequence);
+        self.hook.as_mut().clear(sequence);
         Ok(())
     }
 
     /// Prepares `sequence` for another turn's prompt: its gates read anew, and one that has fired stays fired.
     pub fn begin_prompt(&mut self, sequence: SequenceId) {
-        self.hook.as_mut().gates_mut().begin_prompt(sequence);
+        self.hook.as_mut().begin_prompt(sequence);
     }
 
     /// Copies the residual rows of `layers`, as they are after the program, in the decodes that follow.

@@ -1,8 +1,8 @@
 //! Where a program runs: on the residual in host memory, or on a copy of it. An executor on the tensor's own device joins here.
 
 use super::table::{Tensor, TensorBytes};
-use crate::program::{GateStates, HookPoint, Program, Row, RowFault};
-use crate::tensor::ResidualMut;
+use crate::program::{Row, RowFault, Scratch, Sequences};
+use crate::tensor::{LayerIndex, ResidualMut};
 use std::fmt;
 
 /// Runs a program at one hook point.
@@ -12,16 +12,17 @@ pub trait Executor: Send {
     /// How the last residual was reached.
     fn kind(&self) -> ExecutorKind;
 
-    /// Reads the gates of `point` from `residual` and patches it. `rows` names its rows, in order.
+    /// Reads the gates of `layer` from `residual` and patches it, each row by the program of its sequence. `rows` names the rows, in order.
+    ///
+    /// What goes wrong with one sequence is latched in `sequences`.
     ///
     /// # Errors
-    /// Whatever keeps a row from being guarded.
+    /// Whatever keeps all rows from being guarded.
     fn run(
         &mut self,
-        program: &Program,
-        point: &HookPoint,
+        layer: LayerIndex,
         rows: &[Row],
-        states: &mut GateStates,
+        sequences: &mut Sequences,
         residual: &mut Tensor<'_>,
     ) -> Result<(), RowFault>;
 }
@@ -49,6 +50,7 @@ impl fmt::Display for ExecutorKind {
 pub struct HostExecutor {
     copy: CopyExecutor,
     copied: bool,
+    scratch: Scratch,
 }
 
 impl Executor for HostExecutor {
@@ -58,10 +60,9 @@ impl Executor for HostExecutor {
 
     fn run(
         &mut self,
-        program: &Program,
-        point: &HookPoint,
+        layer: LayerIndex,
         rows: &[Row],
-        states: &mut GateStates,
+        sequences: &mut Sequences,
         residual: &mut Tensor<'_>,
     ) -> Result<(), RowFault> {
         // SAFETY: the hook checks the shape before it calls an executor, and llama.cpp waits for the callback.
@@ -69,10 +70,10 @@ impl Executor for HostExecutor {
         self.copied = matches!(bytes, TensorBytes::Device);
         match bytes {
             TensorBytes::Host(values) => {
-                program.run(point, rows, states, &mut view(program, values)?)?;
+                sequences.run(layer, rows, &mut view(rows, values)?, &mut self.scratch)?;
                 Ok(())
             }
-            TensorBytes::Device => self.copy.run(program, point, rows, states, residual),
+            TensorBytes::Device => self.copy.run(layer, rows, sequences, residual),
         }
     }
 }
@@ -81,6 +82,7 @@ impl Executor for HostExecutor {
 #[derive(Debug, Default)]
 pub struct CopyExecutor {
     values: Vec<f32>,
+    scratch: Scratch,
 }
 
 impl Executor for CopyExecutor {
@@ -90,16 +92,15 @@ impl Executor for CopyExecutor {
 
     fn run(
         &mut self,
-        program: &Program,
-        point: &HookPoint,
+        layer: LayerIndex,
         rows: &[Row],
-        states: &mut GateStates,
+        sequences: &mut Sequences,
         residual: &mut Tensor<'_>,
     ) -> Result<(), RowFault> {
         self.values.resize(residual.n_elements(), 0.0);
         // SAFETY: the hook checks the shape before it calls an executor.
         unsafe { residual.read(&mut self.values) };
-        if program.run(point, rows, states, &mut view(program, &mut self.values)?)? {
+        if sequences.run(layer, rows, &mut view(rows, &mut self.values)?, &mut self.scratch)? {
             // SAFETY: as above, and llama.cpp waits for the callback.
             unsafe { residual.write(&self.values) };
         }
@@ -107,7 +108,9 @@ impl Executor for CopyExecutor {
     }
 }
 
-fn view<'a>(program: &Program, values: &'a mut [f32]) -> Result<ResidualMut<'a>, RowFault> {
-    let (expected, found) = (program.width().0, values.len());
-    ResidualMut::new(values, expected).map_err(|_| RowFault::Width { expected, found })
+fn view<'a>(rows: &[Row], values: &'a mut [f32]) -> Result<ResidualMut<'a>, RowFault> {
+    let found = values.len();
+    // The hook knows that it is a whole number of rows, and gives a name to each.
+    let width = found.checked_div(rows.len()).unwrap_or(0);
+    ResidualMut::new(values, width).map_err(|_| RowFault::Rows { expected: rows.len(), found })
 }

@@ -57,11 +57,12 @@ impl RowTracker {
         self.rows.clear();
         self.outputs.clear();
         if certain {
-            self.rows.extend(slice.iter().map(BatchRow::known));
-            self.outputs.extend(slice.iter().filter(|row| row.output).map(BatchRow::known));
+            let rows = || slice.iter().enumerate();
+            self.rows.extend(rows().map(|(index, row)| row.known(index)));
+            self.outputs.extend(rows().filter(|(_, row)| row.output).map(|(index, row)| row.known(index)));
         } else {
             let position = |index: usize| TokenPosition(positions.get(index).copied().unwrap_or(1));
-            self.rows.extend((0..n_rows).map(|index| unknown(position(index))));
+            self.rows.extend((0..n_rows).map(|index| unknown(position(index), index)));
         }
     }
 
@@ -72,7 +73,7 @@ impl RowTracker {
         }
         if self.uncertain {
             self.outputs.clear();
-            self.outputs.resize(n_rows, unknown(TokenPosition(1)));
+            self.outputs.extend((0..n_rows).map(|index| unknown(TokenPosition(1), index)));
         }
         (n_rows == self.outputs.len()).then_some(&self.outputs)
     }
@@ -89,14 +90,14 @@ impl RowTracker {
 }
 
 impl BatchRow {
-    fn known(&self) -> Row {
-        Row { sequence: Some(self.sequence), position: self.position, kind: self.kind }
+    fn known(&self, index: usize) -> Row {
+        Row { sequence: Some(self.sequence), position: self.position, kind: self.kind, index }
     }
 }
 
 /// Treated as the end of a prompt, so that interventions on the prompt and on the answer act alike.
-fn unknown(position: TokenPosition) -> Row {
-    Row { sequence: None, position, kind: RowKind::PromptEnd }
+fn unknown(position: TokenPosition, index: usize) -> Row {
+    Row { sequence: None, position, kind: RowKind::PromptEnd, index }
 }
 
 #[cfg(test)]

@@ -20,8 +20,10 @@ pub fn benign_means(
     let ablated: Vec<_> = guard
         .interventions()
         .iter()
-        .filter(|intervention| matches!(intervention.kind, InterventionKind::Ablate { .. }))
-        .map(|intervention| (intervention.name.clone(), &guard.vectors()[intervention.vector]))
+        .filter_map(|intervention| match intervention.kind {
+            InterventionKind::Ablate { vector, .. } => Some((intervention.name.clone(), &guard.vectors()[vector])),
+            _ => None,
+        })
         .collect();
     if ablated.is_empty() {
         return Ok(Vec::new());

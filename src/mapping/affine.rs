@@ -120,10 +120,18 @@ impl AffineMap {
     /// # Panics
     /// If `x` is not [`source_width`](Self::source_width) long.
     pub fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let widened: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        self.apply_f64(&widened).into_iter().map(|y| y as f32).collect()
+    }
+
+    /// [`apply`](Self::apply) with nothing rounded.
+    ///
+    /// # Panics
+    /// If `x` is not [`source_width`](Self::source_width) long.
+    pub fn apply_f64(&self, x: &[f64]) -> Vec<f64> {
         assert_eq!(x.len(), self.source_width(), "a residual of the wrong width");
-        let centred = x.iter().zip(&self.source.mean).map(|(x, mean)| f64::from(*x) - f64::from(*mean));
-        let mapped = self.linear_part(centred);
-        mapped.zip(&self.target.mean).map(|(y, mean)| (f64::from(*mean) + y) as f32).collect()
+        let centred = x.iter().zip(&self.source.mean).map(|(x, mean)| x - f64::from(*mean));
+        self.linear_part(centred).zip(&self.target.mean).map(|(y, mean)| f64::from(*mean) + y).collect()
     }
 
     /// A direction, `[d_s]` to `[d_t]`: `v_t = D_t Wᵀ D_s⁻¹ v_s`, accumulated in `f64`. No mean comes in: a direction is a
@@ -171,7 +179,7 @@ impl AffineMap {
     }
 }
 
-fn check_side(side: &Standardization, mean: &'static str, scale: &'static str) -> Result<(), MappingError> {
+pub(super) fn check_side(side: &Standardization, mean: &'static str, scale: &'static str) -> Result<(), MappingError> {
     let width = side.mean.len().max(1);
     for (what, values) in [(mean, &side.mean), (scale, &side.scale)] {
         if values.len() != width {
@@ -185,7 +193,7 @@ fn check_side(side: &Standardization, mean: &'static str, scale: &'static str) -
     }
 }
 
-fn check_finite(values: &[f32], what: &'static str) -> Result<(), MappingError> {
+pub(super) fn check_finite(values: &[f32], what: &'static str) -> Result<(), MappingError> {
     match values.iter().position(|value| !value.is_finite()) {
         Some(index) => Err(MappingError::NonFinite { what, index, value: values[index] }),
         None => Ok(()),

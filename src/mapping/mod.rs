@@ -1,7 +1,7 @@
 //! Mappings: learnt functions from one model's residuals to another's, and how good they are.
 //!
 //! In: residual rows of two models on the same tokens, and which document each row is from. Out: an [`AffineMap`] and its
-//! [`MappingQuality`]. This room knows nothing of files, tokenizers or models, and draws no randomness of its own: a seed is an
+//! [`MappingQuality`]; an [`Autoencoder`] is trained elsewhere and run here. This room knows nothing of files, tokenizers or models, and draws no randomness of its own: a seed is an
 //! argument.
 //!
 //! Pairing rows ([`align_tokens`] says which tokens belong together) and leaving out the first position of every sequence, whose
@@ -9,10 +9,12 @@
 
 mod affine;
 mod align;
+mod autoencoder;
 mod ridge;
 
 pub use affine::{AffineMap, Standardization};
 pub use align::align_tokens;
+pub use autoencoder::{Autoencoder, AutoencoderQuality, AutoencoderWeights, ResidualMap};
 pub use ridge::{FitQuality, MappingQuality, RidgeOptions, SourceFit};
 
 /// Why a mapping could not be fitted or made.

@@ -1,5 +1,9 @@
-use super::{Gate, HookPoint, Patch, PatchKind, Program, Readout, Response};
-use crate::guard::{Aggregate, Guard, InterventionKind, OnError};
+use super::fuse::fuse;
+use super::{
+    Condition, Gate, GuardInfo, HookPoint, LowRank, Op, Patch, Program, Readout, Response, Rotate, Scope, Write,
+};
+use crate::guard::{Aggregate, GateScope, Guard, Intervention, InterventionKind, Positions};
+use crate::mapping::ResidualMap;
 use crate::tensor::{self, HiddenSize, LayerIndex};
 use std::collections::BTreeMap;
 
@@ -23,148 +27,314 @@ pub enum Calibration {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompileError {
-    #[error("guard `{guard}`: vector `{vector}` acts at layer {layer}, but the model's layers are 0 to {last}")]
-    Layer { guard: String, vector: String, layer: LayerIndex, last: u32 },
-    #[error("guard `{guard}`: vector `{vector}` has {found} values, but the model's residual has {expected}")]
-    Width { guard: String, vector: String, expected: HiddenSize, found: usize },
+    #[error("guard `{guard}`: {what} acts at layer {layer}, but the model's layers are 0 to {last}")]
+    Layer { guard: String, what: String, layer: LayerIndex, last: u32 },
+    #[error("guard `{guard}`: {what} has {found} values, but the model's residual has {expected}")]
+    Width { guard: String, what: String, expected: HiddenSize, found: usize },
     #[error("guard `{guard}`: gate `{gate}` is not calibrated: it has no `{missing}`; run `pilotfish calibrate`")]
     NotCalibrated { guard: String, gate: String, missing: &'static str },
     #[error(
-        "guard `{guard}`: gate `{gate}` takes the {aggregate} over the prompt at layer {layer}, the model's last, where llama.cpp keeps only the prompt's last token; use `last`, or an earlier layer"
+        "guard `{guard}`: gate `{gate}` takes {reads} at layer {layer}, the model's last, where llama.cpp keeps only tokens with logits; use an earlier layer, or `last`"
     )]
-    LastLayer { guard: String, gate: String, aggregate: &'static str, layer: LayerIndex },
+    LastLayer { guard: String, gate: String, reads: &'static str, layer: LayerIndex },
     #[error("guard `{guard}`: vector `{vector}` has no direction: its norm is zero or not finite")]
     NoDirection { guard: String, vector: String },
+    #[error(
+        "guard `{guard}`: intervention `{intervention}` acts at layer {layer}, before gate `{gate}` is read at layer {read}: move it to layer {read} or later, or let it act on generated tokens alone and the gate decide over the prompt"
+    )]
+    BeforeGate { guard: String, intervention: String, layer: LayerIndex, gate: String, read: LayerIndex },
+    #[error("layer {layer} has two switches, {first} and {second}: the second would undo the first; leave one out")]
+    TwoSwitches { layer: LayerIndex, first: String, second: String },
+    #[error("guard `{name}` is there twice")]
+    SameGuard { name: String },
+    #[error("guard `{guard}`: intervention `{intervention}` has values that do not fit in `f32`")]
+    Overflow { guard: String, intervention: String },
 }
 
 impl Program {
     /// A program that reads and patches nothing, for reading activations through the hook.
     pub fn observer(shape: ModelShape) -> Self {
-        Self {
-            guard: "observer".into(),
-            width: shape.n_embd,
-            on_error: OnError::Block,
-            message: None,
-            gates: Vec::new(),
-            points: Vec::new(),
-        }
+        Self { guards: Vec::new(), width: shape.n_embd, gates: Vec::new(), points: Vec::new() }
     }
 
     /// Compiles `guard` for a model of `shape`.
     ///
-    /// Gates of a layer are read before its patches act. Patches act in the order of the guard's interventions. An
-    /// intervention of strength 0 compiles to nothing, so that it leaves the residual as it is to the last bit.
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    pub fn compile(guard: &Guard, shape: ModelShape, calibration: Calibration) -> Result<Self, CompileError> {
+        Self::stack(&[guard], shape, calibration)
+    }
+
+    /// Compiles `guards` into one program for a model of `shape`. They act in the order given.
+    ///
+    /// All gates of a layer are read before any patch of that layer acts, also those of other guards, and after the patches of earlier
+    /// layers. Patches act in the order of the guards, within one in the order of its interventions. An intervention of strength 0 compiles
+    /// to nothing, so that it leaves the residual as it is to the last bit.
     ///
     /// # Errors
-    /// A layer or width that the model does not have, or a gate without calibration where it is required.
-    pub fn compile(guard: &Guard, shape: ModelShape, calibration: Calibration) -> Result<Self, CompileError> {
-        for vector in guard.vectors() {
-            if vector.layer.0 >= shape.n_layer {
-                return Err(CompileError::Layer {
-                    guard: guard.name().into(),
-                    vector: vector.name.clone(),
-                    layer: vector.layer,
-                    last: shape.n_layer - 1,
-                });
+    /// A layer or width that the model does not have, a gate without calibration where it is required, an intervention before a gate that
+    /// it waits for, two switches at one layer, or one guard twice.
+    pub fn stack(guards: &[&Guard], shape: ModelShape, calibration: Calibration) -> Result<Self, CompileError> {
+        let mut program = Self::observer(shape);
+        let mut points = BTreeMap::new();
+        let mut switches = BTreeMap::<LayerIndex, String>::new();
+        for (index, guard) in guards.iter().enumerate() {
+            if guards[..index].iter().any(|other| other.name() == guard.name()) {
+                return Err(CompileError::SameGuard { name: guard.name().into() });
             }
-            if vector.direction.len() != shape.n_embd.0 {
-                return Err(CompileError::Width {
-                    guard: guard.name().into(),
-                    vector: vector.name.clone(),
-                    expected: shape.n_embd,
-                    found: vector.direction.len(),
-                });
+            let compiling = Compiling { guard, shape, calibration, stacked: guards.len() > 1 };
+            compiling.check_shape()?;
+            let first_gate = program.gates.len();
+            for gate in guard.gates() {
+                let (compiled, direction) = compiling.gate(index, gate)?;
+                let readout = Readout { gate: program.gates.len(), direction };
+                point_at(&mut points, compiled.layer).readouts.push(readout);
+                program.gates.push(compiled);
             }
-        }
-        let unit = |vector: usize, direction: &[f32]| {
-            let no_direction = || CompileError::NoDirection {
-                guard: guard.name().into(),
-                vector: guard.vectors()[vector].name.clone(),
-            };
-            Ok(tensor::unit(direction).ok_or_else(no_direction)?.into_boxed_slice())
-        };
-
-        let mut points = BTreeMap::<LayerIndex, HookPoint>::new();
-        let mut point_at = |layer: LayerIndex, part: Part| {
-            let point = points.entry(layer).or_insert(HookPoint { layer, readouts: Vec::new(), patches: Vec::new() });
-            match part {
-                Part::Readout(readout) => point.readouts.push(readout),
-                Part::Patch(patch) => point.patches.push(patch),
-            }
-        };
-
-        let mut gates = Vec::with_capacity(guard.gates().len());
-        for (index, gate) in guard.gates().iter().enumerate() {
-            let missing =
-                |missing| CompileError::NotCalibrated { guard: guard.name().into(), gate: gate.name.clone(), missing };
-            let layer = guard.vectors()[gate.vector].layer;
-            let aggregate = match gate.aggregate {
-                Aggregate::Last => None,
-                Aggregate::Mean => Some("mean"),
-                Aggregate::Max => Some("maximum"),
-            };
-            if let Some(aggregate) = aggregate.filter(|_| layer.0 + 1 == shape.n_layer) {
-                let (guard, gate) = (guard.name().into(), gate.name.clone());
-                return Err(CompileError::LastLayer { guard, gate, aggregate, layer });
-            }
-            let (mean, deviation, threshold) = match calibration {
-                Calibration::Ignored => (0.0, 1.0, None),
-                Calibration::Required => {
-                    let benign = gate.calibration.ok_or_else(|| missing("mean` and `deviation"))?;
-                    let threshold = gate.threshold.ok_or_else(|| missing("threshold"))?;
-                    (benign.mean, benign.deviation, Some(threshold))
+            for intervention in guard.interventions().iter().filter(|intervention| intervention.strength != 0.0) {
+                let layer = guard.layer_of(intervention);
+                compiling.check_order(intervention, layer)?;
+                if matches!(intervention.kind, InterventionKind::Switch { .. }) {
+                    let name = format!("`{}` of guard `{}`", intervention.name, guard.name());
+                    if let Some(first) = switches.insert(layer, name.clone()) {
+                        return Err(CompileError::TwoSwitches { layer, first, second: name });
+                    }
                 }
-            };
-            gates.push(Gate {
-                name: gate.name.clone(),
-                layer,
-                aggregate: gate.aggregate,
-                mean,
-                deviation,
-                threshold,
-                on_fire: gate.on_fire,
-            });
-            point_at(layer, Part::Readout(Readout { gate: index, direction: unit(gate.vector, &gate.direction)? }));
-        }
-
-        for intervention in guard.interventions() {
-            let strength = intervention.strength;
-            if strength == 0.0 {
-                continue;
+                let condition = Condition {
+                    positions: intervention.positions,
+                    when: intervention.when.as_ref().map(|rule| rule.shifted(first_gate)),
+                    first_position: intervention.first_position,
+                };
+                let patch = Patch { op: compiling.op(intervention)?, condition };
+                point_at(&mut points, layer).patches.push(patch);
             }
-            let vector = &guard.vectors()[intervention.vector];
-            let kind = match intervention.kind {
-                InterventionKind::Add => PatchKind::Shift(vector.direction.iter().map(|x| strength * x).collect()),
-                InterventionKind::Ablate { mean } => PatchKind::RankOne {
-                    direction: unit(intervention.vector, &vector.direction)?,
-                    response: Response::Recentre { target: mean as f32, strength },
-                },
-                InterventionKind::Clamp { low, high } => PatchKind::RankOne {
-                    direction: unit(intervention.vector, &vector.direction)?,
-                    response: Response::Clip { low: low as f32, high: high as f32, strength },
-                },
-            };
-            let patch = Patch {
-                kind,
-                positions: intervention.positions,
-                when: intervention.when,
-                first_position: intervention.first_position,
-            };
-            point_at(vector.layer, Part::Patch(patch));
+            program.guards.push(GuardInfo {
+                name: guard.name().into(),
+                content_hash: guard.content_hash(),
+                on_error: guard.on_error(),
+                message: guard.message().map(Into::into),
+            });
         }
-
-        Ok(Self {
-            guard: guard.name().into(),
-            width: shape.n_embd,
-            on_error: guard.on_error(),
-            message: guard.message().map(Into::into),
-            gates,
-            points: points.into_values().collect(),
-        })
+        for mut point in points.into_values() {
+            point.patches = fuse(point.patches, shape.n_embd.0);
+            program.points.push(point);
+        }
+        Ok(program)
     }
 }
 
-enum Part {
-    Readout(Readout),
-    Patch(Patch),
+fn point_at(points: &mut BTreeMap<LayerIndex, HookPoint>, layer: LayerIndex) -> &mut HookPoint {
+    points.entry(layer).or_insert_with(|| HookPoint { layer, readouts: Vec::new(), patches: Vec::new() })
+}
+
+/// One guard on its way into a program.
+struct Compiling<'a> {
+    guard: &'a Guard,
+    shape: ModelShape,
+    calibration: Calibration,
+    /// Whether other guards are in the program too.
+    stacked: bool,
+}
+
+impl Compiling<'_> {
+    fn name(&self) -> String {
+        self.guard.name().to_owned()
+    }
+
+    fn check_shape(&self) -> Result<(), CompileError> {
+        let vectors = self.guard.vectors().iter();
+        let vectors = vectors.map(|vector| ("vector", &vector.name, vector.layer, vector.direction.len()));
+        let maps = self.guard.switches().iter();
+        let maps = maps.map(|switch| ("mapping", &switch.name, switch.map.source_layer(), switch.map.target_width()));
+        for (what, name, layer, found) in vectors.chain(maps) {
+            let what = || format!("{what} `{name}`");
+            if layer.0 >= self.shape.n_layer {
+                let last = self.shape.n_layer - 1;
+                return Err(CompileError::Layer { guard: self.name(), what: what(), layer, last });
+            }
+            if found != self.shape.n_embd.0 {
+                let expected = self.shape.n_embd;
+                return Err(CompileError::Width { guard: self.name(), what: what(), expected, found });
+            }
+        }
+        Ok(())
+    }
+
+    fn unit(&self, vector: usize, direction: &[f32]) -> Result<Box<[f32]>, CompileError> {
+        let no_direction =
+            || CompileError::NoDirection { guard: self.name(), vector: self.guard.vectors()[vector].name.clone() };
+        Ok(tensor::unit(direction).ok_or_else(no_direction)?.into_boxed_slice())
+    }
+
+    fn gate(&self, guard: usize, gate: &crate::guard::Gate) -> Result<(Gate, Box<[f32]>), CompileError> {
+        let layer = self.guard.vectors()[gate.vector].layer;
+        let reads = match gate.scope {
+            GateScope::Prompt(Aggregate::Last) => None,
+            GateScope::Prompt(Aggregate::Mean) => Some("the mean over the prompt"),
+            GateScope::Prompt(Aggregate::Max) => Some("the maximum over the prompt"),
+            GateScope::Token { .. } => Some("each token"),
+        };
+        if let Some(reads) = reads.filter(|_| layer.0 + 1 == self.shape.n_layer) {
+            return Err(CompileError::LastLayer { guard: self.name(), gate: gate.name.clone(), reads, layer });
+        }
+        let missing = |missing| CompileError::NotCalibrated { guard: self.name(), gate: gate.name.clone(), missing };
+        let (mean, deviation, threshold) = match self.calibration {
+            Calibration::Ignored => (0.0, 1.0, None),
+            Calibration::Required => {
+                let benign = gate.calibration.ok_or_else(|| missing("mean` and `deviation"))?;
+                let threshold = gate.threshold.ok_or_else(|| missing("threshold"))?;
+                (benign.mean, benign.deviation, Some(threshold))
+            }
+        };
+        let scope = match gate.scope {
+            GateScope::Prompt(aggregate) => Scope::Prompt(aggregate),
+            GateScope::Token { positions, release } => {
+                // A threshold lowered since by calibration takes the release with it.
+                let threshold = threshold.unwrap_or(f64::INFINITY);
+                Scope::Token { positions, release: release.unwrap_or(threshold).min(threshold) }
+            }
+        };
+        let name = if self.stacked { format!("{}/{}", self.guard.name(), gate.name) } else { gate.name.clone() };
+        let compiled = Gate { name, guard, layer, scope, mean, deviation, threshold, on_fire: gate.on_fire };
+        Ok((compiled, self.unit(gate.vector, &gate.direction)?))
+    }
+
+    /// An intervention and the gates that it waits for may share a layer, where gates come first. One on generated tokens alone may lie
+    /// before gates of the prompt, which have decided when the first of them comes.
+    fn check_order(&self, intervention: &Intervention, layer: LayerIndex) -> Result<(), CompileError> {
+        for gate in intervention.when.iter().flat_map(crate::guard::Rule::gates) {
+            let gate = &self.guard.gates()[gate];
+            let read = self.guard.vectors()[gate.vector].layer;
+            let decided = intervention.positions == Positions::Generated && matches!(gate.scope, GateScope::Prompt(_));
+            if layer < read && !decided {
+                return Err(CompileError::BeforeGate {
+                    guard: self.name(),
+                    intervention: intervention.name.clone(),
+                    layer,
+                    gate: gate.name.clone(),
+                    read,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn op(&self, intervention: &Intervention) -> Result<Op, CompileError> {
+        let strength = intervention.strength;
+        let vector = |index: usize| &self.guard.vectors()[index].direction;
+        let op = match intervention.kind {
+            InterventionKind::Add { vector: index } => {
+                let bias = vector(index).iter().map(|x| strength * x).collect();
+                LowRank {
+                    keep: 1.0,
+                    read: Box::default(),
+                    offset: Box::default(),
+                    response: Box::default(),
+                    write: Write::Columns(Box::default()),
+                    bias: Some(bias),
+                }
+            }
+            // `x + s (b − v̂·x) v̂` is one column of `−s v̂`, which `v̂·x − b` multiplies.
+            InterventionKind::Ablate { vector: index, mean } => {
+                let unit = self.unit(index, vector(index))?;
+                rank_one(unit, -mean, Response::Identity, -strength)
+            }
+            InterventionKind::Clamp { vector: index, low, high } => {
+                let unit = self.unit(index, vector(index))?;
+                rank_one(unit, 0.0, Response::Clip { low: low as f32, high: high as f32 }, strength)
+            }
+            InterventionKind::Rotate { vector: index, angle } => {
+                let (sin, cos) = (f64::from(strength) * angle).clamp(-180.0, 180.0).to_radians().sin_cos();
+                let direction = self.unit(index, vector(index))?;
+                return Ok(Op::Rotate(Rotate { direction, sin: sin as f32, cos: cos as f32 }));
+            }
+            InterventionKind::Switch { map } => switch(&self.guard.switches()[map].map, f64::from(strength)),
+        };
+        if op.is_finite() {
+            return Ok(Op::LowRank(op));
+        }
+        Err(CompileError::Overflow { guard: self.name(), intervention: intervention.name.clone() })
+    }
+}
+
+fn rank_one(unit: Box<[f32]>, offset: f64, response: Response, scale: f32) -> LowRank {
+    LowRank {
+        keep: 1.0,
+        offset: Box::new([offset as f32]),
+        response: Box::new([response]),
+        write: Write::Columns(unit.iter().map(|v| scale * v).collect()),
+        read: unit,
+        bias: None,
+    }
+}
+
+/// `x + λ (f(x) − x)`, standardization folded in.
+fn switch(map: &ResidualMap, strength: f64) -> LowRank {
+    let keep = (1.0 - strength) as f32;
+    match map {
+        ResidualMap::Affine(map) => {
+            let width = map.source_width();
+            let (source, target, weight) = (map.source(), map.target(), map.weight());
+            let mut read = Vec::with_capacity(width * width);
+            let mut offset = Vec::with_capacity(width);
+            for out in 0..width {
+                let scale = f64::from(target.scale[out]);
+                let mut constant = f64::from(target.mean[out]);
+                for from in 0..width {
+                    let a = scale * f64::from(weight[from * width + out]) / f64::from(source.scale[from]);
+                    constant -= a * f64::from(source.mean[from]);
+                    read.push(a as f32);
+                }
+                offset.push(constant as f32);
+            }
+            LowRank {
+                keep,
+                read: read.into(),
+                response: vec![Response::Identity; offset.len()].into(),
+                offset: offset.into(),
+                write: Write::Scaled(strength as f32),
+                bias: None,
+            }
+        }
+        ResidualMap::Autoencoder(map) => {
+            let (width, hidden) = (map.source_width(), map.hidden_width());
+            let (source, target, weights) = (map.source(), map.target(), map.weights());
+            let mut read = Vec::with_capacity(hidden * width);
+            let mut offset = Vec::with_capacity(hidden);
+            for (row, bias) in weights.encoder.chunks_exact(width).zip(&weights.encoder_bias) {
+                let mut constant = f64::from(*bias);
+                for (weight, (mean, scale)) in row.iter().zip(source.mean.iter().zip(&source.scale)) {
+                    let a = f64::from(*weight) / f64::from(*scale);
+                    constant -= a * f64::from(*mean);
+                    read.push(a as f32);
+                }
+                offset.push(constant as f32);
+            }
+            let scaled = |out: usize, value: f32| strength * f64::from(target.scale[out]) * f64::from(value);
+            let columns = (0..hidden)
+                .flat_map(|unit| (0..width).map(move |out| scaled(out, weights.decoder[out * hidden + unit]) as f32));
+            let bias = (0..width)
+                .map(|out| (strength * f64::from(target.mean[out]) + scaled(out, weights.decoder_bias[out])) as f32);
+            LowRank {
+                keep,
+                read: read.into(),
+                offset: offset.into(),
+                response: vec![Response::Relu; hidden].into(),
+                write: Write::Columns(columns.collect()),
+                bias: Some(bias.collect()),
+            }
+        }
+    }
+}
+
+impl LowRank {
+    fn is_finite(&self) -> bool {
+        let columns = match &self.write {
+            Write::Columns(columns) => columns,
+            Write::Scaled(scale) => std::slice::from_ref(scale),
+        };
+        let bias = self.bias.as_deref().unwrap_or_default();
+        let all = [&*self.read, &self.offset, columns, bias, std::slice::from_ref(&self.keep)];
+        all.iter().all(|values| values.iter().all(|value| value.is_finite()))
+    }
 }

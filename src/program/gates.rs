@@ -1,7 +1,6 @@
-use super::{Gate, Program};
-use crate::guard::{Aggregate, OnFire, Positions};
+use super::{Gate, Scope};
+use crate::guard::{Aggregate, Positions, Truth};
 use crate::tensor::{SequenceId, TokenPosition};
-use std::collections::BTreeMap;
 
 /// What a row of the residual is, as far as a program needs to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,6 +9,8 @@ pub struct Row {
     pub sequence: Option<SequenceId>,
     pub position: TokenPosition,
     pub kind: RowKind,
+    /// Number of the row in its micro-batch, the same at every layer.
+    pub index: usize,
 }
 
 /// A row's place between prompt and answer.
@@ -24,8 +25,8 @@ pub enum RowKind {
 }
 
 impl Positions {
-    /// Whether an intervention with these positions acts on a row of `kind`. The answer is predicted from the last row of
-    /// the prompt on, so that row is both of the prompt and of what is generated.
+    /// Whether what has these positions acts on a row of `kind`. The answer is predicted from the last row of the prompt on, so that row is
+    /// both of the prompt and of what is generated.
     pub(super) fn cover(self, kind: RowKind) -> bool {
         match self {
             Self::All => true,
@@ -35,134 +36,126 @@ impl Positions {
     }
 }
 
-/// A prompt gate's decision for a sequence. It holds until the sequence is cleared.
+/// A gate's decision for a sequence. It holds until the sequence is cleared.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GateDecision {
-    /// In benign standard deviations from the benign mean. `None` where nothing could be read, which counts as fired.
+    /// In benign standard deviations from the benign mean; of a gate of scope `token` the highest yet. `None` where nothing could be read
+    /// for certain, which counts as fired.
     pub score: Option<f64>,
+    /// Whether the gate has fired, at any token.
     pub fired: bool,
 }
 
-/// The gates of every live sequence.
-#[derive(Debug, Default, Clone)]
-pub struct GateStates {
-    sequences: BTreeMap<SequenceId, Vec<GateState>>,
-}
-
+/// A gate of one sequence.
 #[derive(Debug, Clone, Copy)]
-struct GateState {
+pub(super) struct GateState {
     sum: f64,
     max: f64,
     last: f64,
     count: u32,
     decision: Option<GateDecision>,
-    /// Whether the decision fell in the current decode.
+    /// Whether a decision on the prompt fell in the current decode.
     fresh: bool,
+    /// Scope `token`: whether the last token that was read left the gate open.
+    open: bool,
 }
 
-const UNREAD: GateState =
-    GateState { sum: 0.0, max: f64::NEG_INFINITY, last: 0.0, count: 0, decision: None, fresh: false };
+pub(super) const UNREAD: GateState =
+    GateState { sum: 0.0, max: f64::NEG_INFINITY, last: 0.0, count: 0, decision: None, fresh: false, open: false };
 
-impl GateStates {
-    /// Forgets `sequence`: its next row starts a new prompt.
-    pub fn clear(&mut self, sequence: SequenceId) {
-        self.sequences.remove(&sequence);
+/// What a rule over gates is to a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// The gate has not decided for this row: rules that ask it do not act.
+    Undecided,
+    Decided(Truth),
+}
+
+impl GateState {
+    pub fn begin_decode(&mut self) {
+        self.fresh = false;
     }
 
-    pub fn clear_all(&mut self) {
-        self.sequences.clear();
+    /// Projections of a further prompt are gathered anew; what has fired stays fired.
+    pub fn begin_prompt(&mut self) {
+        *self = Self { decision: self.decision.filter(|decision| decision.fired), open: self.open, ..UNREAD };
     }
 
-    /// Prepares `sequence` for a decode: makes room for it, so that no row of it allocates.
-    pub fn open(&mut self, program: &Program, sequence: SequenceId) {
-        let states = self.sequences.entry(sequence).or_insert_with(|| vec![UNREAD; program.gates.len()]);
-        states.iter_mut().for_each(|state| state.fresh = false);
-    }
-
-    /// Gives `to` the gate states of `from`, as llama.cpp's KV copy gives it the cells.
-    pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
-        if let Some(states) = self.sequences.get(&from).cloned() {
-            self.sequences.insert(to, states);
-        }
-    }
-
-    /// Prepares `sequence` for a further prompt (another turn): projections are gathered anew, and a gate that has fired stays fired.
-    pub fn begin_prompt(&mut self, sequence: SequenceId) {
-        for state in self.sequences.get_mut(&sequence).into_iter().flatten() {
-            *state = GateState { decision: state.decision.filter(|decision| decision.fired), ..UNREAD };
-        }
-    }
-
-    /// Takes the projection of one row into `gate`, and decides at the end of the prompt.
-    pub(super) fn read(&mut self, gates: &[Gate], gate: usize, row: &Row, projection: f64) {
-        let Some(sequence) = row.sequence else { return };
-        if row.kind == RowKind::Generated {
-            return;
-        }
-        let Some(state) = self.sequences.get_mut(&sequence).and_then(|states| states.get_mut(gate)) else { return };
-        if !row.position.is_sink() {
-            state.sum += projection;
-            state.max = state.max.max(projection);
-            state.last = projection;
-            state.count += 1;
-        }
-        if row.kind == RowKind::PromptEnd {
-            let fired_before = state.decision.is_some_and(|decision| decision.fired);
-            let mut decision = state.decide(&gates[gate]);
-            decision.fired |= fired_before;
-            state.decision = Some(decision);
-            state.fresh = !fired_before;
-        }
-    }
-
-    /// Fires every gate of `sequence`, whatever it reads: for rows whose sequence is uncertain.
-    pub fn fire_all(&mut self, program: &Program, sequence: SequenceId) {
-        self.open(program, sequence);
-        for state in self.sequences.get_mut(&sequence).into_iter().flatten() {
-            let score = state.decision.and_then(|decision| decision.score);
-            state.decision = Some(GateDecision { score, fired: true });
-        }
-    }
-
-    /// Whether `gate` is open for `row`. A gate that has not decided yet is closed, and so is one that decided in this decode for the
-    /// tokens of the prompt before its last: llama.cpp may compute these after the decision, at a later layer, or before it, as it cuts
-    /// the prompt. A row without a sequence opens every gate.
-    pub(super) fn is_open(&self, gate: usize, row: &Row) -> bool {
-        match row.sequence {
-            None => true,
-            Some(sequence) => {
-                let state = self.sequences.get(&sequence).and_then(|states| states.get(gate));
-                state.is_some_and(|state| {
-                    let fired = state.decision.is_some_and(|decision| decision.fired);
-                    fired && !(state.fresh && row.kind == RowKind::Prompt)
-                })
+    /// Takes the projection of one row, and decides: at the end of the prompt, or for this token. Returns whether the gate, of scope
+    /// `token`, is open for the row.
+    pub fn read(&mut self, gate: &Gate, row: &Row, projection: f64) -> bool {
+        match gate.scope {
+            Scope::Prompt(aggregate) => {
+                self.read_prompt(gate, aggregate, row, projection);
+                false
+            }
+            Scope::Token { positions, release } => {
+                if positions.cover(row.kind) && !row.position.is_sink() {
+                    self.read_token(gate, release, projection);
+                }
+                self.open
             }
         }
     }
 
-    /// The decision of gate number `gate` for `sequence`, or `None` before the end of its prompt.
-    pub fn decision(&self, sequence: SequenceId, gate: usize) -> Option<GateDecision> {
-        self.sequences.get(&sequence)?.get(gate)?.decision
+    fn read_prompt(&mut self, gate: &Gate, aggregate: Aggregate, row: &Row, projection: f64) {
+        if row.kind == RowKind::Generated {
+            return;
+        }
+        if !row.position.is_sink() {
+            self.sum += projection;
+            self.max = self.max.max(projection);
+            self.last = projection;
+            self.count += 1;
+        }
+        if row.kind == RowKind::PromptEnd {
+            let fired_before = self.decision.is_some_and(|decision| decision.fired);
+            let aggregate = match (self.count, aggregate) {
+                (0, _) => None,
+                (_, Aggregate::Last) => Some(self.last),
+                (count, Aggregate::Mean) => Some(self.sum / f64::from(count)),
+                (_, Aggregate::Max) => Some(self.max),
+            };
+            let score = aggregate.map(|aggregate| (aggregate - gate.mean) / gate.deviation);
+            let over = |threshold| score.is_none_or(|score| score >= threshold);
+            let fired = fired_before || gate.threshold.is_some_and(over);
+            self.decision = Some(GateDecision { score, fired });
+            self.fresh = !fired_before;
+        }
     }
 
-    /// The first fired gate of `sequence` that blocks.
-    pub fn blocked_by<'p>(&self, program: &'p Program, sequence: SequenceId) -> Option<&'p Gate> {
-        program.gates.iter().enumerate().find_map(|(index, gate)| {
-            let fired = self.decision(sequence, index).is_some_and(|decision| decision.fired);
-            (fired && gate.on_fire == OnFire::Block).then_some(gate)
-        })
+    fn read_token(&mut self, gate: &Gate, release: f64, projection: f64) {
+        let score = (projection - gate.mean) / gate.deviation;
+        self.open = gate.threshold.is_some_and(|threshold| score >= if self.open { release } else { threshold });
+        let before = self.decision.unwrap_or(GateDecision { score: Some(f64::NEG_INFINITY), fired: false });
+        let highest = before.score.map(|before| before.max(score));
+        self.decision = Some(GateDecision { score: highest, fired: before.fired || self.open });
     }
-}
 
-impl GateState {
-    fn decide(&self, gate: &Gate) -> GateDecision {
-        let aggregate = match (self.count, gate.aggregate) {
-            (0, _) => return GateDecision { score: None, fired: gate.threshold.is_some() },
-            (_, Aggregate::Last) => self.last,
-            (count, Aggregate::Mean) => self.sum / f64::from(count),
-            (_, Aggregate::Max) => self.max,
-        };
-        let score = (aggregate - gate.mean) / gate.deviation;
-        GateDecision { score: Some(score), fired: gate.threshold.is_some_and(|threshold| score >= threshold) }
+    /// Counts as fired, whatever was read.
+    pub fn fire(&mut self) {
+        self.decision = Some(GateDecision { score: None, fired: true });
+        self.open = true;
+    }
+
+    pub fn decision(&self) -> Option<GateDecision> {
+        self.decision
+    }
+
+    /// What the gate says for `row`, `open` being what its tokens' own reading said there.
+    ///
+    /// A prompt gate that decided in this decode has not for the tokens of the prompt before its last: llama.cpp may compute these after
+    /// the decision, at a later layer, or before it, as it cuts the prompt.
+    pub fn standing(&self, gate: &Gate, row: &Row, open: bool) -> Standing {
+        if matches!(gate.scope, Scope::Token { .. }) {
+            let unreadable = self.decision.is_some_and(|decision| decision.score.is_none());
+            return Standing::Decided(if unreadable { Truth::Unknown } else { open.into() });
+        }
+        match self.decision {
+            None => Standing::Undecided,
+            Some(_) if self.fresh && row.kind == RowKind::Prompt => Standing::Undecided,
+            Some(GateDecision { score: None, fired: true }) => Standing::Decided(Truth::Unknown),
+            Some(GateDecision { fired, .. }) => Standing::Decided(fired.into()),
+        }
     }
 }

@@ -1,96 +1,215 @@
-//! The program on residual rows in host memory, in place and without allocating.
+//! Programs on residual rows in host memory, in place; decoding allocates nothing once the buffers have grown.
 
-use super::{GateStates, HookPoint, PatchKind, Program, Row};
-use crate::tensor::{ResidualMut, axpy, dot};
+use super::{HookPoint, LowRank, Op, Patch, Rotate, Row, Sequences, Write};
+use crate::guard::OnError;
+use crate::tensor::{LayerIndex, ResidualMut, all_finite, axpy, dot};
+use nalgebra::{DMatrixView, DMatrixViewMut, Dyn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
-/// Why a row could not be guarded.
+/// Why rows could not be guarded.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RowFault {
-    #[error("row {row} of the residual holds a value that is not finite")]
-    NonFinite { row: usize },
+    #[error("the residual at position {position} holds a value that is not finite")]
+    NonFinite { position: i32 },
     #[error("the residual has {found} values a row, the program was compiled for {expected}")]
     Width { expected: usize, found: usize },
     #[error("the residual has {found} rows, but {expected} rows are known")]
     Rows { expected: usize, found: usize },
+    #[error("it is uncertain which rows are whose, and the batch's sequences have different programs")]
+    Uncertain,
+    #[error("the guard panicked: {message}")]
+    Panic { message: String },
+    #[error("the device failed: {reason}")]
+    Device { reason: String },
 }
 
-impl Program {
-    /// Reads the gates of `point` from `residual` (`[rows.len(), width]`), then patches it in place. Returns whether any row was patched.
+/// Buffers that runs use again.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    projections: Vec<f32>,
+}
+
+/// Rows and columns from which a matrix product is worth its packing.
+const GEMM_ROWS: usize = 4;
+const GEMM_RANK: usize = 16;
+
+impl Sequences {
+    /// Reads the gates of `layer` from `residual` (`[rows.len(), width]`), then patches it in place, each row by its sequence's program. Returns
+    /// whether any row was changed.
     ///
-    /// Projections accumulate in `f32` ([`dot`]), gate aggregates in `f64`.
+    /// Projections accumulate in `f32` ([`dot`]), gate aggregates in `f64`. What goes wrong with one sequence's rows, a panic too, is
+    /// latched for that sequence; its rows become zero, so that they spoil nobody else's attention, and the other rows are guarded.
     ///
     /// # Errors
-    /// A shape that the program was not compiled for, or a value that is not finite in any row; the rows may then be patched in part.
+    /// A shape that makes no sense for any row. Some rows may then be patched.
     pub fn run(
-        &self,
-        point: &HookPoint,
+        &mut self,
+        layer: LayerIndex,
         rows: &[Row],
-        states: &mut GateStates,
         residual: &mut ResidualMut<'_>,
+        scratch: &mut Scratch,
     ) -> Result<bool, RowFault> {
-        if residual.width() != self.width.0 {
-            return Err(RowFault::Width { expected: self.width.0, found: residual.width() });
-        }
         if residual.n_rows() != rows.len() {
             return Err(RowFault::Rows { expected: rows.len(), found: residual.n_rows() });
         }
-        let mut patched = false;
-        for (index, row) in rows.iter().enumerate() {
-            let values = residual.row_mut(index);
-            if !all_finite(values) {
-                return Err(RowFault::NonFinite { row: index });
+        let mut changed = false;
+        let mut start = 0;
+        for group in rows.chunk_by(|a, b| a.sequence == b.sequence) {
+            let range = start..start + group.len();
+            start = range.end;
+            let sequence = group[0].sequence;
+            let Some(program) = self.program_of_rows(sequence).map(Arc::clone) else {
+                self.fail(sequence, layer, &RowFault::Uncertain);
+                continue;
+            };
+            let Some(point) = program.point(layer).filter(|_| !self.has_failed(sequence)) else { continue };
+            if residual.width() != program.width.0 {
+                return Err(RowFault::Width { expected: program.width.0, found: residual.width() });
             }
-            for readout in &point.readouts {
-                states.read(&self.gates, readout.gate, row, f64::from(dot(&readout.direction, values)));
-            }
-            for patch in &point.patches {
-                let covered = patch.positions.cover(row.kind) && (patch.first_position || !row.position.is_sink());
-                if !covered || patch.when.is_some_and(|gate| !states.is_open(gate, row)) {
+            let values = residual.rows_mut(range);
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.run_group(point, group, values, scratch)));
+            let fault = match outcome {
+                Ok(Ok(patched)) => {
+                    changed |= patched;
                     continue;
                 }
-                match &patch.kind {
-                    PatchKind::Shift(shift) => axpy(1.0, shift, values),
-                    PatchKind::RankOne { direction, response } => {
-                        axpy(response.at(dot(direction, values)), direction, values);
-                    }
+                Ok(Err(fault)) => fault,
+                Err(payload) => RowFault::Panic { message: panic_message(&*payload) },
+            };
+            self.fail(sequence, layer, &fault);
+            if program.on_error() == OnError::Block {
+                values.fill(0.0);
+                changed = true;
+            }
+        }
+        Ok(changed)
+    }
+
+    /// [`run`](Self::run) for rows of one sequence, or of none.
+    fn run_group(
+        &mut self,
+        point: &HookPoint,
+        rows: &[Row],
+        values: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<bool, RowFault> {
+        let width = values.len() / rows.len();
+        for (row, values) in rows.iter().zip(values.chunks_exact(width)) {
+            if !all_finite(values) {
+                return Err(RowFault::NonFinite { position: row.position.0 });
+            }
+            for readout in &point.readouts {
+                self.read(row, readout.gate, f64::from(dot(&readout.direction, values)));
+            }
+        }
+        let mut patched = false;
+        for Patch { op, condition } in &point.patches {
+            let mut start = 0;
+            while start < rows.len() {
+                let n = rows[start..].iter().take_while(|row| self.acts(condition, row)).count();
+                if n > 0 {
+                    op.apply(&mut values[start * width..(start + n) * width], width, scratch);
+                    patched = true;
                 }
-                patched = true;
+                // The row that ended the run does not act.
+                start += n + 1;
             }
         }
         Ok(patched)
     }
 }
 
-/// Whether no value is NaN or infinite: `x · 0` is 0 for a finite x and NaN for any other, so one sum tells.
-fn all_finite(values: &[f32]) -> bool {
-    const LANES: usize = 16;
-    let (lanes, rest) = values.as_chunks::<LANES>();
-    let mut sums = [0.0f32; LANES];
-    for chunk in lanes {
-        for lane in 0..LANES {
-            sums[lane] += chunk[lane] * 0.0;
-        }
-    }
-    sums.iter().all(|sum| *sum == 0.0) && rest.iter().all(|x| x.is_finite())
+/// What a panic said.
+pub(crate) fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message").to_owned()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::all_finite;
+impl Op {
+    /// Patches `rows`, `[n, width]`.
+    fn apply(&self, rows: &mut [f32], width: usize, scratch: &mut Scratch) {
+        match self {
+            Self::LowRank(op) if op.rank() >= GEMM_RANK && rows.len() / width >= GEMM_ROWS => {
+                op.apply_together(rows, width, &mut scratch.projections);
+            }
+            Self::LowRank(op) => {
+                rows.chunks_exact_mut(width).for_each(|row| op.apply_row(row, &mut scratch.projections));
+            }
+            Self::Rotate(op) => rows.chunks_exact_mut(width).for_each(|row| op.apply_row(row)),
+        }
+    }
+}
 
-    #[test]
-    fn one_bad_value_anywhere_is_found() {
-        for n in [1, 15, 16, 17, 64, 100] {
-            let mut values = vec![1.0e38f32; n];
-            assert!(all_finite(&values));
-            for index in 0..n {
-                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                    let good = std::mem::replace(&mut values[index], bad);
-                    assert!(!all_finite(&values), "{bad} at {index} of {n}");
-                    values[index] = good;
+impl LowRank {
+    fn apply_row(&self, x: &mut [f32], projections: &mut Vec<f32>) {
+        projections.clear();
+        let columns = self.read.chunks_exact(x.len()).zip(self.offset.iter().zip(&self.response));
+        projections.extend(columns.map(|(v, (offset, response))| response.at(dot(v, x) + offset)));
+        if self.keep != 1.0 {
+            x.iter_mut().for_each(|x| *x *= self.keep);
+        }
+        match &self.write {
+            Write::Columns(columns) => {
+                for (u, p) in columns.chunks_exact(x.len()).zip(&*projections) {
+                    // About half of an autoencoder's hidden units are off.
+                    if *p != 0.0 {
+                        axpy(*p, u, x);
+                    }
                 }
             }
+            Write::Scaled(scale) => axpy(*scale, projections, x),
         }
+        if let Some(bias) = &self.bias {
+            axpy(1.0, bias, x);
+        }
+    }
+
+    /// [`apply_row`](Self::apply_row) of many rows as two matrix products.
+    fn apply_together(&self, rows: &mut [f32], width: usize, projections: &mut Vec<f32>) {
+        let (n, rank) = (rows.len() / width, self.rank());
+        projections.resize(n * rank, 0.0);
+        let (rows_n, width_n, rank_n) = (Dyn(n), Dyn(width), Dyn(rank));
+        {
+            let read = DMatrixView::from_slice_with_strides_generic(&self.read, rank_n, width_n, width_n, Dyn(1));
+            let x = DMatrixView::from_slice_generic(rows, width_n, rows_n);
+            let mut p = DMatrixViewMut::from_slice_generic(projections, rank_n, rows_n);
+            p.gemm(1.0, &read, &x, 0.0);
+        }
+        for row in projections.chunks_exact_mut(rank) {
+            for (p, (offset, response)) in row.iter_mut().zip(self.offset.iter().zip(&self.response)) {
+                *p = response.at(*p + offset);
+            }
+        }
+        match &self.write {
+            Write::Columns(columns) => {
+                let write = DMatrixView::from_slice_generic(columns, width_n, rank_n);
+                let p = DMatrixView::from_slice_generic(projections, rank_n, rows_n);
+                DMatrixViewMut::from_slice_generic(rows, width_n, rows_n).gemm(1.0, &write, &p, self.keep);
+            }
+            Write::Scaled(scale) => {
+                rows.iter_mut().zip(&*projections).for_each(|(x, p)| *x = self.keep * *x + scale * p);
+            }
+        }
+        if let Some(bias) = &self.bias {
+            rows.chunks_exact_mut(width).for_each(|row| axpy(1.0, bias, row));
+        }
+    }
+}
+
+impl Rotate {
+    fn apply_row(&self, x: &mut [f32]) {
+        let v = &*self.direction;
+        let p = dot(v, x);
+        axpy(-p, v, x);
+        let rho = dot(x, x).sqrt();
+        if rho <= super::ON_AXIS * p.abs() {
+            axpy(p, v, x);
+            return;
+        }
+        let (along, across) = self.turned(p, rho);
+        let scale = across / rho;
+        x.iter_mut().zip(v).for_each(|(x, v)| *x = scale * *x + along * v);
     }
 }

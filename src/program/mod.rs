@@ -1,40 +1,56 @@
-//! A guard compiled for one model's shape, and what runs it on slices.
+//! Guards compiled for one model's shape, and what runs them on slices.
 //!
-//! In: a validated [`Guard`](crate::guard::Guard), a [`ModelShape`], then residual rows with who they belong to. Out: the rows patched, and each
-//! sequence's gate decisions. This room knows nothing of ggml, of devices or of files: the [hook](crate::hook) finds the rows
-//! and brings them here, or runs the same [`Program`] elsewhere.
+//! In: validated [`Guard`](crate::guard::Guard)s, a [`ModelShape`], then residual rows with who they belong to. Out: the rows patched, and
+//! each sequence's gate decisions and faults. This room knows nothing of ggml, of devices or of files: the [hook](crate::hook) finds the
+//! rows and brings them here, or runs the same [`Program`] elsewhere.
 //!
-//! Every patch has the canonical form `y = x + U·g(Vᵀx + c) + b` with at most one column in `U` and `V`: see [`Patch`].
+//! Every patch but a rotation has the canonical form `y = κx + U·g(Vx + c) + b`: see [`LowRank`].
 
 mod compile;
+mod fuse;
 mod gates;
 mod host;
 pub mod reference;
+mod sequences;
 
 pub use compile::{Calibration, CompileError, ModelShape};
-pub use gates::{GateDecision, GateStates, Row, RowKind};
-pub use host::RowFault;
+pub use gates::{GateDecision, Row, RowKind};
+pub(crate) use host::panic_message;
+pub use host::{RowFault, Scratch};
+pub use sequences::Sequences;
 
-use crate::guard::{Aggregate, OnError, OnFire, Positions};
+use crate::guard::{Aggregate, Digest, OnError, OnFire, Positions, Rule};
 use crate::tensor::{HiddenSize, LayerIndex};
 
-/// A guard compiled for one model: per hook point, what to read and what to patch, in order.
+/// Guards compiled for one model: per hook point, what to read and what to patch, in order.
 #[derive(Debug, Clone)]
 pub struct Program {
-    pub(crate) guard: String,
+    pub(crate) guards: Vec<GuardInfo>,
     pub(crate) width: HiddenSize,
-    pub(crate) on_error: OnError,
-    pub(crate) message: Option<String>,
     pub(crate) gates: Vec<Gate>,
     pub(crate) points: Vec<HookPoint>,
 }
 
-/// A gate as the program holds it: how a sequence's projections become one score, and what that score means.
+/// What a program keeps of a guard besides its gates and patches.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GuardInfo {
+    pub name: String,
+    pub content_hash: Digest,
+    /// What a run-time fault means.
+    pub on_error: OnError,
+    /// What the caller of a blocked sequence is told.
+    pub message: Option<String>,
+}
+
+/// A gate as the program holds it: how projections become a score, and what that score means.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gate {
+    /// As its guard has it, and in a stack of several guards `GUARD/GATE`.
     pub name: String,
+    /// Index into [`Program::guards`].
+    pub guard: usize,
     pub layer: LayerIndex,
-    pub aggregate: Aggregate,
+    pub scope: Scope,
     /// Mean and standard deviation of benign projections; the score is in these deviations from this mean.
     pub mean: f64,
     pub deviation: f64,
@@ -43,7 +59,16 @@ pub struct Gate {
     pub on_fire: OnFire,
 }
 
-/// What happens at one layer: gates are read first, from the residual as the model made it, then patches act in the guard's order.
+/// Which tokens a gate reads, and what it makes of them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scope {
+    /// The prompt's tokens but the first become one score; the decision falls at its end and holds for the sequence.
+    Prompt(Aggregate),
+    /// Each token of `positions` decides for itself: the gate opens at a score of the threshold, and closes at one below `release`.
+    Token { positions: Positions, release: f64 },
+}
+
+/// What happens at one layer: gates are read first, from the residual as the model made it, then patches act in the guards' order.
 #[derive(Debug, Clone)]
 pub struct HookPoint {
     pub layer: LayerIndex,
@@ -60,62 +85,127 @@ pub struct Readout {
     pub direction: Box<[f32]>,
 }
 
-/// One intervention, with its strength folded in.
+/// One intervention, or several neighbours with the same conditions in one, their strengths folded in.
 #[derive(Debug, Clone)]
 pub struct Patch {
-    pub kind: PatchKind,
+    pub op: Op,
+    pub condition: Condition,
+}
+
+/// When a patch acts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Condition {
     pub positions: Positions,
-    /// Index into [`Program::gates`]; `None` acts always.
-    pub when: Option<usize>,
+    /// Over [`Program::gates`]; `None` acts always.
+    pub when: Option<Rule>,
     /// Whether position 0, the attention sink, is patched too.
     pub first_position: bool,
 }
 
-/// The canonical forms that this version compiles to (DESIGN: one canonical op).
+/// What a patch does to a row.
 #[derive(Debug, Clone)]
-pub enum PatchKind {
-    /// `y = x + b`, `b` of `[width]`.
-    Shift(Box<[f32]>),
-    /// `y = x + g(v̂·x) v̂`, `v̂` of `[width]` and norm 1.
-    RankOne { direction: Box<[f32]>, response: Response },
+pub enum Op {
+    LowRank(LowRank),
+    Rotate(Rotate),
 }
 
-/// `g` of a rank-one patch: how far to move along `v̂` when the projection on it is `p`.
+/// `y = κx + U·g(Vx + c) + b`: the canonical form. `add` is `b` alone, `ablate` and `clamp` have one column, a `switch` has as many as its map
+/// is wide.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LowRank {
+    /// `κ`: 1 but for a `switch`.
+    pub keep: f32,
+    /// `V`, a row a column of `U`: `[k, width]`.
+    pub read: Box<[f32]>,
+    /// `c`, `[k]`
+    pub offset: Box<[f32]>,
+    /// `g` of each column, `[k]`
+    pub response: Box<[Response]>,
+    pub write: Write,
+    /// `b`, `[width]`
+    pub bias: Option<Box<[f32]>>,
+}
+
+/// `U` of a [`LowRank`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Write {
+    /// `Uᵀ`, `[k, width]`
+    Columns(Box<[f32]>),
+    /// `U = u·1`, with `k` the width.
+    Scaled(f32),
+}
+
+/// One element of `g`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Response {
-    /// `s (b − p)`: ablation recentred on `b`.
-    Recentre { target: f32, strength: f32 },
-    /// `s (clip(p, low, high) − p)`.
-    Clip { low: f32, high: f32, strength: f32 },
+    /// `p`
+    Identity,
+    /// `max(p, 0)`
+    Relu,
+    /// `clip(p, low, high) − p`
+    Clip { low: f32, high: f32 },
 }
 
+/// `x` turned by an angle towards the unit vector `v̂` (below 0: away from it) in the plane of both, no further than to `±v̂`.
+///
+/// With `p = v̂·x`, `r = x − p v̂`, `ρ = ‖r‖` and `n = ‖x‖`, an angle `α` takes `(p, ρ)` to `(p cos α + ρ sin α, ρ cos α − p sin α)`, or
+/// to `(±n, 0)` where the second is not above 0. A row with no `r` stays: it has no plane to turn in.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotate {
+    /// `v̂`, `[width]`
+    pub direction: Box<[f32]>,
+    pub sin: f32,
+    pub cos: f32,
+}
+
+/// `ρ/n` at and below which a row counts as lying on `v̂`: there `r` is rounding.
+pub const ON_AXIS: f32 = 1e-6;
+
 impl Response {
-    pub fn at(self, projection: f32) -> f32 {
+    pub fn at(self, p: f32) -> f32 {
         match self {
-            Self::Recentre { target, strength } => strength * (target - projection),
-            Self::Clip { low, high, strength } => strength * (projection.clamp(low, high) - projection),
+            Self::Identity => p,
+            Self::Relu => p.max(0.0),
+            Self::Clip { low, high } => p.clamp(low, high) - p,
         }
     }
 }
 
+impl LowRank {
+    /// `k`
+    pub fn rank(&self) -> usize {
+        self.offset.len()
+    }
+}
+
+impl Rotate {
+    /// Where `(p, ρ)` goes, with `n = √(p² + ρ²)`.
+    pub fn turned(&self, p: f32, rho: f32) -> (f32, f32) {
+        let across = rho * self.cos - p * self.sin;
+        if across > 0.0 { (p * self.cos + rho * self.sin, across) } else { (p.hypot(rho).copysign(self.sin), 0.0) }
+    }
+}
+
 impl Program {
-    /// Name of the guard that was compiled.
-    pub fn guard(&self) -> &str {
-        &self.guard
+    /// The guards that were compiled, in the order in which they act.
+    pub fn guards(&self) -> &[GuardInfo] {
+        &self.guards
+    }
+
+    /// Names of the guards, as an error or a log line has them.
+    pub fn name(&self) -> String {
+        let names: Vec<&str> = self.guards.iter().map(|guard| guard.name.as_str()).collect();
+        names.join(" + ")
     }
 
     pub fn width(&self) -> HiddenSize {
         self.width
     }
 
-    /// What a run-time fault means.
+    /// What a run-time fault means: a stack passes only where all its guards say so.
     pub fn on_error(&self) -> OnError {
-        self.on_error
-    }
-
-    /// What the caller of a blocked sequence is told.
-    pub fn message(&self) -> Option<&str> {
-        self.message.as_deref()
+        let passes = !self.guards.is_empty() && self.guards.iter().all(|guard| guard.on_error == OnError::Pass);
+        if passes { OnError::Pass } else { OnError::Block }
     }
 
     pub fn gates(&self) -> &[Gate] {
@@ -125,5 +215,11 @@ impl Program {
     /// Hook points in the order of their layers, each layer once.
     pub fn points(&self) -> &[HookPoint] {
         &self.points
+    }
+
+    /// What happens at `layer`, if anything.
+    pub fn point(&self, layer: LayerIndex) -> Option<&HookPoint> {
+        let index = self.points.binary_search_by_key(&layer, |point| point.layer).ok()?;
+        self.points.get(index)
     }
 }

@@ -2,7 +2,7 @@
 //! compiled forms. Slow and plain; the tests hold every executor against it.
 
 use super::RowKind;
-use crate::guard::{Guard, InterventionKind};
+use crate::guard::{Guard, InterventionKind, Truth};
 use crate::tensor::{LayerIndex, TokenPosition};
 
 /// Applies the interventions of `guard` at `layer` to one row `x` (`[width]`), with `gate_open[i]` for its gate `i`.
@@ -18,28 +18,60 @@ pub fn apply(
     x: &mut [f64],
 ) {
     for intervention in guard.interventions() {
-        let vector = &guard.vectors()[intervention.vector];
-        let acts = vector.layer == layer
+        let open = |gate: usize| Truth::from(gate_open[gate]);
+        let acts = guard.layer_of(intervention) == layer
             && intervention.positions.cover(kind)
             && (intervention.first_position || !position.is_sink())
-            && intervention.when.is_none_or(|gate| gate_open[gate]);
-        if !acts {
-            continue;
-        }
-        let strength = f64::from(intervention.strength);
-        let v: Vec<f64> = vector.direction.iter().map(|x| f64::from(*x)).collect();
-        assert_eq!(v.len(), x.len(), "vector `{}` at layer {layer}", vector.name);
-        let norm = v.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let projection: f64 = v.iter().zip(x.iter()).map(|(v, x)| v / norm * x).sum();
-        match intervention.kind {
-            InterventionKind::Add => x.iter_mut().zip(&v).for_each(|(x, v)| *x += strength * v),
-            InterventionKind::Ablate { mean } => {
-                x.iter_mut().zip(&v).for_each(|(x, v)| *x -= strength * (projection - mean) * v / norm);
-            }
-            InterventionKind::Clamp { low, high } => {
-                let wanted = projection.max(low).min(high);
-                x.iter_mut().zip(&v).for_each(|(x, v)| *x += strength * (wanted - projection) * v / norm);
-            }
+            && intervention.when.as_ref().is_none_or(|rule| rule.eval(&open) == Truth::True);
+        if acts {
+            apply_one(guard, intervention.kind, f64::from(intervention.strength), x);
         }
     }
+}
+
+fn apply_one(guard: &Guard, kind: InterventionKind, strength: f64, x: &mut [f64]) {
+    let vector = |index: usize| -> Vec<f64> {
+        let vector = &guard.vectors()[index];
+        assert_eq!(vector.direction.len(), x.len(), "vector `{}`", vector.name);
+        vector.direction.iter().map(|x| f64::from(*x)).collect()
+    };
+    let unit = |index: usize| -> Vec<f64> {
+        let v = vector(index);
+        let norm = dot(&v, &v).sqrt();
+        v.iter().map(|v| v / norm).collect()
+    };
+    let add = |x: &mut [f64], scale: f64, v: &[f64]| x.iter_mut().zip(v).for_each(|(x, v)| *x += scale * v);
+    match kind {
+        InterventionKind::Add { vector: index } => add(x, strength, &vector(index)),
+        InterventionKind::Ablate { vector: index, mean } => {
+            let v = unit(index);
+            add(x, strength * (mean - dot(&v, x)), &v);
+        }
+        InterventionKind::Clamp { vector: index, low, high } => {
+            let v = unit(index);
+            let p = dot(&v, x);
+            add(x, strength * (p.max(low).min(high) - p), &v);
+        }
+        InterventionKind::Rotate { vector: index, angle } => {
+            let v = unit(index);
+            let (p, norm) = (dot(&v, x), dot(x, x).sqrt());
+            add(x, -p, &v);
+            let rho = dot(x, x).sqrt();
+            if rho <= 1e-9 * norm {
+                add(x, p, &v);
+                return;
+            }
+            let before = rho.atan2(p);
+            let after = (before - (strength * angle).to_radians()).clamp(0.0, std::f64::consts::PI);
+            x.iter_mut().zip(&v).for_each(|(x, v)| *x = norm * (after.cos() * v + after.sin() * *x / rho));
+        }
+        InterventionKind::Switch { map } => {
+            let wanted = guard.switches()[map].map.apply(x);
+            x.iter_mut().zip(wanted).for_each(|(x, wanted)| *x += strength * (wanted - *x));
+        }
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

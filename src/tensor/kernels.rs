@@ -33,6 +33,18 @@ pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
+/// Whether no value is NaN or infinite: `x · 0` is 0 for a finite x and NaN for any other, so one sum tells.
+pub fn all_finite(values: &[f32]) -> bool {
+    let (lanes, rest) = values.as_chunks::<LANES>();
+    let mut sums = [0.0f32; LANES];
+    for chunk in lanes {
+        for lane in 0..LANES {
+            sums[lane] += chunk[lane] * 0.0;
+        }
+    }
+    sums.iter().all(|sum| *sum == 0.0) && rest.iter().all(|x| x.is_finite())
+}
+
 /// `‖a‖₂`, accumulated in `f64`.
 pub fn norm(a: &[f32]) -> f64 {
     a.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt()
@@ -88,6 +100,21 @@ mod tests {
             match unit(&a) {
                 Some(u) => prop_assert!((norm(&u) - 1.0).abs() < 1e-6),
                 None => prop_assert!(a.iter().all(|x| *x == 0.0)),
+            }
+        }
+    }
+
+    #[test]
+    fn one_bad_value_anywhere_is_found() {
+        for n in [1, 15, 16, 17, 64, 100] {
+            let mut values = vec![1.0e38f32; n];
+            assert!(all_finite(&values));
+            for index in 0..n {
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let good = std::mem::replace(&mut values[index], bad);
+                    assert!(!all_finite(&values), "{bad} at {index} of {n}");
+                    values[index] = good;
+                }
             }
         }
     }

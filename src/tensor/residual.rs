@@ -74,6 +74,14 @@ impl<'a> ResidualMut<'a> {
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         &mut self.values[row * self.width..(row + 1) * self.width]
     }
+
+    /// `rows`, `[rows.len(), width]`.
+    ///
+    /// # Panics
+    /// If it ends past [`n_rows`](Self::n_rows).
+    pub fn rows_mut(&mut self, rows: std::ops::Range<usize>) -> &mut [f32] {
+        &mut self.values[rows.start * self.width..rows.end * self.width]
+    }
 }
 
 fn check_rows(len: usize, width: usize) -> Result<(), TensorError> {

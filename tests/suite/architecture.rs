@@ -9,7 +9,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("steering", &["tensor"]),
     ("mapping", &["tensor"]),
     ("guard", &["tensor", "steering", "mapping"]),
-    ("program", &["tensor", "guard"]),
+    ("program", &["tensor", "mapping", "guard"]),
     ("hook", &["tensor", "guard", "program"]),
     ("engine", &["tensor", "guard", "program", "hook"]),
     ("learn", &["tensor", "steering", "mapping", "guard", "program", "engine"]),

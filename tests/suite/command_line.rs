@@ -5,7 +5,7 @@ use crate::support::{Fixture, LAYER, done, pilotfish};
 use crate::tiny_model::{Architecture, TinyModel};
 use pilotfish::Guard;
 use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
-use pilotfish::guard::{Aggregate, MappingFile, Readout, VectorFile};
+use pilotfish::guard::{Aggregate, GateScope, MappingFile, Readout, VectorFile};
 use pilotfish::steering::VectorKind;
 use serde_json::Value;
 use std::path::Path;
@@ -422,7 +422,7 @@ fn a_discriminant_reads_a_larger_model_as_the_small_one_would_be_read() {
     let built = Guard::load(guard.as_ref()).unwrap();
     let (vector, gate) = (&built.vectors()[0], &built.gates()[0]);
     assert_eq!((vector.kind, vector.layer.0), (VectorKind::Discriminant, 2));
-    assert_eq!((gate.aggregate, gate.readout), (Aggregate::Mean, Readout::Projection));
+    assert_eq!((gate.scope, gate.readout), (GateScope::Prompt(Aggregate::Mean), Readout::Projection));
 
     // The reading, from the files alone.
     let file = MappingFile::from_bytes("m", &std::fs::read(&mapping).unwrap()).unwrap();

@@ -3,7 +3,7 @@
 use super::*;
 use pilotfish::engine::ActivationReader;
 use pilotfish::hook::{Executor, ExecutorKind, HookFault, Tensor};
-use pilotfish::program::{GateStates, HookPoint, Row, RowFault};
+use pilotfish::program::{Row, RowFault, Sequences};
 
 /// An executor that fails its own way.
 struct Failing(fn() -> RowFault);
@@ -13,14 +13,7 @@ impl Executor for Failing {
         ExecutorKind::Host
     }
 
-    fn run(
-        &mut self,
-        _: &Program,
-        _: &HookPoint,
-        _: &[Row],
-        _: &mut GateStates,
-        _: &mut Tensor<'_>,
-    ) -> Result<(), RowFault> {
+    fn run(&mut self, _: LayerIndex, _: &[Row], _: &mut Sequences, _: &mut Tensor<'_>) -> Result<(), RowFault> {
         Err((self.0)())
     }
 }

@@ -168,11 +168,12 @@ fn a_gate_that_has_not_fired_reads_the_next_turn_anew() {
 fn an_intervention_acts_only_where_its_gate_has_fired() {
     for tiny in Tiny::all() {
         let told = told(&tiny, 1, Aggregate::Mean);
-        // At the gate's own layer and after it the prompt's last token is patched already; before it, when the gate has not decided
-        // yet, only what follows. No token before is patched anywhere, though later layers compute it after the decision.
+        // At the gate's own layer and after it the prompt's last token is patched already; before it an intervention may only act on what
+        // follows. No token before is patched anywhere, though later layers compute it after the decision.
         for layer in 0..tiny.shape.n_layer {
             let what = format!("{}, layer {layer}", tiny.name());
-            let gated = InterventionEntry { when: Some(PROBE.into()), positions: Positions::All, ..add("push") };
+            let positions = if layer >= 1 { Positions::All } else { Positions::Generated };
+            let gated = InterventionEntry { when: Some(PROBE.into()), positions, ..add("push") };
             let steers = gate(PROBE, Aggregate::Mean, told.threshold, OnFire::Steer);
             let guard = tiny.policy().vector(PROBE, 1).vector("push", layer).gate(steers).intervene(gated).guard();
             let mut context = tiny.guarded(&guard, params());

@@ -83,7 +83,7 @@ fn compiled(tiny: &Tiny, guard: &Guard) -> Arc<Program> {
 }
 
 fn decisions(hook: &Hook) -> Vec<Option<GateDecision>> {
-    (0..hook.program().gates().len()).map(|gate| hook.gates().decision(ONLY, gate)).collect()
+    (0..hook.program().gates().len()).map(|gate| hook.sequences().decision(ONLY, gate)).collect()
 }
 
 fn captured(rows: Vec<CapturedRow>) -> Vec<Vec<f32>> {
@@ -179,12 +179,15 @@ fn a_program_is_swapped_between_decodes() {
         let plain = hooked.run(&script);
         for swap in [0, 1, 0] {
             hooked.context.clear_kv_cache();
+            // A live sequence would keep the program that it has.
+            hooked.hook().clear(ONLY);
             hooked.hook().set_program(compiled(&tiny, &guards[swap]));
             assert_eq!(decisions(hooked.hook()), [None], "{}: gates are the program's own", tiny.name());
             assert!(bits(&hooked.run(&script)) == bits(&expected[swap].0), "{}: guard {swap}", tiny.name());
             assert_eq!(decisions(hooked.hook()), expected[swap].1, "{}: guard {swap}", tiny.name());
         }
         hooked.context.clear_kv_cache();
+        hooked.hook().clear(ONLY);
         hooked.hook().set_program(Arc::new(Program::observer(tiny.model.shape())));
         assert!(bits(&hooked.run(&script)) == bits(&plain), "{}", tiny.name());
     }

@@ -1,0 +1,244 @@
+use super::gates::{GateState, Standing, UNREAD};
+use super::host::RowFault;
+use super::{Condition, Gate, GateDecision, Program, Row};
+use crate::guard::{OnFire, Truth};
+use crate::tensor::{LayerIndex, SequenceId};
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Every live sequence of a context: the program that it runs, its gates, and what went wrong with it.
+///
+/// A sequence takes the program that is current when its first row comes and keeps it until it is cleared, whatever is set meanwhile.
+#[derive(Debug)]
+pub struct Sequences {
+    current: Arc<Program>,
+    states: BTreeMap<SequenceId, SequenceState>,
+    /// Gates of cleared sequences, whose memory is used again.
+    spare: Vec<Vec<GateState>>,
+    /// The sequences of the decode.
+    batch: Vec<SequenceId>,
+    open: OpenGates,
+    /// The program of rows that could be of any sequence of the batch; `None` where these have different ones.
+    shared: Option<Arc<Program>>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct SequenceState {
+    pub program: Arc<Program>,
+    gates: Vec<GateState>,
+    fault: Option<(LayerIndex, RowFault)>,
+}
+
+/// Which gates of scope `token` are open for which rows of the micro-batch.
+#[derive(Debug, Default)]
+pub(super) struct OpenGates {
+    open: Vec<bool>,
+    n_rows: usize,
+    n_gates: usize,
+}
+
+impl OpenGates {
+    fn slot(&self, row: usize, gate: usize) -> Option<usize> {
+        (row < self.n_rows && gate < self.n_gates).then(|| row * self.n_gates + gate)
+    }
+
+    fn get(&self, row: usize, gate: usize) -> bool {
+        self.slot(row, gate).is_some_and(|slot| self.open[slot])
+    }
+}
+
+impl Sequences {
+    pub fn new(program: Arc<Program>) -> Self {
+        let (states, spare, batch) = (BTreeMap::new(), Vec::new(), Vec::new());
+        Self { current: program, states, spare, batch, open: OpenGates::default(), shared: None }
+    }
+
+    /// The program of sequences to come.
+    pub fn current(&self) -> &Arc<Program> {
+        &self.current
+    }
+
+    /// Sets the program of sequences to come. Those that live keep theirs.
+    pub fn set_current(&mut self, program: Arc<Program>) {
+        self.current = program;
+    }
+
+    /// Starts `sequence` with a program of its own; anything known of it is forgotten.
+    pub fn assign(&mut self, sequence: SequenceId, program: Arc<Program>) {
+        self.clear(sequence);
+        let state = self.state_for(program);
+        self.states.insert(sequence, state);
+    }
+
+    /// The program that `sequence` runs, if it lives.
+    pub fn program(&self, sequence: SequenceId) -> Option<&Arc<Program>> {
+        self.states.get(&sequence).map(|state| &state.program)
+    }
+
+    /// Programs of live sequences and the current one, some perhaps more than once.
+    pub fn programs(&self) -> impl Iterator<Item = &Arc<Program>> {
+        std::iter::once(&self.current).chain(self.states.values().map(|state| &state.program))
+    }
+
+    /// Forgets `sequence`: its next row starts a new prompt.
+    pub fn clear(&mut self, sequence: SequenceId) {
+        self.spare.extend(self.states.remove(&sequence).map(|state| state.gates));
+    }
+
+    pub fn clear_all(&mut self) {
+        self.spare.extend(std::mem::take(&mut self.states).into_values().map(|state| state.gates));
+    }
+
+    /// Prepares for a decode of `sequences`, repeated or not: makes room for them, so that no row of theirs allocates.
+    pub fn begin(&mut self, sequences: impl Iterator<Item = SequenceId>) {
+        self.batch.clear();
+        for sequence in sequences {
+            if self.batch.last() == Some(&sequence) || self.batch.contains(&sequence) {
+                continue;
+            }
+            self.batch.push(sequence);
+            if !self.states.contains_key(&sequence) {
+                let state = self.state_for(Arc::clone(&self.current));
+                self.states.insert(sequence, state);
+            }
+        }
+        for sequence in &self.batch {
+            let gates = self.states.get_mut(sequence).into_iter().flat_map(|state| &mut state.gates);
+            gates.for_each(GateState::begin_decode);
+        }
+        let mut programs =
+            self.batch.iter().filter_map(|sequence| self.states.get(sequence)).map(|state| &state.program);
+        let first = programs.next();
+        let shared = first.filter(|first| programs.all(|other| Arc::ptr_eq(first, other)));
+        if !matches!((&self.shared, shared), (Some(old), Some(new)) if Arc::ptr_eq(old, new)) {
+            self.shared = shared.cloned();
+        }
+    }
+
+    /// The sequences of the decode, each once.
+    pub fn batch(&self) -> &[SequenceId] {
+        &self.batch
+    }
+
+    /// Prepares for a micro-batch of `n_rows` rows.
+    pub fn begin_rows(&mut self, n_rows: usize) {
+        let n_gates = self.programs().map(|program| program.gates.len()).max().unwrap_or(0);
+        self.open.open.clear();
+        self.open.open.resize(n_rows * n_gates, false);
+        (self.open.n_rows, self.open.n_gates) = (n_rows, n_gates);
+    }
+
+    fn state_for(&mut self, program: Arc<Program>) -> SequenceState {
+        let mut gates = self.spare.pop().unwrap_or_default();
+        gates.clear();
+        gates.resize(program.gates.len(), UNREAD);
+        SequenceState { program, gates, fault: None }
+    }
+
+    /// Gives `to` what is known of `from`, as llama.cpp's KV copy gives it the cells.
+    pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
+        if let Some(state) = self.states.get(&from).cloned() {
+            self.states.insert(to, state);
+        }
+    }
+
+    /// Prepares `sequence` for a further prompt (another turn): projections are gathered anew, and a gate that has fired stays fired.
+    pub fn begin_prompt(&mut self, sequence: SequenceId) {
+        let states = self.states.get_mut(&sequence).into_iter();
+        states.flat_map(|state| &mut state.gates).for_each(GateState::begin_prompt);
+    }
+
+    /// Fires every gate of `sequence`, whatever it reads: for rows whose sequence is uncertain.
+    pub fn fire_all(&mut self, sequence: SequenceId) {
+        let states = self.states.get_mut(&sequence).into_iter();
+        states.flat_map(|state| &mut state.gates).for_each(GateState::fire);
+    }
+
+    /// Latches `fault` for `sequence`, the first one only: until it is cleared, nothing that is decoded for it may be used. Rows without a
+    /// sequence could be of any.
+    pub(crate) fn fail(&mut self, sequence: Option<SequenceId>, layer: LayerIndex, fault: &RowFault) {
+        let one = sequence.as_slice();
+        for sequence in if sequence.is_some() { one } else { &self.batch } {
+            if let Some(state) = self.states.get_mut(sequence) {
+                state.fault.get_or_insert_with(|| (layer, fault.clone()));
+            }
+        }
+    }
+
+    /// What went wrong with `sequence`, and at which layer.
+    pub fn fault(&self, sequence: SequenceId) -> Option<&(LayerIndex, RowFault)> {
+        self.states.get(&sequence)?.fault.as_ref()
+    }
+
+    /// Guards `sequence` again, whatever went wrong with it.
+    pub(crate) fn forget_fault(&mut self, sequence: SequenceId) {
+        if let Some(state) = self.states.get_mut(&sequence) {
+            state.fault = None;
+        }
+    }
+
+    /// The decision of gate number `gate` for `sequence`, or `None` before there is one.
+    pub fn decision(&self, sequence: SequenceId, gate: usize) -> Option<GateDecision> {
+        self.states.get(&sequence)?.gates.get(gate)?.decision()
+    }
+
+    /// The first fired gate of `sequence` that blocks, with the program that it is of.
+    pub fn blocked_by(&self, sequence: SequenceId) -> Option<(&Arc<Program>, &Gate)> {
+        let state = self.states.get(&sequence)?;
+        let blocks = |(gate, known): (&Gate, &GateState)| {
+            gate.on_fire == OnFire::Block && known.decision().is_some_and(|decision| decision.fired)
+        };
+        let index = state.program.gates.iter().zip(&state.gates).position(blocks)?;
+        Some((&state.program, &state.program.gates[index]))
+    }
+
+    /// The program for rows of `sequence`; for rows without one, that of all sequences, if they have one.
+    pub(crate) fn program_of_rows(&self, sequence: Option<SequenceId>) -> Option<&Arc<Program>> {
+        match sequence {
+            Some(sequence) => self.states.get(&sequence).map(|state| &state.program),
+            None => self.shared.as_ref(),
+        }
+    }
+
+    /// Whether rows of `sequence` are to be guarded yet: a sequence that failed is not, since nothing of it is used.
+    pub(crate) fn has_failed(&self, sequence: Option<SequenceId>) -> bool {
+        sequence.and_then(|sequence| self.states.get(&sequence)).is_some_and(|state| state.fault.is_some())
+    }
+
+    /// Takes the projection of `row` for gate number `gate` of its program.
+    pub(crate) fn read(&mut self, row: &Row, gate: usize, projection: f64) {
+        let Some(state) = row.sequence.and_then(|sequence| self.states.get_mut(&sequence)) else { return };
+        let Some((known, gate_of)) = state.gates.get_mut(gate).zip(state.program.gates.get(gate)) else { return };
+        let open = known.read(gate_of, row, projection);
+        if let Some(slot) = self.open.slot(row.index, gate) {
+            self.open.open[slot] = open;
+        }
+    }
+
+    /// Whether a patch of the row's program acts on it. Where it is uncertain whose row it is or what a gate says, it does.
+    pub(crate) fn acts(&self, condition: &Condition, row: &Row) -> bool {
+        if !condition.positions.cover(row.kind) || (row.position.is_sink() && !condition.first_position) {
+            return false;
+        }
+        let Some(rule) = &condition.when else { return true };
+        let Some(sequence) = row.sequence else { return true };
+        let Some(state) = self.states.get(&sequence) else { return true };
+        let undecided = Cell::new(false);
+        let truth = rule.eval(&|gate| {
+            let open = self.open.get(row.index, gate);
+            match state.gates[gate].standing(&state.program.gates[gate], row, open) {
+                Standing::Undecided => {
+                    undecided.set(true);
+                    Truth::Unknown
+                }
+                Standing::Decided(truth) => truth,
+            }
+        });
+        match truth {
+            Truth::True => true,
+            Truth::False => false,
+            Truth::Unknown => !undecided.get(),
+        }
+    }
+}
