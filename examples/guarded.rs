@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let backend = LlamaBackend::init()?;
     let model = LlamaModel::load_from_file(&backend, model, &LlamaModelParams::default())?;
     let guard = Guard::load(Path::new(&guard))?;
-    let mut context = guard_context(&model, &backend, LlamaContextParams::default(), &guard)?;
+    let mut context = guard_context(&model, &backend, LlamaContextParams::default(), &[&guard])?;
 
     let template = PromptTemplate::of(&model, Some("Instruction: {prompt}\nResponse:"));
     let tokens = template.tokens(&model, &prompt)?;

@@ -16,7 +16,7 @@
 //! let backend = LlamaBackend::init()?;
 //! let model = LlamaModel::load_from_file(&backend, "model.gguf", &Default::default())?;
 //! let guard = Guard::load("my-guard".as_ref())?;
-//! let mut context = guard_context(&model, &backend, LlamaContextParams::default(), &guard)?;
+//! let mut context = guard_context(&model, &backend, LlamaContextParams::default(), &[&guard])?;
 //!
 //! let mut batch = GuardedBatch::new(512);
 //! let tokens = model.vocab().tokenize(b"How do I whittle a spoon?", true, true);

@@ -361,8 +361,8 @@ pub struct CalibrateArguments {
 pub struct ScoreArguments {
     #[command(flatten)]
     pub model: ModelArguments,
-    #[arg(long, value_name = "DIR")]
-    pub guard: PathBuf,
+    #[command(flatten)]
+    pub guards: GuardArguments,
     #[arg(long, value_name = "F")]
     pub prompts: PathBuf,
     #[arg(long)]
@@ -370,16 +370,24 @@ pub struct ScoreArguments {
 }
 
 #[derive(Debug, Args)]
+pub struct GuardArguments {
+    /// A guard's folder; give it again for more guards, which act in this order
+    #[arg(long = "guard", value_name = "DIR", required = true)]
+    pub folders: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub struct RunArguments {
     #[command(flatten)]
     pub model: ModelArguments,
-    #[arg(long, value_name = "DIR")]
-    pub guard: Option<PathBuf>,
+    /// A guard's folder; give it again for more guards, which act in this order
+    #[arg(long = "guard", value_name = "DIR")]
+    pub guards: Vec<PathBuf>,
     #[command(flatten)]
     pub input: RunInput,
     #[arg(long, default_value_t = 128, value_name = "N")]
     pub max_tokens: usize,
-    /// Multiply an intervention's strength: `NAME=X` (0 is off)
+    /// Set an intervention's strength: `NAME=X`, with several guards `GUARD/NAME=X` (0 is off)
     #[arg(long, value_name = "NAME=X")]
     pub strength: Vec<String>,
     /// 0 is greedy
@@ -441,8 +449,14 @@ pub enum Task {
 pub struct BenchArguments {
     #[command(flatten)]
     pub model: ModelArguments,
-    #[arg(long, value_name = "DIR")]
-    pub guard: PathBuf,
+    #[command(flatten)]
+    pub guarded: BenchedArguments,
+    /// Hook points of `--intervention`, spread over the layers: a number, or `all`
+    #[arg(long, default_value = "1", value_name = "N", conflicts_with = "guards")]
+    pub points: PointsArgument,
+    /// What the guarded model is compared with
+    #[arg(long, value_enum, default_value_t = AgainstArgument::Unguarded)]
+    pub against: AgainstArgument,
     #[arg(long, default_value_t = 9)]
     pub pairs: usize,
     /// Tokens of the prompt that is prefilled
@@ -456,6 +470,69 @@ pub struct BenchArguments {
     pub executor: ExecutorArgument,
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct BenchedArguments {
+    /// A guard's folder; give it again for more guards, which act in this order
+    #[arg(long = "guard", value_name = "DIR")]
+    pub guards: Vec<PathBuf>,
+    /// Time a guard made up for this model, of random directions
+    #[arg(long, value_enum)]
+    pub intervention: Option<MadeGuardArgument>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum MadeGuardArgument {
+    /// A gate that only reads
+    Gate,
+    Add,
+    /// A gate and what it opens, open
+    GatedAdd,
+    Ablate,
+    Clamp,
+    Rotate,
+    /// By an affine map as wide as the model
+    Switch,
+    /// A switch by an autoencoder with a hidden layer as wide as the model
+    Autoencoder,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum PointsArgument {
+    Number(u32),
+    All,
+}
+
+impl std::str::FromStr for PointsArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.parse()) {
+            ("all", _) => Ok(Self::All),
+            (_, Ok(n)) if n > 0 => Ok(Self::Number(n)),
+            _ => Err("expected a number of hook points above 0, or `all`".into()),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AgainstArgument {
+    /// The same model with no callback at all
+    Unguarded,
+    /// The same guard with every residual copied to the host and back
+    Copy,
+}
+
+impl AgainstArgument {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unguarded => "unguarded",
+            Self::Copy => "by copy",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -22,7 +22,7 @@ use pilotfish::program::Calibration;
 use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind};
 use pilotfish::tensor::{LayerIndex, norm};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What the probe of a guard asks: plain English that every model has seen the like of.
 const PROBE_PROMPT: &str = "The pilot fish swims beside the shark, eats what it leaves, and keeps it clean.";
@@ -49,13 +49,30 @@ pub fn load_guard(directory: &Path) -> anyhow::Result<Guard> {
     Ok(Guard::load(directory)?)
 }
 
-/// Applies `--strength NAME=X`.
-pub fn with_strengths(guard: Guard, strengths: &[String]) -> anyhow::Result<Guard> {
-    strengths.iter().try_fold(guard, |guard, strength| {
+pub fn load_guards(directories: &[PathBuf]) -> anyhow::Result<Vec<Guard>> {
+    directories.iter().map(|directory| load_guard(directory)).collect()
+}
+
+/// Applies `--strength NAME=X`, with several guards `GUARD/NAME=X`.
+pub fn set_strengths(guards: &mut [Guard], strengths: &[String]) -> anyhow::Result<()> {
+    for strength in strengths {
+        let problem = |expected: &str| format!("`--strength {strength}`: expected {expected}");
         let parsed = strength.split_once('=').and_then(|(name, value)| Some((name, value.parse().ok()?)));
-        let (name, value) = parsed.with_context(|| format!("`--strength {strength}`: expected `NAME=X`"))?;
-        Ok(guard.with_strength(name, value)?)
-    })
+        let (name, value) = parsed.with_context(|| problem("`NAME=X`"))?;
+        let (of, name) = name.split_once('/').map_or((None, name), |(guard, name)| (Some(guard), name));
+        let known = guards.iter().map(|guard| format!("`{}`", guard.name())).collect::<Vec<_>>().join(", ");
+        let guard = match (of, &mut *guards) {
+            (None, [only]) => only,
+            (None, []) => bail!(problem("a `--guard` that it is for")),
+            (None, _) => bail!(problem(&format!("`GUARD/NAME=X`, where GUARD is one of {known}"))),
+            (Some(of), guards) => guards
+                .iter_mut()
+                .find(|guard| guard.name() == of)
+                .with_context(|| problem(&format!("a guard among {known}, found `{of}`")))?,
+        };
+        *guard = guard.with_strength(name, value)?;
+    }
+    Ok(())
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
@@ -73,7 +90,7 @@ fn verify(directory: &Path, model: Option<&str>) -> anyhow::Result<()> {
     if let Some(name) = model {
         let model = load_plain(name)?;
         // Making a session checks the fingerprint, compiles, asks the probe and runs dry.
-        Session::new(&model, Some(&guard), SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
+        Session::new(&model, &[&guard], SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
         writeln!(out, "{}: is for {name}; its probe is answered and every hook point fires", guard.name())?;
     }
     Ok(())
@@ -91,7 +108,7 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
     let executor = model
         .map(|name| -> anyhow::Result<_> {
             let model = load_plain(name)?;
-            let session = Session::new(&model, Some(&guard), SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
+            let session = Session::new(&model, &[&guard], SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
             Ok(session.executor().map(|kind| kind.to_string()).unwrap_or_default())
         })
         .transpose()?;

@@ -37,9 +37,9 @@ struct RunLine {
 
 pub fn score(arguments: ScoreArguments) -> anyhow::Result<Outcome> {
     let prompts = prompts::read(&arguments.prompts)?;
-    let guard = guard::load_guard(&arguments.guard)?;
+    let guards = guard::load_guards(&arguments.guards.folders)?;
     let model = load(&arguments.model)?;
-    let mut session = Session::new(&model, Some(&guard), SessionOptions::default())?;
+    let mut session = Session::new(&model, &guards.iter().collect::<Vec<_>>(), SessionOptions::default())?;
     let mut out = std::io::stdout().lock();
     let mut rows = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
@@ -69,14 +69,11 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         (None, Some(path)) => prompts::read(path)?,
         (None, None) => unreachable!("clap asks for one of them"),
     };
-    let guard = arguments
-        .guard
-        .as_deref()
-        .map(|path| guard::with_strengths(guard::load_guard(path)?, &arguments.strength))
-        .transpose()?;
+    let mut guards = guard::load_guards(&arguments.guards)?;
+    guard::set_strengths(&mut guards, &arguments.strength)?;
     let model = load(&arguments.model)?;
     let options = SessionOptions { n_ctx: arguments.context, ..Default::default() };
-    let mut session = Session::new(&model, guard.as_ref(), options)?;
+    let mut session = Session::new(&model, &guards.iter().collect::<Vec<_>>(), options)?;
     let generation = GenerationOptions {
         max_tokens: arguments.max_tokens,
         temperature: arguments.temperature,

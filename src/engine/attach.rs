@@ -26,9 +26,9 @@ impl Default for GuardOptions {
     }
 }
 
-/// A context of `model` under `guard`: one call for apps that link llama-cpp-2.
+/// A context of `model` under `guards`, which act in this order: one call for apps that link llama-cpp-2.
 ///
-/// Checks that the guard is for this model (fingerprint, then its probe), compiles it, and proves by a dry run that every hook point fires.
+/// Checks that each guard is for this model (fingerprint, then its probe), compiles them, and proves by a dry run that every hook point fires.
 ///
 /// # Errors
 /// Whichever of those fails; no context is made then.
@@ -36,34 +36,39 @@ pub fn guard_context<'model>(
     model: &'model LlamaModel,
     backend: &LlamaBackend,
     params: LlamaContextParams,
-    guard: &Guard,
+    guards: &[&Guard],
 ) -> Result<GuardedContext<'model>, EngineError> {
-    let program = program_for(model, backend, guard, GuardOptions::default())?;
+    let program = program_for(model, backend, guards, GuardOptions::default())?;
     Ok(GuardedContext::new(model, backend, params, Arc::new(program))?)
 }
 
-/// Compiles `guard` for `model` after checking that it is the model that the guard was made for.
+/// Compiles `guards` into one program for `model`, after checking that it is the model that each was made for. They act in this order (see
+/// [`Program::stack`]).
 ///
 /// # Errors
-/// Another fingerprint, another answer to the probe, or a guard that does not compile for this model.
+/// Another fingerprint, another answer to a probe, or guards that do not compile for this model.
 pub fn program_for(
     model: &LlamaModel,
     backend: &LlamaBackend,
-    guard: &Guard,
+    guards: &[&Guard],
     options: GuardOptions,
 ) -> Result<Program, EngineError> {
     let identity = identity_of("", model)?;
-    let target = guard.target();
-    if target.architecture != identity.architecture || target.fingerprint != identity.fingerprint {
-        return Err(EngineError::OtherModel {
-            guard: guard.name().into(),
-            expected: format!("`{}` {}", target.architecture, target.fingerprint.short()),
-            found: format!("`{}` {}", identity.architecture, identity.fingerprint.short()),
-        });
+    for guard in guards {
+        let target = guard.target();
+        if target.architecture != identity.architecture || target.fingerprint != identity.fingerprint {
+            return Err(EngineError::OtherModel {
+                guard: guard.name().into(),
+                expected: format!("`{}` {}", target.architecture, target.fingerprint.short()),
+                found: format!("`{}` {}", identity.architecture, identity.fingerprint.short()),
+            });
+        }
     }
-    let program = Program::compile(guard, shape_of(model), options.calibration)?;
-    if let Some(probe) = target.probe.as_ref().filter(|_| options.probe) {
-        check_probe(model, backend, guard, probe)?;
+    let program = Program::stack(guards, shape_of(model), options.calibration)?;
+    for guard in guards.iter().filter(|_| options.probe) {
+        if let Some(probe) = &guard.target().probe {
+            check_probe(model, backend, guard, probe)?;
+        }
     }
     Ok(program)
 }

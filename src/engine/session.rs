@@ -84,22 +84,23 @@ const ONLY: SequenceId = SequenceId(0);
 const BATCH: usize = 512;
 
 impl<'model> Session<'model> {
+    /// A sequence under `guards`, which act in this order; with none it is unguarded.
+    ///
     /// # Errors
-    /// The guard is not for this model or does not compile, or llama.cpp can't make the context.
-    pub fn new(model: &'model Model, guard: Option<&Guard>, options: SessionOptions) -> Result<Self, EngineError> {
+    /// A guard is not for this model or does not compile, or llama.cpp can't make the context.
+    pub fn new(model: &'model Model, guards: &[&Guard], options: SessionOptions) -> Result<Self, EngineError> {
         let backend = backend()?;
         let params = context_params(options.n_ctx, BATCH as u32);
-        let context = match guard {
-            None => SessionContext::Plain {
+        let context = if guards.is_empty() {
+            SessionContext::Plain {
                 context: model.llama().new_context(backend, params).map_err(ContextError::from)?,
                 batch: LlamaBatch::new(BATCH, 1),
-            },
-            Some(guard) => {
-                let program = program_for(model.llama(), backend, guard, options.guard)?;
-                SessionContext::Guarded {
-                    context: GuardedContext::new(model.llama(), backend, params, Arc::new(program))?,
-                    batch: GuardedBatch::new(BATCH),
-                }
+            }
+        } else {
+            let program = program_for(model.llama(), backend, guards, options.guard)?;
+            SessionContext::Guarded {
+                context: GuardedContext::new(model.llama(), backend, params, Arc::new(program))?,
+                batch: GuardedBatch::new(BATCH),
             }
         };
         let n_ctx = context.llama().n_ctx() as usize;

@@ -47,7 +47,7 @@ pub fn detection(
     let total = 2 * (positive.len() + negative.len())
         + native.map_or(0, |native| native.positive.len() + native.negative.len());
     let mut done = 0;
-    let mut session = Session::new(model, Some(guard), SessionOptions::default())?;
+    let mut session = Session::new(model, &[guard], SessionOptions::default())?;
     let mut read = |prompts: &[String]| -> Result<Vec<Vec<(f64, bool)>>, LearnError> {
         let mut gates = vec![Vec::new(); guard.gates().len()];
         for (index, prompt) in prompts.iter().enumerate() {

@@ -30,7 +30,7 @@ pub fn calibrate(
     progress: Progress<'_>,
 ) -> Result<Vec<Calibrated>, LearnError> {
     let options = GuardOptions { calibration: Calibration::Ignored, probe: true };
-    let mut session = Session::new(model, Some(guard), SessionOptions { guard: options, ..Default::default() })?;
+    let mut session = Session::new(model, &[guard], SessionOptions { guard: options, ..Default::default() })?;
     let mut projections = vec![Vec::with_capacity(benign.len()); guard.gates().len()];
     for (index, prompt) in benign.iter().enumerate() {
         let readings = session.score(&model.prompt_tokens(prompt)?)?;

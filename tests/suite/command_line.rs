@@ -251,7 +251,7 @@ fn a_control_vector_becomes_a_guard_that_adds_it() {
     let tokens = model.prompt_tokens("pilot").unwrap();
     let mut session = Session::new(
         &model,
-        Some(&Guard::load(guard.as_ref()).unwrap()),
+        &[&Guard::load(guard.as_ref()).unwrap()],
         SessionOptions { n_ctx: 512, ..Default::default() },
     )
     .unwrap();

@@ -88,7 +88,7 @@ impl Tiny {
     }
 
     fn guarded(&self, guard: &Guard, params: LlamaContextParams) -> GuardedContext<'_> {
-        guard_context(self.model.llama(), backend().unwrap(), params, guard).unwrap()
+        guard_context(self.model.llama(), backend().unwrap(), params, &[guard]).unwrap()
     }
 
     /// A context whose hook patches nothing.

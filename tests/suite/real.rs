@@ -100,8 +100,8 @@ fn the_shipped_guard_is_for_this_model_and_no_other() {
     let guard = Guard::load(Path::new(GUARD)).unwrap();
     let options = SessionOptions { n_ctx: 128, ..Default::default() };
     // Fingerprint, probe, compilation and dry run.
-    Session::new(&large, Some(&guard), options).unwrap();
-    let error = Session::new(&small, Some(&guard), options).err().unwrap().to_string();
+    Session::new(&large, &[&guard], options).unwrap();
+    let error = Session::new(&small, &[&guard], options).err().unwrap().to_string();
     assert!(error.contains("another model"), "{error}");
 }
 
@@ -132,8 +132,8 @@ fn reading_changes_no_bit_of_the_logits() {
     let Some(model) = load(LARGE) else { return };
     let guard = Guard::load(Path::new(GUARD)).unwrap();
     let options = SessionOptions { n_ctx: 128, ..Default::default() };
-    let mut plain = Session::new(&model, None, options).unwrap();
-    let mut guarded = Session::new(&model, Some(&guard), options).unwrap();
+    let mut plain = Session::new(&model, &[], options).unwrap();
+    let mut guarded = Session::new(&model, &[&guard], options).unwrap();
     let prompt = model.prompt_tokens("Name three birds that swim.").unwrap();
     let (mut a, mut b) = (plain.prefill(&prompt).unwrap(), guarded.prefill(&prompt).unwrap());
     for step in 0..12 {

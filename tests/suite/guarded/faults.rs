@@ -114,7 +114,7 @@ fn a_model_that_is_never_finite_is_refused_at_once() {
         let mut weights = shape.weights();
         weights.get_mut("blk.1.ffn_norm.weight").unwrap().values[0] = f32::NAN;
         let tiny = Tiny::with_weights(shape, &weights);
-        let refused = guard_context(tiny.model.llama(), backend().unwrap(), params(), &adds(&tiny, OnError::Pass));
+        let refused = guard_context(tiny.model.llama(), backend().unwrap(), params(), &[&adds(&tiny, OnError::Pass)]);
         let error = refused.err().expect("its dry run fails").to_string();
         assert!(error.contains("layer 1") && error.contains("not finite"), "{}: {error}", tiny.name());
     }

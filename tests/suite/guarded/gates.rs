@@ -272,7 +272,7 @@ fn a_session_ends_where_its_guard_blocks() {
         let blocks = gate(PROBE, Aggregate::Last, told.threshold, OnFire::Block);
         let guard = tiny.policy().vector(PROBE, 1).gate(blocks).guard();
         let options = SessionOptions { n_ctx: 256, ..Default::default() };
-        let mut session = Session::new(&tiny.model, Some(&guard), options).unwrap();
+        let mut session = Session::new(&tiny.model, &[&guard], options).unwrap();
         let generation = GenerationOptions { max_tokens: 5, temperature: 0.0, seed: 0, ignore_end: true };
         for (script, fires) in [(&told.hot, true), (&told.cold, false), (&told.hot, true)] {
             let generated = session.generate(&script.prompt, generation, |_| ()).unwrap();

@@ -1,10 +1,13 @@
-use super::args::{BenchArguments, ExecutorArgument};
+mod made;
+
+use super::args::{AgainstArgument, BenchArguments, ExecutorArgument};
 use super::models::load;
 use super::progress::Bar;
 use super::table::table;
 use super::{Outcome, guard};
 use anyhow::ensure;
 use pilotfish::engine::{EngineError, Model, Session, SessionOptions};
+use pilotfish::guard::Guard;
 use pilotfish::hook::{ContextError, ExecutorKind};
 use pilotfish::tensor::quantile;
 use serde::Serialize;
@@ -16,6 +19,7 @@ use std::time::{Duration, Instant};
 struct BenchReport {
     pairs: usize,
     executor: String,
+    against: AgainstArgument,
     prefill: Compared,
     decode: Compared,
     /// Lowest and highest ratio of all pairs, prefill and decode.
@@ -24,6 +28,7 @@ struct BenchReport {
 
 #[derive(Debug, Serialize)]
 struct Compared {
+    /// Without the guard, or whatever it is compared with.
     unguarded: f64,
     guarded: f64,
     ratio: f64,
@@ -33,13 +38,20 @@ struct Compared {
 pub fn bench(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     ensure!(arguments.pairs > 0 && arguments.tokens > 0, "a bench needs at least one pair and one token");
     let model = load(&arguments.model)?;
-    let guard = guard::load_guard(&arguments.guard)?;
+    let folder = tempfile::tempdir()?;
+    let guards = match arguments.guarded.intervention {
+        None => guard::load_guards(&arguments.guarded.guards)?,
+        Some(what) => {
+            vec![made::guard(&model, what, &made::layers(arguments.points, model.shape().n_layer), folder.path())?]
+        }
+    };
+    let guards: Vec<&Guard> = guards.iter().collect();
     let kind = match arguments.executor {
         ExecutorArgument::Host => ExecutorKind::Host,
         ExecutorArgument::Copy => ExecutorKind::Copy,
     };
-    let shape = Shape { prompt_tokens: arguments.prompt_tokens, tokens: arguments.tokens, pairs: arguments.pairs };
-    let report = compare(&model, &guard, shape, kind)?;
+    let BenchArguments { prompt_tokens, tokens, pairs, against, .. } = arguments;
+    let report = compare(&model, &guards, Shape { prompt_tokens, tokens, pairs, against }, kind)?;
     let mut out = std::io::stdout().lock();
     if arguments.json {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
@@ -54,31 +66,30 @@ struct Shape {
     prompt_tokens: usize,
     tokens: usize,
     pairs: usize,
+    against: AgainstArgument,
 }
 
 /// Pairs that run in the same two contexts. Where a context's memory happens to lie makes it a few percent faster or slower for as long as it
 /// lives, so that many pairs in two contexts would compare places in memory.
 const PAIRS_A_CONTEXT: usize = 4;
 
-/// Runs the same tokens guarded and unguarded in turn, each pair in the other order than the one before, in new contexts every
+/// Runs the same tokens guarded and unguarded (or what else it is compared with) in turn, each pair in the other order than the one before, in new contexts every
 /// [`PAIRS_A_CONTEXT`], which are made in the other order too.
-fn compare(
-    model: &Model,
-    guard: &pilotfish::guard::Guard,
-    shape: Shape,
-    kind: ExecutorKind,
-) -> anyhow::Result<BenchReport> {
+fn compare(model: &Model, guards: &[&Guard], shape: Shape, kind: ExecutorKind) -> anyhow::Result<BenchReport> {
     let n_ctx = (shape.prompt_tokens + shape.tokens) as u32;
     let options = SessionOptions { n_ctx, ..Default::default() };
     let sessions = |guarded_first: bool| -> anyhow::Result<(Session<'_>, Session<'_>)> {
-        let guarded = || -> anyhow::Result<_> {
-            let mut session = Session::new(model, Some(guard), options)?;
+        let guarded = |kind| -> anyhow::Result<_> {
+            let mut session = Session::new(model, guards, options)?;
             session.set_executor(kind);
             Ok(session)
         };
-        let early = if guarded_first { Some(guarded()?) } else { None };
-        let unguarded = Session::new(model, None, options)?;
-        Ok((unguarded, early.map_or_else(guarded, Ok)?))
+        let early = if guarded_first { Some(guarded(kind)?) } else { None };
+        let other = match shape.against {
+            AgainstArgument::Unguarded => Session::new(model, &[], options)?,
+            AgainstArgument::Copy => guarded(ExecutorKind::Copy)?,
+        };
+        Ok((other, early.map_or_else(|| guarded(kind), Ok)?))
     };
     let text = model.prompt_tokens("The pilot fish swims beside the shark and keeps it clean. ")?;
     let tokens: Vec<_> = text.iter().copied().cycle().take(shape.prompt_tokens + shape.tokens).collect();
@@ -128,7 +139,8 @@ fn compare(
     };
     let (prefill, decode) = (compared(0), compared(1));
     let ratio_spread = [prefill.spread[0].min(decode.spread[0]), prefill.spread[1].max(decode.spread[1])];
-    Ok(BenchReport { pairs: shape.pairs, executor: kind.to_string(), prefill, decode, ratio_spread })
+    let (pairs, against) = (shape.pairs, shape.against);
+    Ok(BenchReport { pairs, executor: kind.to_string(), against, prefill, decode, ratio_spread })
 }
 
 impl BenchReport {
@@ -143,7 +155,7 @@ impl BenchReport {
             ]
         };
         table(
-            ["tokens per second", "unguarded", "guarded", "ratio (median of pairs)", "spread"],
+            ["tokens per second", self.against.name(), "guarded", "ratio (median of pairs)", "spread"],
             [row("prefill", &self.prefill), row("decode", &self.decode)],
         )
         .to_string()
