@@ -1,5 +1,10 @@
 //! Kernels over one row. They accumulate in `f32` over independent lanes, which the compiler turns into SIMD (a single
 //! running sum can't be, since float addition is not associative), so a sum of n terms has an error of about n/16 ulps.
+//!
+//! Each is compiled for several instruction sets, and the machine's best is taken at run time. All add in the same order and none fuses
+//! a product into a sum, so that they agree to the last bit.
+
+use multiversion::multiversion;
 
 /// Independent partial sums a dot product keeps: two AVX2 or four NEON registers.
 const LANES: usize = 16;
@@ -8,6 +13,7 @@ const LANES: usize = 16;
 ///
 /// # Panics
 /// If the lengths differ.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "x86_64+avx"))]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len(), "dot of {} and {} values", a.len(), b.len());
     let mut sums = [0.0f32; LANES];
@@ -26,6 +32,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 ///
 /// # Panics
 /// If the lengths differ.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "x86_64+avx"))]
 pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "axpy of {} and {} values", x.len(), y.len());
     for (y, x) in y.iter_mut().zip(x) {
@@ -34,6 +41,7 @@ pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
 }
 
 /// Whether no value is NaN or infinite: `x · 0` is 0 for a finite x and NaN for any other, so one sum tells.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "x86_64+avx"))]
 pub fn all_finite(values: &[f32]) -> bool {
     let (lanes, rest) = values.as_chunks::<LANES>();
     let mut sums = [0.0f32; LANES];
