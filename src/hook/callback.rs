@@ -199,9 +199,7 @@ impl Hook {
     /// for every sequence of the batch, or with one of them.
     pub fn finish(&mut self) -> Result<(), HookFault> {
         if self.rows.is_uncertain() {
-            for sequence in self.rows.sequences().collect::<BTreeSet<SequenceId>>() {
-                self.sequences.fire_all(sequence);
-            }
+            self.sequences.fire_batch();
         }
         let missing = || self.wanted.iter().find(|layer| !self.fired.contains(layer));
         let whole = self.fault.take().or_else(|| missing().map(|layer| HookFault::MissingHookPoint { layer: *layer }));

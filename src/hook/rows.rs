@@ -82,11 +82,6 @@ impl RowTracker {
     pub fn is_uncertain(&self) -> bool {
         self.uncertain
     }
-
-    /// Sequences of the batch.
-    pub fn sequences(&self) -> impl Iterator<Item = SequenceId> + '_ {
-        self.batch.iter().map(|row| row.sequence)
-    }
 }
 
 impl BatchRow {

@@ -149,10 +149,12 @@ impl Sequences {
         states.flat_map(|state| &mut state.gates).for_each(GateState::begin_prompt);
     }
 
-    /// Fires every gate of `sequence`, whatever it reads: for rows whose sequence is uncertain.
-    pub fn fire_all(&mut self, sequence: SequenceId) {
-        let states = self.states.get_mut(&sequence).into_iter();
-        states.flat_map(|state| &mut state.gates).for_each(GateState::fire);
+    /// Fires every gate of the decode's sequences, whatever it reads: where it is uncertain which rows are whose.
+    pub fn fire_batch(&mut self) {
+        for sequence in &self.batch {
+            let states = self.states.get_mut(sequence).into_iter();
+            states.flat_map(|state| &mut state.gates).for_each(GateState::fire);
+        }
     }
 
     /// Latches `fault` for `sequence`, the first one only: until it is cleared, nothing that is decoded for it may be used. Rows without a

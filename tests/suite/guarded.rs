@@ -1,5 +1,6 @@
 //! What a guard does to a model's residual and to its logits, on tiny models of several architectures that llama.cpp runs for real.
 
+mod allocations;
 mod faults;
 mod gates;
 mod patches;
@@ -15,10 +16,16 @@ use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::token::LlamaToken;
 use pilotfish::engine::{Model, ModelOptions, backend, guard_context};
 use pilotfish::guard::manifest::{
-    FORMAT, GateEntry, InterventionEntry, InterventionName, Scope, TargetEntry, TensorsEntry, VectorEntry,
+    FORMAT, GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, TargetEntry,
+    TensorsEntry, VectorEntry,
 };
-use pilotfish::guard::{Aggregate, Guard, Manifest, OnError, OnFire, Readout, write_guard};
+use pilotfish::guard::{
+    Aggregate, Digest, Guard, Manifest, MappingFile, OnError, OnFire, Positions, Readout, write_guard,
+};
 use pilotfish::hook::{BatchRow, ContextError, GuardedBatch, GuardedContext};
+use pilotfish::mapping::{
+    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, MappingQuality, Standardization,
+};
 use pilotfish::program::{Program, RowKind, reference};
 use pilotfish::steering::VectorKind;
 use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
@@ -118,7 +125,7 @@ impl Tiny {
             interventions: Vec::new(),
             results: Vec::new(),
         };
-        Policy { tiny: self, manifest, tensors: Vec::new() }
+        Policy { tiny: self, manifest, tensors: Vec::new(), mappings: Vec::new() }
     }
 
     /// The residuals and logits that `script` must have under `guard`, where `open` tells which gates are open for the rows of a
@@ -260,6 +267,7 @@ struct Policy<'t> {
     tiny: &'t Tiny,
     manifest: Manifest,
     tensors: Vec<(String, Vec<f32>)>,
+    mappings: Vec<(String, Vec<u8>)>,
 }
 
 impl Policy<'_> {
@@ -280,6 +288,62 @@ impl Policy<'_> {
         self
     }
 
+    fn named(mut self, name: &str) -> Self {
+        self.manifest.name = name.into();
+        self
+    }
+
+    /// A mapping of random weights from the residual at `layer` to what it should be there.
+    fn map(mut self, name: &str, layer: u32, kind: MappingKind) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(2000 + u64::from(layer));
+        let width = self.tiny.shape.n_embd;
+        let mut random = |n: u32, size: f32| -> Vec<f32> { (0..n).map(|_| rng.random_range(-size..size)).collect() };
+        let mut side = || Standardization {
+            mean: random(width, 0.5),
+            scale: random(width, 0.5).into_iter().map(|x| 1.0 + x).collect(),
+        };
+        let (source, target, at) = (side(), side(), LayerIndex(layer));
+        let identity = self.tiny.model.identity();
+        let mut file = MappingFile {
+            source: identity.clone(),
+            target: identity.clone(),
+            corpus: "none".into(),
+            seed: 0,
+            pairs: Vec::new(),
+            autoencoders: Vec::new(),
+        };
+        let (fraction_unexplained, cosine, n_train, n_heldout) = (0.5, 0.5, 1, 1);
+        match kind {
+            MappingKind::Affine => {
+                let weight = random(width * width, 0.4);
+                let quality =
+                    MappingQuality { lambda: 1.0, fraction_unexplained, cosine, n_train, n_heldout, backward: None };
+                file.pairs.push((AffineMap::new(at, at, source, target, weight).unwrap(), quality));
+            }
+            MappingKind::Autoencoder => {
+                let hidden = width / 2;
+                let weights = AutoencoderWeights {
+                    encoder: random(hidden * width, 0.5),
+                    encoder_bias: random(hidden, 0.3),
+                    decoder: random(hidden * width, 0.5),
+                    decoder_bias: random(width, 0.3),
+                };
+                let quality = AutoencoderQuality { fraction_unexplained, cosine, n_train, n_heldout };
+                file.autoencoders.push((Autoencoder::new(at, at, source, target, weights).unwrap(), quality));
+            }
+        }
+        let bytes = file.to_bytes().unwrap();
+        self.manifest.mappings.push(MappingEntry {
+            name: name.into(),
+            sha256: Digest::of(&bytes),
+            kind,
+            source_layer: at,
+            target_layer: at,
+        });
+        self.mappings.push((format!("{name}.map.safetensors"), bytes));
+        self
+    }
+
     fn gate(mut self, entry: GateEntry) -> Self {
         self.manifest.gates.push(entry);
         self
@@ -297,7 +361,9 @@ impl Policy<'_> {
 
     fn guard(self) -> Guard {
         let folder = self.tiny.folder.path().join("guard");
-        write_guard(&folder, &self.manifest, &self.tensors, &[]).unwrap()
+        // Mappings of other guards of the test would be read along.
+        let _none_yet = std::fs::remove_dir_all(&folder);
+        write_guard(&folder, &self.manifest, &self.tensors, &self.mappings).unwrap()
     }
 }
 
@@ -321,6 +387,12 @@ fn gate(vector: &str, aggregate: Aggregate, threshold: f64, on_fire: OnFire) -> 
     }
 }
 
+/// A gate on each token, named like its vector.
+fn token_gate(vector: &str, threshold: f64, release: Option<f64>) -> GateEntry {
+    let prompt = gate(vector, Aggregate::Last, threshold, OnFire::Steer);
+    GateEntry { scope: Scope::Token, aggregate: None, release, ..prompt }
+}
+
 /// A score that no gate reaches.
 const NEVER: f64 = 1e9;
 
@@ -334,6 +406,19 @@ fn ablate(vector: &str, mean: f64) -> InterventionEntry {
 
 fn clamp(vector: &str, low: f64, high: f64) -> InterventionEntry {
     InterventionEntry { low: Some(low), high: Some(high), ..InterventionEntry::new(InterventionName::Clamp, vector) }
+}
+
+fn rotate(vector: &str, angle: f64) -> InterventionEntry {
+    InterventionEntry { angle: Some(angle), ..InterventionEntry::new(InterventionName::Rotate, vector) }
+}
+
+fn switch(mapping: &str) -> InterventionEntry {
+    InterventionEntry::new(InterventionName::Switch, mapping)
+}
+
+/// The same under another name, which an operand used twice needs.
+fn called(name: &str, entry: InterventionEntry) -> InterventionEntry {
+    InterventionEntry { name: Some(name.into()), ..entry }
 }
 
 fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {

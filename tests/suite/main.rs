@@ -3,6 +3,8 @@
 
 mod architecture;
 mod command_line;
+#[path = "../support/counting_allocator.rs"]
+mod counting_allocator;
 mod guarded;
 #[path = "../support/raw_llama.rs"]
 mod raw_llama;
@@ -10,3 +12,6 @@ mod real;
 mod support;
 #[path = "../support/tiny_model.rs"]
 mod tiny_model;
+
+#[global_allocator]
+static ALLOCATOR: counting_allocator::CountingAllocator = counting_allocator::CountingAllocator;

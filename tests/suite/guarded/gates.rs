@@ -2,7 +2,6 @@
 
 use super::*;
 use pilotfish::engine::{Finish, GenerationOptions, Session, SessionOptions};
-use pilotfish::guard::Positions;
 use pilotfish::program::GateDecision;
 
 /// Two prompts that a gate of `aggregate` tells apart, and a threshold between them.

@@ -1,7 +1,6 @@
 //! Interventions against the reference, and executors against each other.
 
 use super::*;
-use pilotfish::guard::Positions;
 use pilotfish::hook::ExecutorKind;
 
 /// A guard, and the rows that it changes at its first hook point.
@@ -81,6 +80,72 @@ const CASES: &[Case] = &[
         policy: |policy| {
             let named = InterventionEntry { name: Some("back".into()), ..ablate("v", -9.0) };
             policy.vector("v", 1).intervene(add("v")).intervene(named)
+        },
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "rotate towards",
+        policy: |policy| policy.vector("v", 1).intervene(rotate("v", 35.0)),
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "rotate away, in part, with the first position",
+        policy: |policy| {
+            let entry = InterventionEntry { strength: 0.5, first_position: true, ..rotate("v", -80.0) };
+            policy.vector("v", 0).intervene(entry)
+        },
+        first_point: 0,
+        changes: |_, _| true,
+    },
+    Case {
+        what: "rotate as far as it goes",
+        policy: |policy| policy.vector("v", 1).intervene(rotate("v", 180.0)),
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "switch by an affine map",
+        policy: |policy| policy.map("m", 1, MappingKind::Affine).intervene(switch("m")),
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "switch by an autoencoder",
+        policy: |policy| policy.map("m", 2, MappingKind::Autoencoder).intervene(switch("m")),
+        first_point: 2,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "switch by an autoencoder in part, of the answer only",
+        policy: |policy| {
+            let entry = InterventionEntry { strength: 0.3, positions: Positions::Generated, ..switch("m") };
+            policy.map("m", 0, MappingKind::Autoencoder).intervene(entry)
+        },
+        first_point: 0,
+        changes: |kind, _| kind != RowKind::Prompt,
+    },
+    Case {
+        what: "linear neighbours that see each other, in one",
+        policy: |policy| {
+            let policy = policy.vector("a", 1).vector("b", 1).vector("c", 1);
+            let policy = policy.intervene(ablate("a", 2.0)).intervene(add("b")).intervene(ablate("c", -3.0));
+            let half = InterventionEntry { strength: 0.5, ..ablate("a", 1.0) };
+            policy.intervene(called("again", half)).intervene(called("hold", clamp("b", 4.0, 5.0)))
+        },
+        first_point: 1,
+        changes: |_, position| position > 0,
+    },
+    Case {
+        what: "everything at one hook point, and two switches at two",
+        policy: |policy| {
+            let policy = policy.vector("a", 1).vector("b", 1).map("m", 1, MappingKind::Affine);
+            let policy =
+                policy.map("n", 2, MappingKind::Autoencoder).intervene(rotate("a", 20.0)).intervene(switch("m"));
+            let policy =
+                policy.intervene(called("hold", clamp("a", 1.0, 2.0))).intervene(add("b")).intervene(switch("n"));
+            policy.intervene(called("back", ablate("b", 0.0)))
         },
         first_point: 1,
         changes: |_, position| position > 0,

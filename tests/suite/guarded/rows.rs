@@ -1,7 +1,6 @@
 //! Which row is which token, however llama.cpp cuts and orders a batch.
 
 use super::*;
-use pilotfish::guard::Positions;
 use pilotfish::program::GateDecision;
 
 /// Gates of every kind, patches of every kind of position, and one patch behind a gate that fires.
