@@ -1,5 +1,5 @@
 use super::executor::{Executor, ExecutorKind, HostExecutor};
-use super::rows::{BatchRow, RowTracker};
+use super::rows::{BatchRow, GraphInputs, RowTracker, Splitting};
 use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
 use super::{CopyExecutor, HookFault};
 use crate::guard::OnError;
@@ -12,6 +12,9 @@ use std::sync::Arc;
 
 /// The name that llama.cpp's graphs give the residual after block `L`: `l_out-L`.
 const RESIDUAL_PREFIX: &[u8] = b"l_out-";
+
+/// The name that they give the token ids.
+const TOKENS: &CStr = c"inp_tokens";
 
 /// State behind the eval callback of one context: its sequences with their programs and gates, what it knows of the batch, and the fault
 /// latches.
@@ -64,8 +67,8 @@ struct MicroBatch {
     /// layer then belongs to the next micro-batch.
     rope_layer: Option<u32>,
     residual_since: bool,
-    /// Positions of the micro-batch. On a device they are read with the first residual, when the backend is synchronised.
-    positions: Vec<i32>,
+    /// Positions and tokens of the micro-batch. On a device positions are read with the first residual, when the backend is synchronised.
+    inputs: GraphInputs,
     unread_positions: Option<*const RawTensor>,
     /// Whether a rotary embedding announced a micro-batch whose first residual has not come yet.
     announced: bool,
@@ -173,9 +176,10 @@ impl Hook {
         self.capture.as_mut().map(|capture| std::mem::take(&mut capture.rows)).unwrap_or_default()
     }
 
-    /// Prepares for one `llama_decode` of `batch` on a context with `n_streams` KV streams.
-    pub fn begin(&mut self, batch: &[BatchRow], n_streams: usize) {
-        self.rows.begin(batch, n_streams);
+    /// Prepares for one `llama_decode` of `batch`, whose token ids are `tokens` (as long, or empty where they are not known), on a context
+    /// that cuts batches by `splitting`.
+    pub fn begin(&mut self, batch: &[BatchRow], tokens: &[i32], splitting: Splitting) {
+        self.rows.begin(batch, tokens, splitting);
         self.sequences.begin(batch.iter().map(|row| row.sequence));
         self.wanted.clear();
         for program in self.sequences.programs() {
@@ -184,8 +188,9 @@ impl Hook {
         self.wanted.extend(self.capture.iter().flat_map(|capture| &capture.layers));
         self.wanted.sort_unstable();
         self.wanted.dedup();
-        self.micro_batch =
-            MicroBatch { positions: std::mem::take(&mut self.micro_batch.positions), ..Default::default() };
+        self.micro_batch = MicroBatch { inputs: std::mem::take(&mut self.micro_batch.inputs), ..Default::default() };
+        self.micro_batch.inputs.positions.clear();
+        self.micro_batch.inputs.tokens.clear();
         self.fired.clear();
         self.fault = None;
         self.working_on = None;
@@ -263,11 +268,10 @@ impl Hook {
             }
             return self.fault.is_none() && self.wants(layer);
         }
-        if let Some(layer) = layer_suffix(name)
-            && self.micro_batch.may_begin_at(layer)
-            && tensor.is_rope()
-        {
-            self.announce(layer, tensor);
+        match layer_suffix(name) {
+            Some(layer) if self.micro_batch.may_begin_at(layer) && tensor.is_rope() => self.announce(layer, tensor),
+            None if tensor.is_row_lookup() => self.read_tokens(tensor),
+            _ => {}
         }
         false
     }
@@ -285,7 +289,7 @@ impl Hook {
             return;
         }
         self.micro_batch.announced = true;
-        self.micro_batch.positions.clear();
+        self.micro_batch.inputs.positions.clear();
         self.micro_batch.unread_positions = rope.second_source();
         // Inputs are set before the graph runs, and their memory may be used again after their last reader, so read them now where
         // they lie on the host.
@@ -299,11 +303,24 @@ impl Hook {
         }
     }
 
+    /// Takes the token ids of the micro-batch from the lookup of their embeddings, where they lie in host memory.
+    fn read_tokens(&mut self, lookup: &Tensor<'_>) {
+        let Some((source, host_data)) = lookup.second_source().zip(self.table.host_data) else { return };
+        // SAFETY: `source` is a source of the tensor that llama.cpp is showing, an input whose data is set before the graph runs.
+        let read = unsafe {
+            CStr::from_ptr((self.table.name)(source)) != TOKENS
+                || !host_data(source).is_null() && read_i32(&self.table, source, &mut self.micro_batch.inputs.tokens)
+        };
+        if !read {
+            self.micro_batch.inputs.tokens.clear();
+        }
+    }
+
     fn read_positions(&mut self) {
         if let Some(source) = self.micro_batch.unread_positions.take() {
             // SAFETY: `source` is an input of the graph that this decode is computing, and its data is set.
-            if unsafe { !read_i32(&self.table, source, &mut self.micro_batch.positions) } {
-                self.micro_batch.positions.clear();
+            if unsafe { !read_i32(&self.table, source, &mut self.micro_batch.inputs.positions) } {
+                self.micro_batch.inputs.positions.clear();
             }
         }
     }
@@ -326,9 +343,17 @@ impl Hook {
         let wraps = self.micro_batch.last_layer.is_none_or(|last| layer <= last);
         if std::mem::take(&mut self.micro_batch.announced) || wraps {
             self.read_positions();
-            let MicroBatch { positions, n_rows, .. } = &self.micro_batch;
-            let n_rows = if positions.is_empty() { *n_rows } else { positions.len() };
-            self.rows.enter(n_rows, positions);
+            let MicroBatch { inputs, n_rows, .. } = &mut self.micro_batch;
+            let GraphInputs { positions, tokens } = &*inputs;
+            let n_rows = match (tokens.len(), positions.len()) {
+                (0, 0) => *n_rows,
+                // M-RoPE, where a token has four.
+                (0, n_positions) if n_positions == 4 * *n_rows => *n_rows,
+                (0, n_positions) => n_positions,
+                (n_tokens, _) => n_tokens,
+            };
+            self.rows.enter(n_rows, inputs);
+            inputs.tokens.clear();
             self.sequences.begin_rows(n_rows);
         }
         self.micro_batch.last_layer = Some(layer);

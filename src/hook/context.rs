@@ -1,4 +1,4 @@
-use super::{BatchRow, Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault};
+use super::{BatchRow, Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault, Splitting};
 use crate::program::{GateDecision, Program, RowKind};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
@@ -37,7 +37,7 @@ pub struct GuardedContext<'model> {
     // Dropped first: llama.cpp may call the hook until the context is freed.
     context: LlamaContext<'model>,
     hook: OwnedHook,
-    n_streams: usize,
+    splitting: Splitting,
 }
 
 /// A [`Hook`] on the heap that llama.cpp also has a pointer to.
@@ -106,7 +106,8 @@ impl<'model> GuardedContext<'model> {
         // (that takes `&mut self`), and it serves this one context.
         let params = unsafe { params.with_eval_hook(hook.0.as_ptr()) };
         let context = model.new_context(backend, params)?;
-        let mut guarded = Self { context, hook, n_streams };
+        let splitting = Splitting { n_streams, n_ubatch: context.n_ubatch() as usize };
+        let mut guarded = Self { context, hook, splitting };
         guarded.dry_run(model)?;
         Ok(guarded)
     }
@@ -146,7 +147,7 @@ impl<'model> GuardedContext<'model> {
     }
 
     fn run(&mut self, batch: &mut GuardedBatch) -> Result<Result<(), HookFault>, ContextError> {
-        self.hook.as_mut().begin(&batch.rows, self.n_streams);
+        self.hook.as_mut().begin(&batch.rows, &batch.tokens, self.splitting);
         let decoded = self.context.decode(&mut batch.batch);
         // A failed decode first: its hook points have not fired, and that is not the guard's fault.
         decoded?;
@@ -279,6 +280,8 @@ pub enum BatchError {
 pub struct GuardedBatch {
     batch: LlamaBatch<'static>,
     rows: Vec<BatchRow>,
+    /// Token ids of `rows`.
+    tokens: Vec<i32>,
     capacity: usize,
 }
 
@@ -286,12 +289,14 @@ impl GuardedBatch {
     /// # Panics
     /// If `capacity` is above `i32::MAX`.
     pub fn new(capacity: usize) -> Self {
-        Self { batch: LlamaBatch::new(capacity, 1), rows: Vec::with_capacity(capacity), capacity }
+        let (rows, tokens) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
+        Self { batch: LlamaBatch::new(capacity, 1), rows, tokens, capacity }
     }
 
     pub fn clear(&mut self) {
         self.batch.clear();
         self.rows.clear();
+        self.tokens.clear();
     }
 
     pub fn is_empty(&self) -> bool {
@@ -312,6 +317,7 @@ impl GuardedBatch {
             .add(token, row.position.0, &[row.sequence.0], row.output)
             .map_err(|_| BatchError::Full { capacity: self.capacity, wanted: index + 1 })?;
         self.rows.push(row);
+        self.tokens.push(token.0);
         Ok(index as i32)
     }
 

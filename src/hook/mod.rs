@@ -28,7 +28,7 @@ pub use context::{BatchError, ContextError, GuardedBatch, GuardedContext};
 pub use executor::{CopyExecutor, Executor, ExecutorKind, HostExecutor};
 #[cfg(feature = "engine")]
 pub use params::EvalCallbackParams;
-pub use rows::BatchRow;
+pub use rows::{BatchRow, Splitting};
 pub use table::{GgmlTable, MissingSymbol, RawTensor, Tensor, TensorBytes};
 
 use crate::program::RowFault;

@@ -113,6 +113,12 @@ impl<'call> Tensor<'call> {
         unsafe { CStr::from_ptr((self.table.op_description)(self.raw)) == c"ROPE" }
     }
 
+    /// Whether this looks rows up by index: for token embeddings, its second source holds the token ids.
+    pub(super) fn is_row_lookup(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { CStr::from_ptr((self.table.op_description)(self.raw)) == c"GET_ROWS" }
+    }
+
     /// `src[1]`, where the table can tell.
     pub(super) fn second_source(&self) -> Option<*const RawTensor> {
         // SAFETY: `raw` is valid for 'call.

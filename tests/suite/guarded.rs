@@ -7,6 +7,7 @@ mod patches;
 #[path = "../support/reference_model.rs"]
 mod reference_model;
 mod rows;
+mod sequences;
 mod table;
 
 use crate::tiny_model::{Architecture, TinyModel, Weights};

@@ -4,7 +4,7 @@ use super::*;
 use llama_cpp_sys_2 as sys;
 use pilotfish::guard::Positions;
 use pilotfish::hook::{
-    Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault, MissingSymbol,
+    Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault, MissingSymbol, Splitting,
 };
 use pilotfish::program::{Calibration, GateDecision};
 use std::ffi::{CStr, c_void};
@@ -14,6 +14,7 @@ struct Hooked<'m> {
     // Dropped first: llama.cpp may call the hook until its context is freed.
     context: LlamaContext<'m>,
     hook: OwnedHook,
+    splitting: Splitting,
 }
 
 struct OwnedHook(*mut Hook);
@@ -30,7 +31,10 @@ impl<'m> Hooked<'m> {
         let hook = OwnedHook(Box::into_raw(Box::new(Hook::new(table, program))));
         // SAFETY: the hook is freed after the context, and nothing uses it during a decode.
         let params = unsafe { params.with_eval_hook(hook.0) };
-        Self { context: tiny.plain(params), hook }
+        let n_streams = params.n_streams();
+        let context = tiny.plain(params);
+        let splitting = Splitting { n_streams, n_ubatch: context.n_ubatch() as usize };
+        Self { context, hook, splitting }
     }
 
     fn hook(&mut self) -> &mut Hook {
@@ -45,7 +49,8 @@ impl<'m> Hooked<'m> {
             batch.add(*token, row.position.0, &[row.sequence.0], row.output).unwrap();
         }
         let rows: Vec<BatchRow> = rows.iter().map(|(_, row)| *row).collect();
-        self.hook().begin(&rows, 1);
+        let splitting = self.splitting;
+        self.hook().begin(&rows, &[], splitting);
         self.context.decode(&mut batch).unwrap();
         self.hook().finish()?;
         Ok(self.context.get_logits_ith(rows.len() as i32 - 1).to_vec())
@@ -190,5 +195,40 @@ fn a_program_is_swapped_between_decodes() {
         hooked.hook().clear(ONLY);
         hooked.hook().set_program(Arc::new(Program::observer(tiny.model.shape())));
         assert!(bits(&hooked.run(&script)) == bits(&plain), "{}", tiny.name());
+    }
+}
+
+/// A table that is looked up can't read positions: in what order llama.cpp takes rows of several streams is then unknown.
+#[test]
+fn gates_count_as_fired_where_rows_cannot_be_told() {
+    // SAFETY: as in the test above.
+    let looked_up = unsafe { GgmlTable::lookup(linked_symbol) }.unwrap();
+    for tiny in Tiny::all() {
+        let gated = InterventionEntry { when: Some("g".into()), positions: Positions::Generated, ..add("push") };
+        let policy = tiny.policy().vector("g", 1).vector("push", 2);
+        let guard = policy.gate(gate("g", Aggregate::Last, NEVER, OnFire::Steer)).intervene(gated).guard();
+        let params = || params().with_n_seq_max(2).with_kv_unified(false);
+        let script = tiny.script();
+        let rows = |sequence: SequenceId| {
+            let prompt = script.decodes().swap_remove(0).into_iter();
+            prompt.map(move |(token, row)| (token, BatchRow { sequence, ..row })).collect::<Vec<_>>()
+        };
+        let both = [rows(OTHER), rows(ONLY)].concat();
+        let fired = |hook: &Hook| [ONLY, OTHER].map(|sequence| hook.sequences().decision(sequence, 0).unwrap().fired);
+
+        let mut told = Hooked::new(&tiny, GgmlTable::linked(), compiled(&tiny, &guard), params());
+        let expected = told.decode(&both).unwrap();
+        assert_eq!(fired(told.hook()), [false, false], "{}", tiny.name());
+
+        let mut hooked = Hooked::new(&tiny, looked_up, compiled(&tiny, &guard), params());
+        // One sequence at a time is certain.
+        let alone = hooked.decode(&rows(ONLY)).unwrap();
+        assert!(!hooked.hook().sequences().decision(ONLY, 0).unwrap().fired, "{}", tiny.name());
+        assert!(distance(&alone, &widened(&expected)) <= TOLERANCE, "{}", tiny.name());
+        hooked.context.clear_kv_cache();
+        hooked.hook().clear_all();
+        let steered = hooked.decode(&both).unwrap();
+        assert_eq!(fired(hooked.hook()), [true, true], "{}", tiny.name());
+        assert!(distance(&steered, &widened(&alone)) > 100.0 * TOLERANCE, "{}: nothing acts", tiny.name());
     }
 }
