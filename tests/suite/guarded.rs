@@ -8,6 +8,7 @@ mod patches;
 mod reference_model;
 mod rows;
 mod sequences;
+mod stacks;
 mod table;
 
 use crate::tiny_model::{Architecture, TinyModel, Weights};

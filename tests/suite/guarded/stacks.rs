@@ -1,0 +1,242 @@
+//! Gates of each token, rules over gates, and several guards at once.
+
+use super::*;
+use pilotfish::guard::Rule;
+use pilotfish::program::{Calibration, CompileError};
+use std::cell::RefCell;
+
+/// The score of a row at the layer of `guard`'s gate number `gate`, by `f64`.
+fn score(guard: &Guard, gate: usize, row: &[f64]) -> f64 {
+    let gate = &guard.gates()[gate];
+    let (mut along, mut square) = (0.0, 0.0);
+    for (v, x) in gate.direction.iter().zip(row) {
+        along += f64::from(*v) * x;
+        square += f64::from(*v) * f64::from(*v);
+    }
+    let calibration = gate.calibration.unwrap();
+    (along / square.sqrt() - calibration.mean) / calibration.deviation
+}
+
+/// Scores of every token of `script` but the first, at `layer`, with no guard.
+fn scores(tiny: &Tiny, guard: &Guard, script: &Script, layer: u32) -> Vec<f64> {
+    let trace = tiny.unguarded_reference(script);
+    trace.residuals[layer as usize][1..].iter().map(|row| score(guard, 0, row)).collect()
+}
+
+#[test]
+fn a_token_gate_opens_and_closes_as_the_reference_says() {
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        let policy = |threshold, release| {
+            let gated = InterventionEntry { when: Some("t".into()), ..add("push") };
+            let gate = token_gate("t", threshold, release);
+            tiny.policy().vector("t", 1).vector("push", 2).gate(gate).intervene(gated).guard()
+        };
+        let mut sorted = scores(&tiny, &policy(0.0, None), &script, 1);
+        sorted.sort_by(f64::total_cmp);
+        let between = |share: f64| {
+            let index = (sorted.len() as f64 * share) as usize;
+            (sorted[index - 1] + sorted[index]) / 2.0
+        };
+        let (threshold, release) = (between(0.7), between(0.3));
+        let mut runs = Vec::new();
+        for release in [None, Some(release)] {
+            let guard = policy(threshold, release);
+            // Positions at which the gate is open, as rows of layer 1 pass in order.
+            let (open, was_open) = (RefCell::new(vec![false]), RefCell::new(false));
+            let expected = ReferenceModel::new(&tiny.shape).run(&script.tokens(), |layer, position, row| {
+                if layer == 1 && position > 0 {
+                    let mut was_open = was_open.borrow_mut();
+                    *was_open =
+                        score(&guard, 0, row) >= if *was_open { release.unwrap_or(threshold) } else { threshold };
+                    open.borrow_mut().push(*was_open);
+                }
+                let is_open = [open.borrow().get(position).copied().unwrap_or(false)];
+                let at = TokenPosition(position as i32);
+                reference::apply(&guard, LayerIndex(layer), at, script.kind(position), &is_open, row);
+            });
+            let open = open.into_inner();
+            let what = format!("{}, release {release:?}, open {open:?}", tiny.name());
+            assert!(open.contains(&true) && open[1..].contains(&false), "{what}");
+            let mut context = tiny.guarded(&guard, params());
+            let found = script.run(&mut context).unwrap();
+            for (position, (found, expected)) in found.iter().zip(&expected.logits).enumerate() {
+                let distance = distance(found, expected);
+                assert!(distance <= TOLERANCE, "{what}: position {position} is off by {distance:.1e} of the norm");
+            }
+            // What is told of it is the highest score, and that it was open.
+            let decision = context.gate_decisions(ONLY)[0].unwrap();
+            assert!(decision.fired && (decision.score.unwrap() - sorted[sorted.len() - 1]).abs() < 1e-3, "{what}");
+            runs.push(open);
+        }
+        assert_ne!(runs[0], runs[1], "{}: the release makes a difference", tiny.name());
+    }
+}
+
+#[test]
+fn a_token_gate_reads_the_positions_that_it_says() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let script = tiny.script();
+    for (positions, range) in [
+        (Positions::All, 1..script.tokens().len()),
+        (Positions::Prompt, 1..script.prompt.len()),
+        (Positions::Generated, script.prompt.len() - 1..script.tokens().len()),
+    ] {
+        let entry = GateEntry { positions: Some(positions), ..token_gate("t", NEVER, None) };
+        let guard = tiny.policy().vector("t", 1).gate(entry).guard();
+        let mut context = tiny.guarded(&guard, params());
+        script.run(&mut context).unwrap();
+        let scores = scores(&tiny, &guard, &script, 1);
+        let highest = scores[range.start - 1..range.end - 1].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let found = context.gate_decisions(ONLY)[0].unwrap();
+        assert!((found.score.unwrap() - highest).abs() < 1e-3 && !found.fired, "{positions:?}: {found:?}, {highest}");
+    }
+}
+
+#[test]
+fn a_token_gate_that_blocks_ends_the_sequence_in_the_middle_of_its_answer() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let script = tiny.script();
+    let policy = |threshold| {
+        let entry = GateEntry {
+            positions: Some(Positions::Generated),
+            on_fire: OnFire::Block,
+            ..token_gate("t", threshold, None)
+        };
+        tiny.policy().vector("t", 1).gate(entry).guard()
+    };
+    let answer = &scores(&tiny, &policy(NEVER), &script, 1)[script.prompt.len() - 2..];
+    // The first token whose score is above all before it.
+    let at = (1..answer.len()).find(|at| answer[..*at].iter().all(|score| *score < answer[*at])).unwrap();
+    let before = answer[..at].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let mut context = tiny.guarded(&policy((before + answer[at]) / 2.0), params());
+    prefill(&mut context, ONLY, &script.prompt).unwrap();
+    for (offset, token) in script.answer.iter().enumerate().take(at) {
+        let outcome = step(&mut context, ONLY, script.prompt.len() + offset, *token);
+        assert_eq!(outcome.is_err(), offset + 1 == at, "token {offset}: {outcome:?}");
+        if let Err(error) = outcome {
+            assert!(matches!(error, ContextError::Blocked { .. }), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_rule_acts_where_its_gates_say() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let script = tiny.script();
+    for (rule, table) in [
+        ("a and b", [false, false, false, true]),
+        ("a or b", [false, true, true, true]),
+        ("a and not b", [false, false, true, false]),
+        ("not (a or b)", [true, false, false, false]),
+        ("not a and not b or a and b", [true, false, false, true]),
+    ] {
+        for (index, acts) in table.into_iter().enumerate() {
+            let fires = |bit: usize| if index & bit > 0 { -NEVER } else { NEVER };
+            let gated = InterventionEntry { when: Some(rule.into()), ..add("push") };
+            let guard = tiny
+                .policy()
+                .vector("a", 0)
+                .vector("b", 1)
+                .vector("push", 1)
+                .gate(gate("a", Aggregate::Last, fires(2), OnFire::Steer))
+                .gate(gate("b", Aggregate::Mean, fires(1), OnFire::Steer))
+                .intervene(gated)
+                .guard();
+            let found = script.run(&mut tiny.guarded(&guard, params())).unwrap();
+            // Until its gates have decided a rule does not act, whatever it is of them.
+            let gates = vec![fires(2) < 0.0, fires(1) < 0.0];
+            let reference = tiny.reference(&guard, &script, |_, kind| match kind {
+                RowKind::Prompt => dormant(&guard.interventions()[0].when),
+                _ => gates.clone(),
+            });
+            let distance = distance(found.last().unwrap(), reference.logits.last().unwrap());
+            assert!(distance <= TOLERANCE, "`{rule}` of {gates:?}: off by {distance:.1e}");
+            let plain = tiny.unguarded_reference(&script);
+            assert_eq!(reference.logits.last() != plain.logits.last(), acts, "`{rule}` of {gates:?}");
+        }
+    }
+}
+
+/// Gates for which the rule does not act.
+fn dormant(rule: &Option<Rule>) -> Vec<bool> {
+    let acts = |gates: &Vec<bool>| {
+        let gate = |index: usize| pilotfish::guard::Truth::from(gates[index]);
+        rule.as_ref().unwrap().eval(&gate) == pilotfish::guard::Truth::True
+    };
+    let all = [[false, false], [false, true], [true, false], [true, true]];
+    all.into_iter().map(Vec::from).find(|gates| !acts(gates)).unwrap()
+}
+
+#[test]
+fn guards_of_a_stack_act_in_the_order_given() {
+    for tiny in Tiny::all() {
+        let script = tiny.script();
+        let first = tiny.policy().named("first").vector("v", 1).vector("w", 2).intervene(add("v")).guard();
+        let entry = InterventionEntry { when: Some("g".into()), ..called("back", ablate("v", 3.0)) };
+        let second = tiny.policy().named("second").vector("v", 1).vector("g", 1);
+        let second = second.gate(gate("g", Aggregate::Mean, -NEVER, OnFire::Steer)).intervene(entry).guard();
+        for order in [[&first, &second], [&second, &first]] {
+            let guarded = guard_context(tiny.model.llama(), backend().unwrap(), params(), &order);
+            let mut context = guarded.unwrap();
+            let names: Vec<_> = context.program().gates().iter().map(|gate| gate.name.as_str()).collect();
+            assert_eq!(names, ["second/g"]);
+            assert_eq!(context.program().name(), format!("{} + {}", order[0].name(), order[1].name()));
+            let found = script.run(&mut context).unwrap();
+            let expected = ReferenceModel::new(&tiny.shape).run(&script.tokens(), |layer, position, row| {
+                let kind = script.kind(position);
+                let at = TokenPosition(position as i32);
+                for guard in order {
+                    let open = [kind != RowKind::Prompt];
+                    reference::apply(guard, LayerIndex(layer), at, kind, &open[..guard.gates().len()], row);
+                }
+            });
+            for (position, (found, expected)) in found.iter().zip(&expected.logits).enumerate() {
+                let distance = distance(found, expected);
+                assert!(distance <= TOLERANCE, "{}, position {position}: off by {distance:.1e}", tiny.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn what_contradicts_itself_does_not_compile() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let compiled = |guards: &[&Guard]| Program::stack(guards, tiny.model.shape(), Calibration::Required);
+    let gated = |positions| InterventionEntry { when: Some("g".into()), positions, ..add("v") };
+    let early = |entry: GateEntry, positions| {
+        tiny.policy().vector("g", 2).vector("v", 1).gate(entry).intervene(gated(positions)).guard()
+    };
+    let of_prompt = || gate("g", Aggregate::Mean, 0.0, OnFire::Steer);
+    let of_token = || token_gate("g", 0.0, None);
+    for guard in [
+        early(of_prompt(), Positions::All),
+        early(of_prompt(), Positions::Prompt),
+        early(of_token(), Positions::All),
+        early(of_token(), Positions::Generated),
+    ] {
+        let error = compiled(&[&guard]).unwrap_err();
+        let what = "intervention `v` acts at layer 1, before gate `g` is read at layer 2";
+        assert!(matches!(error, CompileError::BeforeGate { .. }) && error.to_string().contains(what), "{error}");
+    }
+    // By then the prompt has been read.
+    compiled(&[&early(of_prompt(), Positions::Generated)]).unwrap();
+
+    let policy = || tiny.policy().map("m", 1, MappingKind::Affine).map("n", 1, MappingKind::Autoencoder);
+    let error = compiled(&[&policy().intervene(switch("m")).intervene(switch("n")).guard()]).unwrap_err();
+    let [one, other] = ["m", "n"].map(|name| {
+        let kind = if name == "m" { MappingKind::Affine } else { MappingKind::Autoencoder };
+        tiny.policy().named(name).map(name, 1, kind).intervene(switch(name)).guard()
+    });
+    let stack = compiled(&[&one, &other]).unwrap_err();
+    for error in [error, stack] {
+        assert!(matches!(error, CompileError::TwoSwitches { layer: LayerIndex(1), .. }), "{error}");
+    }
+    let error = compiled(&[&one, &one]).unwrap_err();
+    assert!(matches!(error, CompileError::SameGuard { .. }), "{error}");
+    // At the last layer llama.cpp has only tokens with logits, so a gate on each token would miss some.
+    let last = tiny.last_layer();
+    let guard = tiny.policy().vector("g", last).gate(of_token()).guard();
+    let error = compiled(&[&guard]).unwrap_err();
+    assert!(matches!(error, CompileError::LastLayer { .. }), "{error}");
+}
