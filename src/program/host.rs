@@ -213,3 +213,82 @@ impl Rotate {
         x.iter_mut().zip(v).for_each(|(x, v)| *x = scale * *x + along * v);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guard::{Digest, Positions};
+    use crate::program::{Condition, GuardInfo, Program, RowKind};
+    use crate::tensor::{HiddenSize, SequenceId, TokenPosition};
+
+    const LAYER: LayerIndex = LayerIndex(3);
+    const WIDTH: usize = 4;
+
+    /// Adds 1 to each of `n` values.
+    fn adds_one(on_error: OnError, n: usize) -> Arc<Program> {
+        let (read, offset, response) = (Box::default(), Box::default(), Box::default());
+        let (write, bias) = (Write::Columns(Box::default()), Some(vec![1.0; n].into()));
+        let op = LowRank { keep: 1.0, read, offset, response, write, bias };
+        let condition = Condition { positions: Positions::All, when: None, first_position: true };
+        let patches = vec![Patch { op: Op::LowRank(op), condition }];
+        let guard = GuardInfo { name: "g".into(), content_hash: Digest::of(b""), on_error, message: None };
+        Arc::new(Program {
+            guards: vec![guard],
+            width: HiddenSize(WIDTH),
+            gates: Vec::new(),
+            points: vec![HookPoint { layer: LAYER, readouts: Vec::new(), patches }],
+        })
+    }
+
+    fn rows(sequences: &[i32]) -> Vec<Row> {
+        let row = |(index, sequence): (usize, &i32)| Row {
+            sequence: Some(SequenceId(*sequence)),
+            position: TokenPosition(index as i32),
+            kind: RowKind::Generated,
+            index,
+        };
+        sequences.iter().enumerate().map(row).collect()
+    }
+
+    /// Runs rows of zeros, row 2 with `at_two` in its first value.
+    fn run(sequences: &mut Sequences, at_two: f32) -> Vec<f32> {
+        let rows = rows(&[0, 1, 1, 2]);
+        sequences.begin(rows.iter().filter_map(|row| row.sequence));
+        sequences.begin_rows(rows.len());
+        let mut values = vec![0.0; rows.len() * WIDTH];
+        values[2 * WIDTH] = at_two;
+        let mut residual = ResidualMut::new(&mut values, WIDTH).unwrap();
+        assert!(sequences.run(LAYER, &rows, &mut residual, &mut Scratch::default()).unwrap());
+        values
+    }
+
+    #[test]
+    fn a_panic_ends_the_sequence_that_it_came_of() {
+        for on_error in [OnError::Block, OnError::Pass] {
+            let mut sequences = Sequences::new(adds_one(OnError::Block, WIDTH));
+            // A value more than a row has, which no compiled program adds.
+            sequences.assign(SequenceId(1), adds_one(on_error, WIDTH + 1));
+            let values = run(&mut sequences, 0.0);
+            assert!(values[..WIDTH].iter().chain(&values[3 * WIDTH..]).all(|x| *x == 1.0), "{values:?}");
+            let (layer, fault) = sequences.fault(SequenceId(1)).unwrap();
+            assert!(*layer == LAYER && matches!(fault, RowFault::Panic { .. }), "{fault}");
+            assert!([0, 2].iter().all(|sequence| sequences.fault(SequenceId(*sequence)).is_none()));
+        }
+    }
+
+    #[test]
+    fn a_row_that_is_not_finite_ends_its_sequence_and_spoils_no_other() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut sequences = Sequences::new(adds_one(OnError::Block, WIDTH));
+            let values = run(&mut sequences, bad);
+            assert!(values[WIDTH..3 * WIDTH].iter().all(|x| *x == 0.0), "{values:?}");
+            assert!(values[..WIDTH].iter().chain(&values[3 * WIDTH..]).all(|x| *x == 1.0), "{values:?}");
+            let fault = &sequences.fault(SequenceId(1)).unwrap().1;
+            assert_eq!(*fault, RowFault::NonFinite { position: 2 });
+            // It stays so until it is cleared.
+            assert!(run(&mut sequences, 0.0)[WIDTH..2 * WIDTH].iter().all(|x| *x == 0.0));
+            sequences.clear(SequenceId(1));
+            assert!(run(&mut sequences, 0.0).iter().all(|x| *x == 1.0));
+        }
+    }
+}
