@@ -77,8 +77,8 @@ fn gated(policy: Policy<'_>) -> Guard {
         .gate(gate("g2", Aggregate::Last, NEVER, OnFire::Block))
         .gate(token_gate("g3", 0.0, Some(-0.1)))
         .intervene(when("fired", "g0"))
-        .intervene(InterventionEntry { vector: Some("g2".into()), ..when("not fired", "g1") })
-        .intervene(InterventionEntry { vector: Some("g3".into()), ..when("now and then", "g3 and not g1") })
+        .intervene(InterventionEntry { vector: Some("g2".into()), ..when("not-fired", "g1") })
+        .intervene(InterventionEntry { vector: Some("g3".into()), ..when("now-and-then", "g3 and not g1") })
         .guard()
 }
 
@@ -146,7 +146,7 @@ fn batches_of_every_size_agree() {
             context.set_executor(kind);
             context
         });
-        for n_tokens in (1..20).chain([64, 3, 90, 1, 70, 2]) {
+        for n_tokens in (2..20).chain([64, 3, 90, 70, 2]) {
             let [device, copy] = contexts.each_mut().map(|context| {
                 context.clear();
                 let prompt_logits = prefill(context, ONLY, &prompt[..n_tokens]).unwrap();
@@ -222,6 +222,31 @@ fn sequences_of_one_batch_have_programs_of_their_own() {
     }
 }
 
+/// Weights with which block 1 makes rows of `token`, and no others, infinite: the first value of a row is 0 up to there for every other, and
+/// block 1 multiplies it with itself and with what does not fit.
+fn poisoned_by(shape: &TinyModel, token: LlamaToken) -> Weights {
+    let mut weights = shape.weights();
+    let width = shape.n_embd as usize;
+    let mut of = |name: &str| weights.remove_entry(name).unwrap();
+    let (mut embedding, up, gate) = (of("token_embd.weight"), of("blk.1.ffn_up.weight"), of("blk.1.ffn_gate.weight"));
+    for (index, row) in embedding.1.values.chunks_exact_mut(width).enumerate() {
+        row[0] = if index == token.0 as usize { 1.0 } else { 0.0 };
+    }
+    let silent = ["blk.0.attn_output.weight", "blk.0.ffn_down.weight", "blk.1.attn_output.weight"].map(of);
+    let silent = silent.into_iter().map(|(name, mut weight)| {
+        let row = weight.shape[0];
+        weight.values[..row].fill(0.0);
+        (name, weight)
+    });
+    let loud = [up, gate].into_iter().map(|(name, mut weight)| {
+        weight.values[0] = 1e30;
+        (name, weight)
+    });
+    let changed: Vec<_> = silent.chain(loud).chain([embedding]).collect();
+    weights.extend(changed);
+    weights
+}
+
 /// With gates the scores tell, without them a sum over the row.
 #[test]
 fn a_row_that_is_not_finite_ends_its_sequence_alone() {
@@ -229,17 +254,15 @@ fn a_row_that_is_not_finite_ends_its_sequence_alone() {
         let shape = TinyModel::new(architecture);
         let sound = Tiny::new(architecture);
         let (poisoned, other) = (sound.tokens(" shark")[1], sound.tokens(" sea")[1]);
-        let mut weights = shape.weights();
-        let embedding = weights.get_mut("token_embd.weight").unwrap();
-        embedding.values[poisoned.0 as usize * embedding.shape[0]] = f32::INFINITY;
+        let weights = poisoned_by(&shape, poisoned);
         let tiny = placed_with(shape, &weights);
         let start = tiny.tokens("")[0];
-        let never = || tiny.policy().vector("g", 1).gate(gate("g", Aggregate::Last, NEVER, OnFire::Block));
+        let never = |layer| tiny.policy().vector("g", layer).gate(gate("g", Aggregate::Last, NEVER, OnFire::Block));
         let gated_add = InterventionEntry { when: Some("g".into()), ..add("v") };
         let guards = [
-            ("a gate", never().guard()),
+            ("a gate", never(1).guard()),
             ("a patch", tiny.policy().vector("v", 1).intervene(add("v")).guard()),
-            ("a gate, and then a patch that does not act", never().vector("v", 2).intervene(gated_add).guard()),
+            ("a patch that does not act", never(0).vector("v", 1).intervene(gated_add).guard()),
         ];
         for (what, guard) in guards {
             let what = format!("{}, {what}", tiny.name());
@@ -263,8 +286,7 @@ fn a_row_that_is_not_finite_ends_its_sequence_alone() {
             let HookFault::Row { layer, source: RowFault::NonFinite { position } } = fault else {
                 panic!("{what}: {fault}")
             };
-            // llama.cpp may carry it to rows before, masked as they are.
-            assert!(*layer == LayerIndex(1) && (0..3).contains(position), "{what}: {fault}");
+            assert_eq!((*layer, *position), (LayerIndex(1), 2), "{what}: {fault}");
             let distance = distance(&found, &widened(&expected));
             assert!(distance <= 3.0 * TOLERANCE, "{what}: the other sequence is off by {distance:.1e}");
         }
