@@ -7,7 +7,7 @@ use pilotfish::hook::ExecutorKind;
 pub(super) struct Case {
     pub what: &'static str,
     pub policy: fn(Policy<'_>) -> Policy<'_>,
-    first_point: u32,
+    pub first_point: u32,
     changes: fn(RowKind, usize) -> bool,
 }
 
