@@ -1,6 +1,8 @@
 # make demo           the whole story on two real models
 # make demo REBUILD=1 the same, with the guard made from nothing
 # make test           everything CI runs
+# make test-vulkan    the tests on a GPU by Vulkan, or on Vulkan's software driver (Mesa 25's llvmpipe; 22's crashes)
+# make test-cuda      the tests on an NVIDIA GPU
 # make bench          ratios of guarded to unguarded speed
 # make setup          install what is missing (cmake, a C++ compiler, libclang)
 
@@ -10,7 +12,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test lint deny bench setup build models
+.PHONY: demo test test-vulkan test-cuda lint deny bench setup build models
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -25,6 +27,17 @@ setup:
 test: lint deny models
 	$(CARGO) build --no-default-features
 	PILOTFISH_REAL_MODELS=require $(CARGO) test
+
+# A folder for each: another feature compiles llama.cpp anew. Vulkan takes no software driver that is not asked for by its number. What a test keeps
+# on the CPU stays there: llama.cpp would send large batches to the GPU all the same, whose products are less exact. One thread, since each test has
+# models of its own on the one device.
+GPU_TEST = GGML_OP_OFFLOAD_MIN_BATCH=1000000 CARGO_TARGET_DIR=$(CURDIR)/target/$(1) $(2) $(CARGO) test --features $(1) --test suite -- --test-threads 1
+
+test-vulkan:
+	$(call GPU_TEST,vulkan,GGML_VK_VISIBLE_DEVICES=$(or $(GGML_VK_VISIBLE_DEVICES),0))
+
+test-cuda:
+	$(call GPU_TEST,cuda,)
 
 models: build
 	$(PILOTFISH) models pull smollm2-135m-instruct

@@ -465,9 +465,9 @@ pub struct BenchArguments {
     /// Tokens that are decoded after it
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub tokens: usize,
-    /// How the residual is reached
-    #[arg(long, value_enum, default_value_t = ExecutorArgument::Host)]
-    pub executor: ExecutorArgument,
+    /// How the residual is reached; by default in place in host memory, and by a graph on any other device
+    #[arg(long, value_enum)]
+    pub executor: Option<ExecutorArgument>,
     #[arg(long)]
     pub json: bool,
 }
@@ -539,4 +539,5 @@ impl AgainstArgument {
 pub enum ExecutorArgument {
     Host,
     Copy,
+    Device,
 }

@@ -1,7 +1,7 @@
-use super::executor::{Executor, ExecutorKind, HostExecutor};
+use super::executor::{AutoExecutor, Executor, ExecutorKind, HostExecutor};
 use super::rows::{BatchRow, GraphInputs, RowTracker, Splitting};
 use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
-use super::{CopyExecutor, HookFault};
+use super::{CopyExecutor, DeviceExecutor, HookFault};
 use crate::guard::OnError;
 use crate::program::{Program, Row, Sequences, panic_message};
 use crate::tensor::{LayerIndex, SequenceId};
@@ -88,7 +88,7 @@ impl Hook {
         Self {
             table,
             sequences: Sequences::new(program),
-            executor: Box::<HostExecutor>::default(),
+            executor: Box::<AutoExecutor>::default(),
             wanted: Vec::new(),
             failed: Vec::new(),
             capture: None,
@@ -100,7 +100,7 @@ impl Hook {
         }
     }
 
-    /// Takes another way to reach the residual. The default is [`HostExecutor`].
+    /// Takes another way to reach the residual. The default is [`AutoExecutor`].
     pub fn set_executor(&mut self, executor: Box<dyn Executor>) {
         self.executor = executor;
     }
@@ -114,6 +114,7 @@ impl Hook {
         self.executor = match kind {
             ExecutorKind::Host => Box::<HostExecutor>::default(),
             ExecutorKind::Copy => Box::<CopyExecutor>::default(),
+            ExecutorKind::Device => Box::<DeviceExecutor>::default(),
         };
     }
 

@@ -239,7 +239,7 @@ impl<'model> GuardedContext<'model> {
         self.hook.as_ref().executor_kind()
     }
 
-    /// Chooses how residuals are reached; the default is in place where they lie in host memory.
+    /// Chooses how residuals are reached; the default is in place where they lie in host memory, and on their device where they do not.
     pub fn set_executor(&mut self, kind: ExecutorKind) {
         self.hook.as_mut().set_executor_kind(kind);
     }

@@ -1,5 +1,6 @@
-//! Where a program runs: on the residual in host memory, or on a copy of it. An executor on the tensor's own device joins here.
+//! Where a program runs: on the residual in host memory, on its own device, or on a copy of it.
 
+use super::device::DeviceExecutor;
 use super::table::{Tensor, TensorBytes};
 use crate::program::{Row, RowFault, Scratch, Sequences};
 use crate::tensor::{LayerIndex, ResidualMut};
@@ -34,6 +35,8 @@ pub enum ExecutorKind {
     Host,
     /// By copy to the host and back.
     Copy,
+    /// By a graph on the device that it lies on.
+    Device,
 }
 
 impl fmt::Display for ExecutorKind {
@@ -41,7 +44,35 @@ impl fmt::Display for ExecutorKind {
         f.write_str(match self {
             Self::Host => "host",
             Self::Copy => "copy",
+            Self::Device => "device",
         })
+    }
+}
+
+/// Patches in place where the residual lies in host memory, and on its own device where it does not: the default.
+#[derive(Debug, Default)]
+pub struct AutoExecutor {
+    host: HostExecutor,
+    device: DeviceExecutor,
+    on_device: bool,
+}
+
+impl Executor for AutoExecutor {
+    fn kind(&self) -> ExecutorKind {
+        if self.on_device { self.device.kind() } else { self.host.kind() }
+    }
+
+    fn run(
+        &mut self,
+        layer: LayerIndex,
+        rows: &[Row],
+        sequences: &mut Sequences,
+        residual: &mut Tensor<'_>,
+    ) -> Result<(), RowFault> {
+        // SAFETY: the hook checks the shape before it calls an executor; the bytes are not kept.
+        self.on_device = matches!(unsafe { residual.bytes() }, TensorBytes::Device);
+        let executor: &mut dyn Executor = if self.on_device { &mut self.device } else { &mut self.host };
+        executor.run(layer, rows, sequences, residual)
     }
 }
 

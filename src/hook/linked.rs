@@ -1,5 +1,6 @@
 //! The function table of the llama.cpp that is linked into this binary.
 
+use super::device::DeviceTable;
 use super::table::{GgmlTable, RawTensor};
 use llama_cpp_sys_2 as sys;
 use std::ffi::{c_char, c_void};
@@ -18,6 +19,7 @@ impl GgmlTable {
             tensor_write,
             host_data: Some(host_data),
             second_source: Some(second_source),
+            device: Some(DeviceTable::linked()),
         }
     }
 }

@@ -14,6 +14,7 @@
 mod callback;
 #[cfg(feature = "engine")]
 mod context;
+mod device;
 mod executor;
 #[cfg(feature = "engine")]
 mod linked;
@@ -25,7 +26,8 @@ mod table;
 pub use callback::{Capture, CapturedRow, Hook};
 #[cfg(feature = "engine")]
 pub use context::{BatchError, ContextError, GuardedBatch, GuardedContext};
-pub use executor::{CopyExecutor, Executor, ExecutorKind, HostExecutor};
+pub use device::{DeviceExecutor, DeviceTable};
+pub use executor::{AutoExecutor, CopyExecutor, Executor, ExecutorKind, HostExecutor};
 #[cfg(feature = "engine")]
 pub use params::EvalCallbackParams;
 pub use rows::{BatchRow, Splitting};

@@ -1,7 +1,9 @@
 //! The ggml functions that the hook needs, in one table: linked in, or looked up by name in the llama.cpp that a process has loaded.
 
+use super::device::DeviceTable;
 use std::ffi::{CStr, c_char, c_void};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// llama.cpp's `ggml_tensor`, seen only through [`GgmlTable`].
 #[repr(C)]
@@ -35,6 +37,8 @@ pub struct GgmlTable {
     pub(super) host_data: Option<unsafe extern "C" fn(*const RawTensor) -> *mut c_void>,
     /// The tensor's second source (`src[1]`), or null: for `ROPE`, the positions.
     pub(super) second_source: Option<unsafe extern "C" fn(*const RawTensor) -> *const RawTensor>,
+    /// What a graph on the residual's own device needs; without it a residual on a device goes by copy.
+    pub(super) device: Option<&'static DeviceTable>,
 }
 
 /// A function that the llama.cpp at hand does not have.
@@ -75,7 +79,16 @@ impl GgmlTable {
             tensor_write: function!(c"ggml_backend_tensor_set", Write),
             host_data: None,
             second_source: None,
+            device: None,
         })
+    }
+}
+
+impl GgmlTable {
+    /// With the functions for graphs on a device, of the same llama.cpp.
+    #[must_use]
+    pub fn with_device(self, device: &'static DeviceTable) -> Self {
+        Self { device: Some(device), ..self }
     }
 }
 
@@ -105,6 +118,14 @@ impl<'call> Tensor<'call> {
     pub fn name(&self) -> &'call CStr {
         // SAFETY: `raw` is valid for 'call (see `new`), and so is the name, which lies inside the tensor and always ends in a NUL.
         unsafe { CStr::from_ptr((self.table.name)(self.raw)) }
+    }
+
+    pub(super) fn raw(&self) -> *const RawTensor {
+        self.raw
+    }
+
+    pub(super) fn table(&self) -> &'call GgmlTable {
+        self.table
     }
 
     /// Whether this is a rotary position embedding, whose second source holds the positions.
@@ -193,6 +214,23 @@ impl<'call> Tensor<'call> {
         assert_eq!(values.len(), self.n_elements(), "writing `{:?}`", self.name());
         // SAFETY: as in `read`; the caller guarantees that nobody else touches the data.
         unsafe { (self.table.tensor_write)(self.raw, values.as_ptr().cast(), 0, size_of_val(values)) }
+    }
+}
+
+impl Tensor<'_> {
+    /// Makes a range of the tensor's values zero, wherever they lie.
+    ///
+    /// # Safety
+    /// As of [`write`](Self::write).
+    ///
+    /// # Panics
+    /// If the tensor has no such values.
+    pub(super) unsafe fn zero(&mut self, range: Range<usize>) {
+        assert!(range.end <= self.n_elements(), "zeroing {range:?} of `{:?}`", self.name());
+        let zeros = vec![0f32; range.len()];
+        let start = range.start * size_of::<f32>();
+        // SAFETY: the range lies in the tensor (the assertion); the caller guarantees that nobody else touches the data.
+        unsafe { (self.table.tensor_write)(self.raw, zeros.as_ptr().cast(), start, size_of_val(&*zeros)) }
     }
 }
 

@@ -1,9 +1,10 @@
 //! Programs on residual rows in host memory, in place; decoding allocates nothing once the buffers have grown.
 
-use super::{HookPoint, LowRank, Op, Patch, Rotate, Row, Sequences, Write};
+use super::{Condition, HookPoint, LowRank, Op, Patch, Program, Rotate, Row, Sequences, Write};
 use crate::guard::OnError;
 use crate::tensor::{LayerIndex, ResidualMut, all_finite, axpy, dot};
 use nalgebra::{DMatrixView, DMatrixViewMut, Dyn};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -29,6 +30,16 @@ pub enum RowFault {
 #[derive(Debug, Default)]
 pub struct Scratch {
     projections: Vec<f32>,
+    failed: Vec<Range<usize>>,
+}
+
+/// Neighbouring rows of one sequence, or of none, and what is to happen to them at a hook point.
+pub(crate) struct Group<'a> {
+    pub program: &'a Arc<Program>,
+    pub point: &'a HookPoint,
+    pub rows: &'a [Row],
+    /// Where they are in the residual.
+    pub range: Range<usize>,
 }
 
 /// Rows and columns from which a matrix product is worth its packing.
@@ -54,7 +65,39 @@ impl Sequences {
         if residual.n_rows() != rows.len() {
             return Err(RowFault::Rows { expected: rows.len(), found: residual.n_rows() });
         }
+        let width = residual.width();
         let mut changed = false;
+        let mut failed = std::mem::take(&mut scratch.failed);
+        failed.clear();
+        let outcome = self.each_group(layer, rows, width, &mut failed, |sequences, group| {
+            let values = residual.rows_mut(group.range);
+            changed |= sequences.run_group(group.point, group.rows, values, scratch)?;
+            Ok(())
+        });
+        for range in failed.drain(..) {
+            residual.rows_mut(range).fill(0.0);
+            changed = true;
+        }
+        scratch.failed = failed;
+        outcome.map(|()| changed)
+    }
+
+    /// Calls `work` for every group of neighbouring rows of one sequence (or of none) that is to be guarded at `layer`: what each executor
+    /// goes by.
+    ///
+    /// What goes wrong in `work`, a panic too, is latched for the group's sequence. Ranges of rows that must become zero for it are added to
+    /// `failed`.
+    ///
+    /// # Errors
+    /// The residual's `width` is not that of a program. Groups before may have been worked on.
+    pub(crate) fn each_group(
+        &mut self,
+        layer: LayerIndex,
+        rows: &[Row],
+        width: usize,
+        failed: &mut Vec<Range<usize>>,
+        mut work: impl FnMut(&mut Self, Group<'_>) -> Result<(), RowFault>,
+    ) -> Result<(), RowFault> {
         let mut start = 0;
         for group in rows.chunk_by(|a, b| a.sequence == b.sequence) {
             let range = start..start + group.len();
@@ -65,26 +108,34 @@ impl Sequences {
                 continue;
             };
             let Some(point) = program.point(layer).filter(|_| !self.has_failed(sequence)) else { continue };
-            if residual.width() != program.width.0 {
-                return Err(RowFault::Width { expected: program.width.0, found: residual.width() });
+            if width != program.width.0 {
+                return Err(RowFault::Width { expected: program.width.0, found: width });
             }
-            let values = residual.rows_mut(range);
-            let outcome = catch_unwind(AssertUnwindSafe(|| self.run_group(point, group, values, scratch)));
-            let fault = match outcome {
-                Ok(Ok(patched)) => {
-                    changed |= patched;
-                    continue;
-                }
+            let group = Group { program: &program, point, rows: group, range: range.clone() };
+            let fault = match catch_unwind(AssertUnwindSafe(|| work(self, group))) {
+                Ok(Ok(())) => continue,
                 Ok(Err(fault)) => fault,
                 Err(payload) => RowFault::Panic { message: panic_message(&*payload) },
             };
             self.fail(sequence, layer, &fault);
             if program.on_error() == OnError::Block {
-                values.fill(0.0);
-                changed = true;
+                failed.push(range);
             }
         }
-        Ok(changed)
+        Ok(())
+    }
+
+    /// Calls `act` with each run of neighbouring rows of one sequence that a patch with this condition acts on.
+    pub(crate) fn each_acting(&self, condition: &Condition, rows: &[Row], mut act: impl FnMut(Range<usize>)) {
+        let mut start = 0;
+        while start < rows.len() {
+            let n = rows[start..].iter().take_while(|row| self.acts(condition, row)).count();
+            if n > 0 {
+                act(start..start + n);
+            }
+            // The row that ended the run does not act.
+            start += n + 1;
+        }
     }
 
     /// [`run`](Self::run) for rows of one sequence, or of none.
@@ -106,16 +157,10 @@ impl Sequences {
         }
         let mut patched = false;
         for Patch { op, condition } in &point.patches {
-            let mut start = 0;
-            while start < rows.len() {
-                let n = rows[start..].iter().take_while(|row| self.acts(condition, row)).count();
-                if n > 0 {
-                    op.apply(&mut values[start * width..(start + n) * width], width, scratch);
-                    patched = true;
-                }
-                // The row that ended the run does not act.
-                start += n + 1;
-            }
+            self.each_acting(condition, rows, |acting| {
+                op.apply(&mut values[acting.start * width..acting.end * width], width, scratch);
+                patched = true;
+            });
         }
         Ok(patched)
     }

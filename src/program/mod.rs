@@ -15,7 +15,7 @@ mod sequences;
 
 pub use compile::{Calibration, CompileError, ModelShape};
 pub use gates::{GateDecision, Row, RowKind};
-pub(crate) use host::panic_message;
+pub(crate) use host::{Group, panic_message};
 pub use host::{RowFault, Scratch};
 pub use sequences::Sequences;
 

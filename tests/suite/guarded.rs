@@ -1,6 +1,7 @@
 //! What a guard does to a model's residual and to its logits, on tiny models of several architectures that llama.cpp runs for real.
 
 mod allocations;
+mod device;
 mod faults;
 mod gates;
 mod patches;
@@ -63,10 +64,14 @@ impl Tiny {
     }
 
     fn with_weights(shape: TinyModel, weights: &Weights) -> Self {
+        Self::load(shape, weights, ModelOptions::default())
+    }
+
+    fn load(shape: TinyModel, weights: &Weights, options: ModelOptions) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tiny.gguf");
         shape.write_with(&path, weights);
-        let model = Model::load(&path, "tiny", &ModelOptions::default()).unwrap();
+        let model = Model::load(&path, "tiny", &options).unwrap();
         Self { shape, model, folder }
     }
 

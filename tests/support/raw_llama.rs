@@ -74,3 +74,77 @@ unsafe extern "C" fn read_residual(tensor: *mut sys::ggml_tensor, ask: bool, use
         !ask || is_it
     }
 }
+
+macro_rules! symbols {
+    ($($symbol:ident)*) => {
+        /// The address of a function of ggml that this binary links, or null.
+        pub fn linked_symbol(name: &CStr) -> *const c_void {
+            match name.to_str() {
+                $(Ok(stringify!($symbol)) => sys::$symbol as *const c_void,)*
+                _ => std::ptr::null(),
+            }
+        }
+    };
+}
+
+symbols! {
+    ggml_get_name
+    ggml_op_desc
+    ggml_nelements
+    ggml_nrows
+    ggml_nbytes
+    ggml_is_contiguous
+    ggml_backend_tensor_get
+    ggml_backend_tensor_set
+    ggml_init
+    ggml_free
+    ggml_tensor_overhead
+    ggml_graph_overhead_custom
+    ggml_new_graph_custom
+    ggml_build_forward_expand
+    ggml_graph_n_nodes
+    ggml_graph_node
+    ggml_new_tensor_2d
+    ggml_view_2d
+    ggml_set_output
+    ggml_get_data
+    ggml_add
+    ggml_add_inplace
+    ggml_sub
+    ggml_mul
+    ggml_div
+    ggml_repeat
+    ggml_mul_mat
+    ggml_mul_mat_set_prec
+    ggml_concat
+    ggml_sum_rows
+    ggml_sqr
+    ggml_sqrt
+    ggml_abs
+    ggml_relu
+    ggml_step
+    ggml_scale_bias
+    ggml_clamp
+    ggml_backend_alloc_ctx_tensors
+    ggml_backend_tensor_alloc
+    ggml_backend_buffer_free
+    ggml_backend_buffer_get_base
+    ggml_backend_buffer_is_host
+    ggml_backend_buffer_get_type
+    ggml_backend_buft_get_device
+    ggml_backend_buft_alloc_buffer
+    ggml_backend_dev_by_type
+    ggml_backend_dev_type
+    ggml_backend_dev_buffer_type
+    ggml_backend_dev_init
+    ggml_backend_free
+    ggml_backend_get_default_buffer_type
+    ggml_backend_get_max_size
+    ggml_backend_supports_op
+    ggml_backend_supports_buft
+    ggml_backend_graph_compute
+    ggml_gallocr_new
+    ggml_gallocr_free
+    ggml_gallocr_alloc_graph
+    ggml_gallocr_get_buffer_size
+}

@@ -4,14 +4,14 @@ use super::*;
 use pilotfish::hook::ExecutorKind;
 
 /// A guard, and the rows that it changes at its first hook point.
-struct Case {
-    what: &'static str,
-    policy: fn(Policy<'_>) -> Policy<'_>,
-    first_point: u32,
+pub(super) struct Case {
+    pub what: &'static str,
+    pub policy: fn(Policy<'_>) -> Policy<'_>,
+    pub first_point: u32,
     changes: fn(RowKind, usize) -> bool,
 }
 
-const CASES: &[Case] = &[
+pub(super) const CASES: &[Case] = &[
     Case {
         what: "add",
         policy: |policy| policy.vector("v", 1).intervene(add("v")),

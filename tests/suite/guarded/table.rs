@@ -1,16 +1,15 @@
 //! The hook on a context of the app's own, with ggml's functions linked or looked up by name, and its program swapped.
 
 use super::*;
-use llama_cpp_sys_2 as sys;
+use crate::raw_llama::linked_symbol;
 use pilotfish::guard::Positions;
 use pilotfish::hook::{
     Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault, MissingSymbol, Splitting,
 };
 use pilotfish::program::{Calibration, GateDecision};
-use std::ffi::{CStr, c_void};
 
 /// A context with a hook that the app keeps.
-struct Hooked<'m> {
+pub(super) struct Hooked<'m> {
     // Dropped first: llama.cpp may call the hook until its context is freed.
     context: LlamaContext<'m>,
     hook: OwnedHook,
@@ -27,7 +26,7 @@ impl Drop for OwnedHook {
 }
 
 impl<'m> Hooked<'m> {
-    fn new(tiny: &'m Tiny, table: GgmlTable, program: Arc<Program>, params: LlamaContextParams) -> Self {
+    pub fn new(tiny: &'m Tiny, table: GgmlTable, program: Arc<Program>, params: LlamaContextParams) -> Self {
         let hook = OwnedHook(Box::into_raw(Box::new(Hook::new(table, program))));
         // SAFETY: the hook is freed after the context, and nothing uses it during a decode.
         let params = unsafe { params.with_eval_hook(hook.0) };
@@ -37,7 +36,7 @@ impl<'m> Hooked<'m> {
         Self { context, hook, splitting }
     }
 
-    fn hook(&mut self) -> &mut Hook {
+    pub fn hook(&mut self) -> &mut Hook {
         // SAFETY: it lives as long as `self`, and llama.cpp uses it only during a decode.
         unsafe { &mut *self.hook.0 }
     }
@@ -57,7 +56,7 @@ impl<'m> Hooked<'m> {
     }
 
     /// Logits of the prompt's last token and of the answer's tokens, as apps ask for them.
-    fn run(&mut self, script: &Script) -> Vec<Vec<f32>> {
+    pub fn run(&mut self, script: &Script) -> Vec<Vec<f32>> {
         let last = script.prompt.len() - 1;
         let as_apps_do = |(index, mut rows): (usize, Vec<(LlamaToken, BatchRow)>)| {
             if index == 0 {
@@ -66,20 +65,6 @@ impl<'m> Hooked<'m> {
             self.decode(&rows).unwrap()
         };
         script.decodes().into_iter().enumerate().map(as_apps_do).collect()
-    }
-}
-
-fn linked_symbol(name: &CStr) -> *const c_void {
-    match name.to_bytes() {
-        b"ggml_get_name" => sys::ggml_get_name as *const c_void,
-        b"ggml_op_desc" => sys::ggml_op_desc as *const c_void,
-        b"ggml_nelements" => sys::ggml_nelements as *const c_void,
-        b"ggml_nrows" => sys::ggml_nrows as *const c_void,
-        b"ggml_nbytes" => sys::ggml_nbytes as *const c_void,
-        b"ggml_is_contiguous" => sys::ggml_is_contiguous as *const c_void,
-        b"ggml_backend_tensor_get" => sys::ggml_backend_tensor_get as *const c_void,
-        b"ggml_backend_tensor_set" => sys::ggml_backend_tensor_set as *const c_void,
-        _ => std::ptr::null(),
     }
 }
 
