@@ -29,7 +29,7 @@ fn program(width: usize, policy: &str) -> Program {
     let view = TensorView::new(Dtype::F32, vec![width], &values).expect("one row");
     let tensors = safetensors::serialize([("v.0", view)], None).expect("a tensor file");
     let manifest = format!(
-        "format = 1\nname = \"bench\"\n[target]\narchitecture = \"llama\"\nfingerprint = \"{0}\"\n\
+        "format = 1\nname = \"bench\"\ndescription = \"\"\n[target]\narchitecture = \"llama\"\nfingerprint = \"{0}\"\n\
          [tensors]\nfile = \"tensors.safetensors\"\nsha256 = \"{0}\"\n\
          [[vector]]\nname = \"v\"\nlayer = 0\ntensor = \"v.0\"\n{policy}",
         Digest::of(&tensors)
