@@ -8,7 +8,9 @@ command -v c++ >/dev/null 2>&1 || missing="$missing g++"
 # bindgen loads libclang while it builds, and needs clang's own headers beside it.
 has_libclang() {
     [ -n "${LIBCLANG_PATH:-}" ] && return 0
-    for library in /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* /usr/lib64/libclang*.so* \
+    # Not libclang-cpp, which machines with an LLVM have that have no libclang.
+    for library in /usr/lib/llvm-*/lib/libclang.so* /usr/lib/llvm-*/lib/libclang-[0-9]*.so* /usr/lib/*/libclang.so* \
+        /usr/lib/*/libclang-[0-9]*.so* /usr/lib64/libclang.so* /usr/lib64/libclang-[0-9]*.so* \
         /Library/Developer/CommandLineTools/usr/lib/libclang.dylib /opt/homebrew/opt/llvm/lib/libclang.dylib; do
         # A pattern that nothing matches stands for itself.
         [ -e "$library" ] && return 0
