@@ -58,7 +58,7 @@ fn hook_point(c: &mut Criterion) {
             for (name, policy) in PROGRAMS {
                 let program = program(width, policy);
                 let mut sequences = Sequences::new(Arc::new(program));
-                sequences.begin([SequenceId(0)].into_iter());
+                sequences.begin(rows.iter().filter_map(|row| Some((row.sequence?, row.position, row.kind))));
                 sequences.begin_rows(n_rows);
                 let mut scratch = Scratch::default();
                 group.bench_function(BenchmarkId::from_parameter(name), |b| {

@@ -10,6 +10,8 @@ mod identity;
 mod model;
 mod parallel;
 mod prompt;
+mod sampling;
+pub mod scheduler;
 mod session;
 
 pub use activations::{ActivationReader, Activations};
@@ -18,6 +20,8 @@ pub use identity::identity_of;
 pub use model::{Model, ModelOptions, backend};
 pub use parallel::ParallelSampler;
 pub use prompt::{PromptLayout, PromptTemplate};
+pub use sampling::Sampling;
+pub use scheduler::Scheduler;
 pub use session::{Finish, GateReading, Generation, GenerationOptions, Session, SessionOptions};
 
 use crate::guard::GuardError;
@@ -52,6 +56,8 @@ pub enum EngineError {
     PromptTooLong { found: usize, capacity: usize },
     #[error("the prompt has no tokens")]
     EmptyPrompt,
+    #[error("{capacity} requests wait already: try again later")]
+    QueueFull { capacity: usize },
     #[error(
         "layer {layer} is not a hook point of every token: llama.cpp keeps only rows with logits at the last of the model's layers (0 to {last})"
     )]

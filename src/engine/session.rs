@@ -1,13 +1,12 @@
 use super::attach::program_for;
 use super::model::{Model, backend, context_params};
-use super::{EngineError, GuardOptions};
+use super::{EngineError, GuardOptions, Sampling};
 use crate::guard::Guard;
 use crate::hook::{ContextError, ExecutorKind, GuardedBatch, GuardedContext};
-use crate::program::Gate;
+use crate::program::{Gate, GateDecision, Program};
 use crate::tensor::{SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::llama_batch::LlamaBatch;
-use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -166,11 +165,8 @@ impl<'model> Session<'model> {
         mut on_token: impl FnMut(&[u8]),
     ) -> Result<Generation, EngineError> {
         let vocab = self.model.llama().vocab();
-        let mut sampler = if options.temperature > 0.0 {
-            LlamaSampler::chain_simple([LlamaSampler::temp(options.temperature), LlamaSampler::dist(options.seed)])
-        } else {
-            LlamaSampler::greedy()
-        };
+        let GenerationOptions { temperature, seed, .. } = options;
+        let mut sampler = Sampling { temperature, seed, ..Default::default() }.sampler(self.model.llama().n_vocab());
         let mut tokens = Vec::with_capacity(options.max_tokens);
         let mut bytes = Vec::new();
         let start = Instant::now();
@@ -212,12 +208,7 @@ impl<'model> Session<'model> {
     /// What the gates made of the last prompt; none in an unguarded session.
     pub fn gate_readings(&self) -> Vec<GateReading> {
         let SessionContext::Guarded { context, .. } = &self.context else { return Vec::new() };
-        let reading = |(gate, decision): (&Gate, Option<crate::program::GateDecision>)| GateReading {
-            gate: gate.name.clone(),
-            score: decision.and_then(|decision| decision.score),
-            fired: decision.is_some_and(|decision| decision.fired),
-        };
-        context.program().gates().iter().zip(context.gate_decisions(ONLY)).map(reading).collect()
+        readings(context.program(), context.gate_decisions(ONLY))
     }
 
     /// What the gates make of `prompt`, without an answer. A gate that blocks is no error here.
@@ -230,6 +221,16 @@ impl<'model> Session<'model> {
             Err(error) => Err(error),
         }
     }
+}
+
+/// What the gates of `program` decided, by name.
+pub(super) fn readings(program: &Program, decisions: Vec<Option<GateDecision>>) -> Vec<GateReading> {
+    let reading = |(gate, decision): (&Gate, Option<GateDecision>)| GateReading {
+        gate: gate.name.clone(),
+        score: decision.and_then(|decision| decision.score),
+        fired: decision.is_some_and(|decision| decision.fired),
+    };
+    program.gates().iter().zip(decisions).map(reading).collect()
 }
 
 /// A block by the guard is an end of the answer; any other error stays one.

@@ -24,8 +24,8 @@ pub struct Hook {
     table: GgmlTable,
     sequences: Sequences,
     executor: Box<dyn Executor>,
-    /// Layers whose residual is asked for: those of all live programs and of the capture, in order. On a GPU llama.cpp uses a graph again
-    /// only while this stays the same.
+    /// Layers whose residual is asked for: those of the decode's programs and of the capture, in order. On a GPU llama.cpp uses a graph
+    /// again only while this stays the same.
     wanted: Vec<LayerIndex>,
     /// Sequences that failed, each with what went wrong first.
     failed: Vec<(SequenceId, HookFault)>,
@@ -154,13 +154,19 @@ impl Hook {
         self.failed.clear();
     }
 
-    /// Gives `to` what is known of `from`: its program, its gates, and what went wrong with it.
-    pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
-        self.clear(to);
-        self.sequences.copy(from, to);
-        if let Some(fault) = self.fault_of(from).cloned() {
-            self.failed.push((to, fault));
+    /// Makes of `to` a new sequence whose prompt begins with the first `n_rows` rows of `from`: see [`Sequences::resume`]. Returns whether that
+    /// can be.
+    pub fn resume(&mut self, from: SequenceId, to: SequenceId, n_rows: usize) -> bool {
+        let can = self.sequences.resume(from, to, n_rows);
+        if can {
+            self.failed.retain(|(failed, _)| *failed != to);
         }
+        can
+    }
+
+    /// Says how many rows a sequence may have, so that no decode needs memory for what is kept of them.
+    pub fn set_capacity(&mut self, n_rows: usize) {
+        self.sequences.set_capacity(n_rows);
     }
 
     /// What went wrong with `sequence` since it was cleared. Nothing that was decoded for it is to be used then.
@@ -181,7 +187,7 @@ impl Hook {
     /// that cuts batches by `splitting`.
     pub fn begin(&mut self, batch: &[BatchRow], tokens: &[i32], splitting: Splitting) {
         self.rows.begin(batch, tokens, splitting);
-        self.sequences.begin(batch.iter().map(|row| row.sequence));
+        self.sequences.begin(batch.iter().map(|row| (row.sequence, row.position, row.kind)));
         self.wanted.clear();
         for program in self.sequences.programs() {
             self.wanted.extend(program.points().iter().map(|point| point.layer));
@@ -201,20 +207,27 @@ impl Hook {
     /// went wrong with. [`fault_of`](Self::fault_of) then tells of each; for one whose guards say `pass` a warning is all.
     ///
     /// # Errors
-    /// What went wrong first, whatever guards say of errors: with the whole decode (a hook point that did not fire, too), which is latched
-    /// for every sequence of the batch, or with one of them.
+    /// What went wrong first, whatever guards say of errors: with the whole decode, which is latched for every sequence of the batch, or with
+    /// one of them (a hook point of its program that did not fire, too).
     pub fn finish(&mut self) -> Result<(), HookFault> {
         if self.rows.is_uncertain() {
             self.sequences.fire_batch();
         }
-        let missing = || self.wanted.iter().find(|layer| !self.fired.contains(layer));
-        let whole = self.fault.take().or_else(|| missing().map(|layer| HookFault::MissingHookPoint { layer: *layer }));
+        let fired = |layer: &LayerIndex| self.fired.contains(layer);
+        let missing = |layer| HookFault::MissingHookPoint { layer };
+        let uncaptured = || self.capture.as_ref()?.layers.iter().find(|layer| !fired(layer)).copied();
+        let whole = self.fault.take().or_else(|| uncaptured().map(missing));
+        self.sequences.finish(whole.is_none() && !self.rows.is_uncertain());
         let mut first = whole.clone();
         for index in 0..self.sequences.batch().len() {
             let sequence = self.sequences.batch()[index];
             let own = self.sequences.fault(sequence);
             let own = own.map(|(layer, source)| HookFault::Row { layer: *layer, source: source.clone() });
-            let Some(fault) = own.or_else(|| whole.clone()) else { continue };
+            let unfired = || {
+                let mut points = self.sequences.program(sequence)?.points().iter().map(|point| point.layer);
+                points.find(|layer| !fired(layer)).map(missing)
+            };
+            let Some(fault) = own.or_else(|| whole.clone()).or_else(unfired) else { continue };
             first.get_or_insert_with(|| fault.clone());
             let passes = self.sequences.program(sequence).is_some_and(|program| program.on_error() == OnError::Pass);
             if passes {

@@ -87,6 +87,9 @@ pub enum ContextError {
     Blocked { guard: String, sequence: SequenceId, gate: String, message: Option<String> },
     #[error("llama.cpp's KV cache operation failed: {0}")]
     Cache(String),
+    /// Tokens of another sequence that are not what they would be in a new prompt, or no longer there.
+    #[error("{asked} tokens of sequence {sequence} can't be used again: its first {reusable} can")]
+    NotReusable { sequence: SequenceId, asked: usize, reusable: usize },
 }
 
 impl<'model> GuardedContext<'model> {
@@ -100,13 +103,14 @@ impl<'model> GuardedContext<'model> {
         params: LlamaContextParams,
         program: Arc<Program>,
     ) -> Result<Self, ContextError> {
-        let hook = OwnedHook::new(Hook::new(GgmlTable::linked(), program));
+        let mut hook = OwnedHook::new(Hook::new(GgmlTable::linked(), program));
         let n_streams = params.n_streams();
         // SAFETY: the hook is on the heap and freed after the context (field order), nothing else uses it while the context decodes
         // (that takes `&mut self`), and it serves this one context.
         let params = unsafe { params.with_eval_hook(hook.0.as_ptr()) };
         let context = model.new_context(backend, params)?;
         let splitting = Splitting { n_streams, n_ubatch: context.n_ubatch() as usize };
+        hook.as_mut().set_capacity(context.n_ctx() as usize / n_streams);
         let mut guarded = Self { context, hook, splitting };
         guarded.dry_run(model)?;
         Ok(guarded)
@@ -217,6 +221,46 @@ impl<'model> GuardedContext<'model> {
             .map_err(|error| ContextError::Cache(error.to_string()))?;
         self.hook.as_mut().clear(sequence);
         Ok(())
+    }
+
+    /// How many tokens of `sequence`, from its first, a new prompt that begins with them may have from it, under the same program: see
+    /// [`resume`](Self::resume). Tokens of an answer are among them where the program has treated them as it would in a prompt.
+    pub fn reusable(&self, sequence: SequenceId) -> usize {
+        // A cache that forgets (a sliding window that is not kept whole) has no beginning any more.
+        let there = match self.context.kv_cache_seq_pos_min(sequence.0) {
+            0 => usize::try_from(self.context.kv_cache_seq_pos_max(sequence.0) + 1).unwrap_or(0),
+            _ => 0,
+        };
+        self.hook.as_ref().sequences().reusable(sequence).min(there)
+    }
+
+    /// Makes of `to` a new sequence under the program of `from` whose prompt begins with the first `n_tokens` tokens of `from`: their cells are
+    /// not computed again, and gates have read them. The two may be the same sequence.
+    ///
+    /// # Errors
+    /// [`ContextError::NotReusable`]; nothing is changed then. [`ContextError::Cache`] where llama.cpp can't cut the sequence there, which
+    /// leaves `to` empty.
+    pub fn resume(&mut self, from: SequenceId, to: SequenceId, n_tokens: usize) -> Result<(), ContextError> {
+        let refused = |reusable| ContextError::NotReusable { sequence: from, asked: n_tokens, reusable };
+        let reusable = self.reusable(from);
+        let [Ok(id), Ok(at)] = [u32::try_from(to.0), u32::try_from(n_tokens)] else { return Err(refused(reusable)) };
+        if n_tokens > reusable || !self.hook.as_mut().resume(from, to, n_tokens) {
+            return Err(refused(reusable));
+        }
+        let cache = |error: &dyn std::fmt::Display| ContextError::Cache(error.to_string());
+        if from != to {
+            self.context.clear_kv_cache_seq(Some(id), None, None).map_err(|error| cache(&error))?;
+            // The whole of it: between two KV streams llama.cpp copies nothing less.
+            self.context.copy_kv_cache_seq(from.0, to.0, None, None).map_err(|error| cache(&error))?;
+        }
+        match self.context.clear_kv_cache_seq(Some(id), Some(at), None) {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                self.clear_sequence(to)?;
+                Err(cache(&format!("sequence {to} can't be cut at token {n_tokens}")))
+            }
+            Err(error) => Err(cache(&error)),
+        }
     }
 
     /// Prepares `sequence` for another turn's prompt: its gates read anew, and one that has fired stays fired.

@@ -142,18 +142,18 @@ impl GateState {
         self.decision
     }
 
-    /// What the gate says for `row`, `open` being what its tokens' own reading said there.
+    /// What the gate says for a row of `kind`, `open` being what its tokens' own reading said there.
     ///
     /// A prompt gate that decided in this decode has not for the tokens of the prompt before its last: llama.cpp may compute these after
     /// the decision, at a later layer, or before it, as it cuts the prompt.
-    pub fn standing(&self, gate: &Gate, row: &Row, open: bool) -> Standing {
+    pub fn standing(&self, gate: &Gate, kind: RowKind, open: bool) -> Standing {
         if matches!(gate.scope, Scope::Token { .. }) {
             let unreadable = self.decision.is_some_and(|decision| decision.score.is_none());
             return Standing::Decided(if unreadable { Truth::Unknown } else { open.into() });
         }
         match self.decision {
             None => Standing::Undecided,
-            Some(_) if self.fresh && row.kind == RowKind::Prompt => Standing::Undecided,
+            Some(_) if self.fresh && kind == RowKind::Prompt => Standing::Undecided,
             Some(GateDecision { score: None, fired: true }) => Standing::Decided(Truth::Unknown),
             Some(GateDecision { fired, .. }) => Standing::Decided(fired.into()),
         }

@@ -152,7 +152,7 @@ impl Sequences {
                 return Err(RowFault::NonFinite { position: row.position.0 });
             }
             for readout in &point.readouts {
-                self.read(row, readout.gate, f64::from(dot(&readout.direction, values)));
+                self.read(row, readout.gate, dot(&readout.direction, values));
             }
         }
         let mut patched = false;
@@ -298,7 +298,7 @@ mod tests {
     /// Runs rows of zeros, row 2 with `at_two` in its first value.
     fn run(sequences: &mut Sequences, at_two: f32) -> Vec<f32> {
         let rows = rows(&[0, 1, 1, 2]);
-        sequences.begin(rows.iter().filter_map(|row| row.sequence));
+        sequences.begin(rows.iter().filter_map(|row| Some((row.sequence?, row.position, row.kind))));
         sequences.begin_rows(rows.len());
         let mut values = vec![0.0; rows.len() * WIDTH];
         values[2 * WIDTH] = at_two;

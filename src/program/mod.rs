@@ -12,6 +12,7 @@ mod gates;
 mod host;
 pub mod reference;
 mod sequences;
+mod trail;
 
 pub use compile::{Calibration, CompileError, ModelShape};
 pub use gates::{GateDecision, Row, RowKind};

@@ -1,8 +1,9 @@
-use super::gates::{GateState, Standing, UNREAD};
+use super::gates::{GateState, RowKind, Standing, UNREAD};
 use super::host::RowFault;
-use super::{Condition, Gate, GateDecision, Program, Row};
-use crate::guard::{OnFire, Truth};
-use crate::tensor::{LayerIndex, SequenceId};
+use super::trail::Trail;
+use super::{Condition, Gate, GateDecision, Patch, Program, Row, Scope};
+use crate::guard::{OnFire, Positions, Rule, Truth};
+use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,8 +15,10 @@ use std::sync::Arc;
 pub struct Sequences {
     current: Arc<Program>,
     states: BTreeMap<SequenceId, SequenceState>,
-    /// Gates of cleared sequences, whose memory is used again.
-    spare: Vec<Vec<GateState>>,
+    /// Of cleared sequences, whose memory is used again.
+    spare: Vec<(Vec<GateState>, Trail)>,
+    /// Rows that a sequence may come to have, as far as is known.
+    capacity: usize,
     /// The sequences of the decode.
     batch: Vec<SequenceId>,
     open: OpenGates,
@@ -28,6 +31,7 @@ pub(super) struct SequenceState {
     pub program: Arc<Program>,
     gates: Vec<GateState>,
     fault: Option<(LayerIndex, RowFault)>,
+    trail: Trail,
 }
 
 /// Which gates of scope `token` are open for which rows of the micro-batch.
@@ -51,7 +55,12 @@ impl OpenGates {
 impl Sequences {
     pub fn new(program: Arc<Program>) -> Self {
         let (states, spare, batch) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { current: program, states, spare, batch, open: OpenGates::default(), shared: None }
+        Self { current: program, states, spare, capacity: 0, batch, open: OpenGates::default(), shared: None }
+    }
+
+    /// Says how many rows a sequence may have, so that memory for what is kept of them is there from its beginning.
+    pub fn set_capacity(&mut self, n_rows: usize) {
+        self.capacity = n_rows;
     }
 
     /// The program of sequences to come.
@@ -76,36 +85,37 @@ impl Sequences {
         self.states.get(&sequence).map(|state| &state.program)
     }
 
-    /// Programs of live sequences and the current one, some perhaps more than once.
+    /// Programs of the decode's sequences, some perhaps more than once.
     pub fn programs(&self) -> impl Iterator<Item = &Arc<Program>> {
-        std::iter::once(&self.current).chain(self.states.values().map(|state| &state.program))
+        self.batch.iter().filter_map(|sequence| self.program(*sequence))
     }
 
     /// Forgets `sequence`: its next row starts a new prompt.
     pub fn clear(&mut self, sequence: SequenceId) {
-        self.spare.extend(self.states.remove(&sequence).map(|state| state.gates));
+        self.spare.extend(self.states.remove(&sequence).map(|state| (state.gates, state.trail)));
     }
 
     pub fn clear_all(&mut self) {
-        self.spare.extend(std::mem::take(&mut self.states).into_values().map(|state| state.gates));
+        let states = std::mem::take(&mut self.states).into_values();
+        self.spare.extend(states.map(|state| (state.gates, state.trail)));
     }
 
-    /// Prepares for a decode of `sequences`, repeated or not: makes room for them, so that no row of theirs allocates.
-    pub fn begin(&mut self, sequences: impl Iterator<Item = SequenceId>) {
+    /// Prepares for a decode of `rows`: makes room for their sequences, so that no row of theirs allocates.
+    pub fn begin(&mut self, rows: impl Iterator<Item = (SequenceId, TokenPosition, RowKind)>) {
         self.batch.clear();
-        for sequence in sequences {
-            if self.batch.last() == Some(&sequence) || self.batch.contains(&sequence) {
-                continue;
-            }
-            self.batch.push(sequence);
-            if !self.states.contains_key(&sequence) {
+        for (sequence, position, kind) in rows {
+            let is_new = self.batch.last() != Some(&sequence) && !self.batch.contains(&sequence);
+            if is_new && !self.states.contains_key(&sequence) {
                 let state = self.state_for(Arc::clone(&self.current));
                 self.states.insert(sequence, state);
             }
-        }
-        for sequence in &self.batch {
-            let gates = self.states.get_mut(sequence).into_iter().flat_map(|state| &mut state.gates);
-            gates.for_each(GateState::begin_decode);
+            let Some(state) = self.states.get_mut(&sequence) else { continue };
+            if is_new {
+                self.batch.push(sequence);
+                state.gates.iter_mut().for_each(GateState::begin_decode);
+                state.trail.begin_decode();
+            }
+            state.trail.expect(position, kind);
         }
         let mut programs =
             self.batch.iter().filter_map(|sequence| self.states.get(sequence)).map(|state| &state.program);
@@ -113,6 +123,15 @@ impl Sequences {
         let shared = first.filter(|first| programs.all(|other| Arc::ptr_eq(first, other)));
         if !matches!((&self.shared, shared), (Some(old), Some(new)) if Arc::ptr_eq(old, new)) {
             self.shared = shared.cloned();
+        }
+    }
+
+    /// Ends a decode. Unless it went `well`, what a sequence's gates have read can't be told from here on; nor for one that failed.
+    pub fn finish(&mut self, well: bool) {
+        for sequence in &self.batch {
+            if let Some(state) = self.states.get_mut(sequence) {
+                state.trail.finish_decode(well && state.fault.is_none());
+            }
         }
     }
 
@@ -130,17 +149,42 @@ impl Sequences {
     }
 
     fn state_for(&mut self, program: Arc<Program>) -> SequenceState {
-        let mut gates = self.spare.pop().unwrap_or_default();
+        let (mut gates, mut trail) = self.spare.pop().unwrap_or_default();
         gates.clear();
         gates.resize(program.gates.len(), UNREAD);
-        SequenceState { program, gates, fault: None }
+        trail.restart(gates.len(), self.capacity);
+        SequenceState { program, gates, fault: None, trail }
     }
 
-    /// Gives `to` what is known of `from`, as llama.cpp's KV copy gives it the cells.
-    pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
-        if let Some(state) = self.states.get(&from).cloned() {
-            self.states.insert(to, state);
+    /// How many rows of `sequence`, from its first, are what they would be in a new prompt of the same tokens under the same program.
+    ///
+    /// Those of its prompt are, but for its last token. Those after it are too, unless what has acted on them knows an answer from a
+    /// prompt, by its positions or by a gate that had decided.
+    pub fn reusable(&self, sequence: SequenceId) -> usize {
+        let Some(state) = self.states.get(&sequence) else { return 0 };
+        if state.treats_answers_as_prompts() { state.trail.n_rows() } else { state.trail.n_prompt() }
+    }
+
+    /// Makes of `to` a new sequence under the program of `from` whose prompt begins with the first `n_rows` rows of `from`, its gates as they
+    /// are then. Returns whether that many rows are [reusable](Self::reusable); if not, nothing is changed.
+    pub fn resume(&mut self, from: SequenceId, to: SequenceId, n_rows: usize) -> bool {
+        if n_rows > self.reusable(from) {
+            return false;
         }
+        let Some(mut state) = self.states.get(&from).cloned() else { return false };
+        state.trail.as_prompt(n_rows);
+        state.gates.fill(UNREAD);
+        state.fault = None;
+        for row in 0..n_rows {
+            let position = TokenPosition(i32::try_from(row).unwrap_or(i32::MAX));
+            let read = Row { sequence: Some(to), position, kind: RowKind::Prompt, index: row };
+            for (gate, projection) in state.trail.projections(row) {
+                state.gates[gate].read(&state.program.gates[gate], &read, f64::from(projection));
+            }
+        }
+        self.clear(to);
+        self.states.insert(to, state);
+        true
     }
 
     /// Prepares `sequence` for a further prompt (another turn): projections are gathered anew, and a gate that has fired stays fired.
@@ -209,10 +253,11 @@ impl Sequences {
     }
 
     /// Takes the projection of `row` for gate number `gate` of its program.
-    pub(crate) fn read(&mut self, row: &Row, gate: usize, projection: f64) {
+    pub(crate) fn read(&mut self, row: &Row, gate: usize, projection: f32) {
         let Some(state) = row.sequence.and_then(|sequence| self.states.get_mut(&sequence)) else { return };
         let Some((known, gate_of)) = state.gates.get_mut(gate).zip(state.program.gates.get(gate)) else { return };
-        let open = known.read(gate_of, row, projection);
+        let open = known.read(gate_of, row, f64::from(projection));
+        state.trail.read(row.position, gate, projection);
         if let Some(slot) = self.open.slot(row.index, gate) {
             self.open.open[slot] = open;
         }
@@ -226,21 +271,51 @@ impl Sequences {
         let Some(rule) = &condition.when else { return true };
         let Some(sequence) = row.sequence else { return true };
         let Some(state) = self.states.get(&sequence) else { return true };
-        let undecided = Cell::new(false);
-        let truth = rule.eval(&|gate| {
+        holds(rule, |gate| {
             let open = self.open.get(row.index, gate);
-            match state.gates[gate].standing(&state.program.gates[gate], row, open) {
-                Standing::Undecided => {
-                    undecided.set(true);
-                    Truth::Unknown
-                }
-                Standing::Decided(truth) => truth,
+            state.gates[gate].standing(&state.program.gates[gate], row.kind, open)
+        })
+    }
+}
+
+impl SequenceState {
+    /// Whether every patch does to a row of the answer, and to the prompt's last, what it would do to the same token in a prompt.
+    fn treats_answers_as_prompts(&self) -> bool {
+        let mut patches = self.program.points.iter().flat_map(|point| &point.patches);
+        patches.all(|Patch { condition, .. }| {
+            let gates = condition.when.as_ref().map(Rule::gates).unwrap_or_default();
+            let scope = |gate: &usize| self.program.gates[*gate].scope;
+            if gates.iter().any(|gate| matches!(scope(gate), Scope::Token { .. })) {
+                // Such a gate reads a row alike wherever it lies. A rule that asks one of the prompt too is not looked into.
+                let reads_all = |gate| matches!(scope(gate), Scope::Token { positions: Positions::All, .. });
+                return condition.positions == Positions::All && gates.iter().all(reads_all);
             }
-        });
-        match truth {
-            Truth::True => true,
-            Truth::False => false,
-            Truth::Unknown => !undecided.get(),
+            // No gate decides before a prompt's end, and there only at its own layer.
+            let undecided = condition.when.as_ref().is_none_or(|rule| holds(rule, |_| Standing::Undecided));
+            let decided = condition.when.as_ref().is_none_or(|rule| {
+                holds(rule, |gate| self.gates[gate].standing(&self.program.gates[gate], RowKind::Generated, false))
+            });
+            let in_prompt = condition.positions.cover(RowKind::Prompt) && undecided;
+            let in_answer = condition.positions.cover(RowKind::Generated) && decided;
+            [undecided, decided, in_answer] == [in_prompt; 3]
+        })
+    }
+}
+
+/// Whether a rule over gates of that standing lets a patch act: one that has not decided keeps what hangs on it from acting, one that could
+/// not be read lets it act.
+fn holds(rule: &Rule, standing: impl Fn(usize) -> Standing) -> bool {
+    let undecided = Cell::new(false);
+    let truth = rule.eval(&|gate| match standing(gate) {
+        Standing::Undecided => {
+            undecided.set(true);
+            Truth::Unknown
         }
+        Standing::Decided(truth) => truth,
+    });
+    match truth {
+        Truth::True => true,
+        Truth::False => false,
+        Truth::Unknown => !undecided.get(),
     }
 }

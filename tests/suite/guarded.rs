@@ -8,6 +8,7 @@ mod patches;
 #[path = "../support/reference_model.rs"]
 mod reference_model;
 mod rows;
+mod scheduler;
 mod sequences;
 mod stacks;
 mod table;

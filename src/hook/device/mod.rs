@@ -282,7 +282,7 @@ impl Job {
                 return Err(RowFault::NonFinite { position: row.position.0 });
             }
             for (readout, score) in readouts.iter().zip(scores) {
-                sequences.read(row, readout.gate, f64::from(*score));
+                sequences.read(row, readout.gate, *score);
             }
         }
         Ok(())

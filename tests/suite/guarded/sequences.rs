@@ -6,7 +6,7 @@ use pilotfish::program::{Calibration, RowFault};
 
 const LAYER: u32 = 1;
 
-fn stacked(tiny: &Tiny, guards: &[&Guard]) -> Arc<Program> {
+pub(super) fn stacked(tiny: &Tiny, guards: &[&Guard]) -> Arc<Program> {
     Arc::new(Program::stack(guards, tiny.model.shape(), Calibration::Required).unwrap())
 }
 
@@ -24,9 +24,9 @@ fn greedy(logits: &[f32]) -> LlamaToken {
 }
 
 /// One request: what it asks, and the guards that it runs under.
-struct Request {
-    prompt: Vec<LlamaToken>,
-    program: Arc<Program>,
+pub(super) struct Request {
+    pub prompt: Vec<LlamaToken>,
+    pub program: Arc<Program>,
 }
 
 /// What came of a request.
@@ -97,7 +97,7 @@ fn answer(context: &mut GuardedContext, requests: &[Request]) -> Vec<Answer> {
 }
 
 /// Eight requests, every second of which opens its gate; strengths differ, and some run under two guards.
-fn requests(tiny: &Tiny) -> Vec<Request> {
+pub(super) fn requests(tiny: &Tiny) -> Vec<Request> {
     let texts = [
         PROMPT,
         "a song of the water bird",

@@ -1,0 +1,464 @@
+//! Many requests in one context: continuous batching under guards.
+//!
+//! Requests join and leave between steps. Each step decodes one batch: first the next token of every answer, then parts of prompts that are
+//! still being read, the oldest first, each with a fair share of the room that is left. Every request runs under a program of its own (the one
+//! that was current when it was submitted, or its own), in a KV stream of its own, so that no other can take its room or spoil its attention.
+//!
+//! A prompt that begins as another request's text does is not read again as far as they agree, if both run under the same program (the very
+//! same: a guard that is loaded anew is another epoch) and the program did nothing to these tokens that it would not do in a prompt: text that was
+//! written with an open gate is read anew. What gates have made of the shared tokens is kept with them.
+//!
+//! The scheduler does nothing by itself: whoever owns it calls [`step`](Scheduler::step).
+
+mod text;
+
+pub use text::{Streamed, TextStream};
+
+use super::model::{Model, backend, context_params};
+use super::sampling::Sampling;
+use super::session::{GateReading, readings};
+use super::{EngineError, identity_of};
+use crate::hook::{ContextError, GuardedBatch, GuardedContext};
+use crate::program::Program;
+use crate::tensor::{SequenceId, TokenPosition};
+use llama_cpp_2::sampling::LlamaSampler;
+use llama_cpp_2::token::LlamaToken;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerOptions {
+    /// Requests that run at once.
+    pub n_sequences: u32,
+    /// Tokens that each has room for, prompt and answer.
+    pub n_ctx: u32,
+    /// Rows of a step: at least one a sequence.
+    pub n_batch: u32,
+    /// Requests that may wait.
+    pub queue: usize,
+    /// Whether prompts that begin alike share what was read of them.
+    pub reuse_prefixes: bool,
+}
+
+impl Default for SchedulerOptions {
+    fn default() -> Self {
+        Self { n_sequences: 4, n_ctx: 2048, n_batch: 512, queue: 64, reuse_prefixes: true }
+    }
+}
+
+/// What is to be answered, and how.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub prompt: Vec<LlamaToken>,
+    pub max_tokens: usize,
+    pub sampling: Sampling,
+    /// The answer ends before the first of these to be complete.
+    pub stop: Vec<String>,
+    /// Guards of this request's own, compiled for this model; else those that are current when it is submitted.
+    pub program: Option<Arc<Program>>,
+}
+
+impl Request {
+    /// A greedy answer of up to `max_tokens` tokens under the current guards.
+    pub fn new(prompt: Vec<LlamaToken>, max_tokens: usize) -> Self {
+        Self { prompt, max_tokens, sampling: Sampling::default(), stop: Vec::new(), program: None }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(u64);
+
+/// What happens to a request.
+#[derive(Debug)]
+pub enum Event {
+    /// The answer goes on: whole characters, and nothing of a stop string.
+    Text { request: RequestId, text: String },
+    /// The last event of a request.
+    Ended { request: RequestId, summary: Summary },
+}
+
+/// What came of a request.
+#[derive(Debug)]
+pub struct Summary {
+    pub end: End,
+    pub prompt_tokens: usize,
+    /// Tokens of the prompt that had been read for another request.
+    pub reused_tokens: usize,
+    /// Tokens of the answer, the ones of a stop string included.
+    pub tokens: usize,
+    /// What the gates made of it, in the order of its program.
+    pub gates: Vec<GateReading>,
+}
+
+/// Why an answer ended.
+#[derive(Debug)]
+pub enum End {
+    /// The model ended it.
+    Stop,
+    /// A stop string came: its index.
+    StopString(usize),
+    /// It has the tokens that were asked for.
+    Length,
+    /// Prompt and answer fill the sequence's room.
+    ContextFull,
+    /// A gate blocks: what the caller is told.
+    Blocked(String),
+    /// Its guard failed, or llama.cpp did: nothing of it is to be used.
+    Failed(ContextError),
+    Cancelled,
+}
+
+/// Runs requests. See the [module](self).
+pub struct Scheduler<'model> {
+    model: &'model Model,
+    context: GuardedContext<'model>,
+    batch: GuardedBatch,
+    options: SchedulerOptions,
+    program: Arc<Program>,
+    waiting: VecDeque<(RequestId, Request, Arc<Program>)>,
+    /// One a sequence.
+    slots: Vec<Slot>,
+    next_id: u64,
+    n_steps: u64,
+}
+
+/// Tokens from which on it is worth a copy of another sequence's cells to share them. llama.cpp copies a whole stream at once: 47 MiB for SmolLM2
+/// with room for 2048 tokens, some 10 ms, in which it reads about seven.
+const MIN_COPIED: usize = 16;
+
+/// A sequence of the context.
+#[derive(Default)]
+struct Slot {
+    running: Option<Running>,
+    /// Tokens that are in its cells, of the request that runs or of the last one that did.
+    tokens: Vec<LlamaToken>,
+    /// The step in which it was last given away.
+    given: u64,
+}
+
+/// A request that has a sequence.
+struct Running {
+    id: RequestId,
+    request: Request,
+    sampler: LlamaSampler,
+    text: TextStream,
+    reused: usize,
+    /// The answer's last token, which is not.
+    next: Option<LlamaToken>,
+    tokens: usize,
+    /// Row of this step's batch whose logits are its own.
+    row: Option<i32>,
+}
+
+impl<'model> Scheduler<'model> {
+    /// Requests run under `program`, unless they bring their own.
+    ///
+    /// # Errors
+    /// A program for a model of another shape, or llama.cpp can't make the context.
+    pub fn new(model: &'model Model, program: Arc<Program>, options: SchedulerOptions) -> Result<Self, EngineError> {
+        let n = options.n_sequences.max(1);
+        let options = SchedulerOptions { n_sequences: n, n_batch: options.n_batch.max(n), ..options };
+        check_shape(model, &program)?;
+        let params = context_params(options.n_ctx.saturating_mul(n), options.n_batch);
+        let params = params.with_n_seq_max(n).with_kv_unified(false);
+        let context = GuardedContext::new(model.llama(), backend()?, params, Arc::clone(&program))?;
+        let batch = GuardedBatch::new(options.n_batch as usize);
+        let slots = (0..n).map(|_| Slot::default()).collect();
+        let waiting = VecDeque::new();
+        Ok(Self { model, context, batch, options, program, waiting, slots, next_id: 0, n_steps: 0 })
+    }
+
+    /// Takes `program` for requests to come. Those that wait or run keep theirs.
+    ///
+    /// # Errors
+    /// A program for a model of another shape.
+    pub fn set_program(&mut self, program: Arc<Program>) -> Result<(), EngineError> {
+        check_shape(self.model, &program)?;
+        // What ran under the old one is of no more use, and would keep it in memory.
+        for slot in 0..self.slots.len() {
+            let sequence = SequenceId(slot as i32);
+            let is_old = self.context.program_of(sequence).is_some_and(|old| Arc::ptr_eq(old, &self.program));
+            if self.slots[slot].running.is_none() && is_old && !Arc::ptr_eq(&program, &self.program) {
+                self.forget(slot)?;
+            }
+        }
+        self.context.set_program(Arc::clone(&program));
+        self.program = program;
+        Ok(())
+    }
+
+    /// Puts `request` in the queue. It joins at one of the next steps.
+    ///
+    /// # Errors
+    /// The prompt is empty or leaves no room for an answer, its program is for a model of another shape, or the queue is full.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
+        if request.prompt.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        let (found, capacity) = (request.prompt.len(), self.options.n_ctx as usize);
+        if found > capacity {
+            return Err(EngineError::PromptTooLong { found, capacity });
+        }
+        if self.waiting.len() >= self.options.queue {
+            return Err(EngineError::QueueFull { capacity: self.options.queue });
+        }
+        let program = request.program.clone().unwrap_or_else(|| Arc::clone(&self.program));
+        check_shape(self.model, &program)?;
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
+        self.waiting.push_back((id, request, program));
+        Ok(id)
+    }
+
+    /// Ends a request that waits or runs. `None` where there is none of that name.
+    ///
+    /// # Errors
+    /// llama.cpp can't empty its sequence.
+    pub fn cancel(&mut self, id: RequestId) -> Result<Option<Summary>, EngineError> {
+        if let Some(index) = self.waiting.iter().position(|(waiting, ..)| *waiting == id) {
+            let removed = self.waiting.remove(index);
+            return Ok(removed.map(|(_, request, _)| Summary {
+                end: End::Cancelled,
+                prompt_tokens: request.prompt.len(),
+                reused_tokens: 0,
+                tokens: 0,
+                gates: Vec::new(),
+            }));
+        }
+        let runs = |slot: &Slot| slot.running.as_ref().is_some_and(|running| running.id == id);
+        let Some(slot) = self.slots.iter().position(runs) else { return Ok(None) };
+        self.leave(slot, End::Cancelled)
+    }
+
+    /// Requests that run and that wait.
+    pub fn load(&self) -> (usize, usize) {
+        (self.slots.iter().filter(|slot| slot.running.is_some()).count(), self.waiting.len())
+    }
+
+    /// Decodes one batch of what there is to do, and tells `on_event` what came of it. Returns whether there was anything.
+    ///
+    /// # Errors
+    /// llama.cpp can't empty a sequence. What goes wrong with a request is its own end.
+    pub fn step(&mut self, mut on_event: impl FnMut(Event)) -> Result<bool, EngineError> {
+        self.n_steps += 1;
+        self.join()?;
+        self.fill()?;
+        if self.batch.is_empty() {
+            return Ok(false);
+        }
+        match self.context.decode_each(&mut self.batch) {
+            Ok(ended) => {
+                for (sequence, error) in ended {
+                    let end = match error {
+                        blocked @ ContextError::Blocked { .. } => End::Blocked(blocked.to_string()),
+                        failed => End::Failed(failed),
+                    };
+                    self.end(sequence.0 as usize, end, &mut on_event)?;
+                }
+            }
+            Err(error) => {
+                self.refused(error, &mut on_event)?;
+                return Ok(true);
+            }
+        }
+        for slot in 0..self.slots.len() {
+            if let Some(end) = self.advance(slot, &mut on_event) {
+                self.end(slot, end, &mut on_event)?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives free sequences to those that wait.
+    fn join(&mut self) -> Result<(), EngineError> {
+        while self.slots.iter().any(|slot| slot.running.is_none()) {
+            let Some((id, request, program)) = self.waiting.pop_front() else { break };
+            let (slot, reused) = self.prepare(&request.prompt, program)?;
+            let sampler = request.sampling.sampler(self.model.llama().n_vocab());
+            let text = TextStream::new(&request.stop);
+            self.slots[slot].given = self.n_steps;
+            self.slots[slot].running =
+                Some(Running { id, request, sampler, text, reused, next: None, tokens: 0, row: None });
+        }
+        Ok(())
+    }
+
+    /// Makes a free sequence ready for `prompt` under `program`: which, and how many tokens of the prompt it has.
+    fn prepare(&mut self, prompt: &[LlamaToken], program: Arc<Program>) -> Result<(usize, usize), EngineError> {
+        let free = |slots: &[Slot], slot: usize| slots[slot].running.is_none();
+        let shared = (0..self.slots.len()).map(|slot| (self.shared(slot, prompt, &program), slot));
+        // Of equals a free one, which needs no copy.
+        let (shared, source) = shared.max_by_key(|(n, slot)| (*n, free(&self.slots, *slot))).unwrap_or_default();
+        let oldest = |but: Option<usize>| {
+            let others = (0..self.slots.len()).filter(|slot| Some(*slot) != but && free(&self.slots, *slot));
+            others.min_by_key(|slot| self.slots[*slot].given)
+        };
+        // A text that goes on takes its own sequence along; one that only begins alike leaves the other where it is, if it can.
+        let goes_on = free(&self.slots, source) && 2 * shared >= self.slots[source].tokens.len();
+        let target = match oldest(Some(source)) {
+            Some(other) if !goes_on => other,
+            _ if free(&self.slots, source) => source,
+            other => other.unwrap_or(source),
+        };
+        let (from, to) = (SequenceId(source as i32), SequenceId(target as i32));
+        if shared >= if from == to { 1 } else { MIN_COPIED } {
+            match self.context.resume(from, to, shared) {
+                Ok(()) => {
+                    self.slots[target].tokens.clear();
+                    self.slots[target].tokens.extend_from_slice(&prompt[..shared]);
+                    return Ok((target, shared));
+                }
+                // It can be read anew.
+                Err(error) => tracing::debug!(%error, "a prefix is not used again"),
+            }
+        }
+        // Where nothing is shared, the oldest.
+        let target = if from == to { oldest(None).unwrap_or(target) } else { target };
+        self.forget(target)?;
+        self.context.assign(SequenceId(target as i32), program);
+        Ok((target, 0))
+    }
+
+    /// Tokens of `prompt` that a sequence has already, as they would be read under `program`. The last is always to be read: logits come of it.
+    fn shared(&self, slot: usize, prompt: &[LlamaToken], program: &Arc<Program>) -> usize {
+        let sequence = SequenceId(slot as i32);
+        let same = self.context.program_of(sequence).is_some_and(|other| Arc::ptr_eq(other, program));
+        if !self.options.reuse_prefixes || !same {
+            return 0;
+        }
+        let alike = self.slots[slot].tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        alike.min(prompt.len() - 1).min(self.context.reusable(sequence))
+    }
+
+    /// Empties a sequence.
+    fn forget(&mut self, slot: usize) -> Result<(), EngineError> {
+        self.slots[slot].tokens.clear();
+        Ok(self.context.clear_sequence(SequenceId(slot as i32))?)
+    }
+
+    /// Answers' next tokens, then prompts.
+    fn fill(&mut self) -> Result<(), EngineError> {
+        self.batch.clear();
+        let mut reading: Vec<usize> = Vec::new();
+        for (slot, Slot { running, tokens, .. }) in self.slots.iter_mut().enumerate() {
+            let Some(running) = running else { continue };
+            running.row = None;
+            let Some(token) = running.next.take() else {
+                reading.push(slot);
+                continue;
+            };
+            let (sequence, at) = (SequenceId(slot as i32), TokenPosition(tokens.len() as i32));
+            running.row = Some(self.batch.add_generated(sequence, at, token).map_err(ContextError::from)?);
+            tokens.push(token);
+        }
+        reading.sort_by_key(|slot| self.slots[*slot].running.as_ref().map(|running| running.id));
+        let n_reading = reading.len();
+        for (index, slot) in reading.into_iter().enumerate() {
+            let Slot { running: Some(running), tokens, .. } = &mut self.slots[slot] else { continue };
+            let room = self.options.n_batch as usize - self.batch.len();
+            let share = room.div_ceil(n_reading - index);
+            let rest = &running.request.prompt[tokens.len()..];
+            let part = &rest[..rest.len().min(share)];
+            if part.is_empty() {
+                continue;
+            }
+            let (sequence, at) = (SequenceId(slot as i32), TokenPosition(tokens.len() as i32));
+            if part.len() == rest.len() {
+                running.row = Some(self.batch.add_prompt(sequence, at, part).map_err(ContextError::from)?);
+            } else {
+                self.batch.add_prompt_part(sequence, at, part).map_err(ContextError::from)?;
+            }
+            tokens.extend_from_slice(part);
+        }
+        Ok(())
+    }
+
+    /// Takes the next token of a request from its logits. Gives its end, if it has come to it.
+    fn advance(&mut self, slot: usize, on_event: &mut impl FnMut(Event)) -> Option<End> {
+        let Slot { running, tokens: in_cells, .. } = &mut self.slots[slot];
+        let running = running.as_mut()?;
+        let row = running.row.take()?;
+        if running.tokens >= running.request.max_tokens {
+            return Some(End::Length);
+        }
+        let vocab = self.model.llama().vocab();
+        let token = running.sampler.sample(&self.context, row);
+        if vocab.is_eog(token) {
+            return Some(End::Stop);
+        }
+        running.tokens += 1;
+        let Streamed { text, stopped_by } = running.text.push(&vocab.token_to_piece(token, false, None));
+        if !text.is_empty() {
+            on_event(Event::Text { request: running.id, text });
+        }
+        if let Some(stop) = stopped_by {
+            return Some(End::StopString(stop));
+        }
+        if running.tokens >= running.request.max_tokens {
+            return Some(End::Length);
+        }
+        if in_cells.len() >= self.options.n_ctx as usize {
+            return Some(End::ContextFull);
+        }
+        running.next = Some(token);
+        None
+    }
+
+    /// llama.cpp decoded nothing. Every sequence has room of its own, so this is no matter of room, and none of them can go on.
+    fn refused(&mut self, error: ContextError, on_event: &mut impl FnMut(Event)) -> Result<(), EngineError> {
+        let reason = error.to_string();
+        let mut first = Some(error);
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].running.is_some() {
+                let again = || ContextError::Cache(reason.clone());
+                self.end(slot, End::Failed(first.take().unwrap_or_else(again)), on_event)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, slot: usize, end: End, on_event: &mut impl FnMut(Event)) -> Result<(), EngineError> {
+        let Some(running) = &mut self.slots[slot].running else { return Ok(()) };
+        let request = running.id;
+        // What was held back is text of the answer, unless it was ended for what it says.
+        if matches!(end, End::Stop | End::Length | End::ContextFull) {
+            let text = running.text.finish();
+            if !text.is_empty() {
+                on_event(Event::Text { request, text });
+            }
+        }
+        if let Some(summary) = self.leave(slot, end)? {
+            on_event(Event::Ended { request, summary });
+        }
+        Ok(())
+    }
+
+    /// Frees a sequence, and leaves what it has read for others.
+    fn leave(&mut self, slot: usize, end: End) -> Result<Option<Summary>, EngineError> {
+        let Some(running) = self.slots[slot].running.take() else { return Ok(None) };
+        let sequence = SequenceId(slot as i32);
+        let program = self.context.program_of(sequence).map(Arc::clone);
+        let decisions = self.context.gate_decisions(sequence);
+        let gates = program.map(|program| readings(&program, decisions)).unwrap_or_default();
+        if matches!(end, End::Failed(_)) || !self.options.reuse_prefixes {
+            self.forget(slot)?;
+        }
+        let (prompt_tokens, reused_tokens, tokens) = (running.request.prompt.len(), running.reused, running.tokens);
+        Ok(Some(Summary { end, prompt_tokens, reused_tokens, tokens, gates }))
+    }
+}
+
+fn check_shape(model: &Model, program: &Program) -> Result<(), EngineError> {
+    let shape = model.shape();
+    let last = shape.n_layer.saturating_sub(1);
+    if let Some(point) = program.points().iter().find(|point| point.layer.0 > last) {
+        return Err(EngineError::NoLayer { layer: point.layer, last });
+    }
+    if program.width() != shape.n_embd {
+        let (guard, identity) = (program.name(), identity_of("", model.llama())?);
+        let expected = format!("residuals of {} values", program.width());
+        let found = format!("`{}` with {}", identity.architecture, shape.n_embd);
+        return Err(EngineError::OtherModel { guard, expected, found });
+    }
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! What the gates of a sequence read, row by row from position 0: from it, what they had made of any beginning of the sequence, for another
+//! prompt that begins alike.
+
+use super::gates::RowKind;
+use crate::tensor::TokenPosition;
+
+/// Rows of one sequence, in the order of their positions.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Trail {
+    n_gates: usize,
+    /// Projections, `[n_rows + n_pending, n_gates]`; NaN where a gate read nothing.
+    projections: Vec<f32>,
+    n_rows: usize,
+    /// Rows of the decode that is running: they count when it has gone well.
+    n_pending: usize,
+    /// The first row that is not of the prompt, or is its last.
+    first_other: Option<usize>,
+    /// What comes now can't be told.
+    closed: bool,
+}
+
+impl Trail {
+    /// Starts anew, for `n_gates` gates, with memory for `capacity` rows.
+    pub fn restart(&mut self, n_gates: usize, capacity: usize) {
+        self.projections.clear();
+        self.projections.reserve(n_gates * capacity);
+        (self.n_gates, self.n_rows, self.n_pending) = (n_gates, 0, 0);
+        (self.first_other, self.closed) = (None, false);
+    }
+
+    /// Prepares for a decode. One before it that was never finished has left nothing.
+    pub fn begin_decode(&mut self) {
+        self.keep(self.n_rows);
+    }
+
+    /// Makes room for a row of the decode. Rows that follow no other can't be told.
+    pub fn expect(&mut self, position: TokenPosition, kind: RowKind) {
+        let position = usize::try_from(position.0).unwrap_or(usize::MAX);
+        if position < self.n_rows && self.n_pending == 0 {
+            // The app has taken the sequence back to here.
+            self.keep(position);
+        }
+        if position != self.n_rows + self.n_pending {
+            self.closed = true;
+        }
+        if self.closed {
+            return;
+        }
+        if kind != RowKind::Prompt {
+            self.first_other.get_or_insert(position);
+        }
+        self.n_pending += 1;
+        self.projections.resize((position + 1) * self.n_gates, f32::NAN);
+    }
+
+    /// Takes what gate number `gate` read of the row at `position`.
+    pub fn read(&mut self, position: TokenPosition, gate: usize, projection: f32) {
+        let row = usize::try_from(position.0).unwrap_or(usize::MAX);
+        if gate < self.n_gates && (self.n_rows..self.n_rows + self.n_pending).contains(&row) {
+            self.projections[row * self.n_gates + gate] = projection;
+        }
+    }
+
+    /// Ends a decode; where it did not go `well`, neither its rows nor later ones can be told.
+    pub fn finish_decode(&mut self, well: bool) {
+        if well {
+            self.n_rows += self.n_pending;
+            self.n_pending = 0;
+        } else {
+            self.keep(self.n_rows);
+            self.closed = true;
+        }
+    }
+
+    /// Forgets all but the first `n_rows` rows.
+    fn keep(&mut self, n_rows: usize) {
+        self.projections.truncate(n_rows * self.n_gates);
+        (self.n_rows, self.n_pending) = (n_rows, 0);
+        self.first_other = self.first_other.filter(|first| *first < n_rows);
+    }
+
+    /// The first `n_rows` rows, which are known, as a prompt's.
+    pub fn as_prompt(&mut self, n_rows: usize) {
+        self.keep(n_rows);
+        (self.first_other, self.closed) = (None, false);
+    }
+
+    /// Rows that are known.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Rows at the beginning that are of the prompt, its last token not among them.
+    pub fn n_prompt(&self) -> usize {
+        self.first_other.unwrap_or(self.n_rows).min(self.n_rows)
+    }
+
+    /// What gates read of a row, by gate: those that read nothing are left out.
+    pub fn projections(&self, row: usize) -> impl Iterator<Item = (usize, f32)> {
+        let row = &self.projections[row * self.n_gates..][..self.n_gates];
+        row.iter().copied().enumerate().filter(|(_, projection)| !projection.is_nan())
+    }
+}
