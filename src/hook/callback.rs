@@ -34,7 +34,10 @@ pub struct Hook {
     micro_batch: MicroBatch,
     /// Layers whose residual came in this decode.
     fired: Vec<LayerIndex>,
+    /// What went wrong with the whole decode.
     fault: Option<HookFault>,
+    /// What went wrong at a layer with all rows at once: with the sequences that are guarded there.
+    layer_faults: Vec<(LayerIndex, HookFault)>,
     working_on: Option<LayerIndex>,
 }
 
@@ -96,6 +99,7 @@ impl Hook {
             micro_batch: MicroBatch::default(),
             fired: Vec::new(),
             fault: None,
+            layer_faults: Vec::new(),
             working_on: None,
         }
     }
@@ -200,6 +204,7 @@ impl Hook {
         self.micro_batch.inputs.tokens.clear();
         self.fired.clear();
         self.fault = None;
+        self.layer_faults.clear();
         self.working_on = None;
     }
 
@@ -208,7 +213,7 @@ impl Hook {
     ///
     /// # Errors
     /// What went wrong first, whatever guards say of errors: with the whole decode, which is latched for every sequence of the batch, or with
-    /// one of them (a hook point of its program that did not fire, too).
+    /// some of them (a hook point of theirs that did not fire, too).
     pub fn finish(&mut self) -> Result<(), HookFault> {
         if self.rows.is_uncertain() {
             self.sequences.fire_batch();
@@ -217,17 +222,22 @@ impl Hook {
         let missing = |layer| HookFault::MissingHookPoint { layer };
         let uncaptured = || self.capture.as_ref()?.layers.iter().find(|layer| !fired(layer)).copied();
         let whole = self.fault.take().or_else(|| uncaptured().map(missing));
-        self.sequences.finish(whole.is_none() && !self.rows.is_uncertain());
+        let certain = !self.rows.is_uncertain();
         let mut first = whole.clone();
         for index in 0..self.sequences.batch().len() {
             let sequence = self.sequences.batch()[index];
             let own = self.sequences.fault(sequence);
             let own = own.map(|(layer, source)| HookFault::Row { layer: *layer, source: source.clone() });
-            let unfired = || {
+            let of_layers = || {
                 let mut points = self.sequences.program(sequence)?.points().iter().map(|point| point.layer);
-                points.find(|layer| !fired(layer)).map(missing)
+                points.find_map(|layer| match self.layer_faults.iter().find(|(failed, _)| *failed == layer) {
+                    Some((_, fault)) => Some(fault.clone()),
+                    None => (!fired(&layer)).then(|| missing(layer)),
+                })
             };
-            let Some(fault) = own.or_else(|| whole.clone()).or_else(unfired) else { continue };
+            let fault = own.or_else(|| whole.clone()).or_else(of_layers);
+            self.sequences.finish(sequence, certain && fault.is_none());
+            let Some(fault) = fault else { continue };
             first.get_or_insert_with(|| fault.clone());
             let passes = self.sequences.program(sequence).is_some_and(|program| program.on_error() == OnError::Pass);
             if passes {
@@ -252,7 +262,12 @@ impl Hook {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             // SAFETY: the tensor is valid for this call, which `tensor` does not outlive.
             let tensor = unsafe { Tensor::new(tensor, &table) };
-            if ask { Ok(hook.asked(&tensor)) } else { hook.shown(tensor).map(|()| true) }
+            if ask {
+                return Ok(hook.asked(&tensor));
+            }
+            hook.shown(tensor)?;
+            hook.working_on = None;
+            Ok(true)
         }));
         match outcome {
             Ok(Ok(answer)) => answer,
@@ -264,12 +279,21 @@ impl Hook {
         }
     }
 
-    /// Answers llama.cpp after a fault of the whole decode: stop, or go on to logits that sequences may use whose guards let it pass.
+    /// Takes a fault of all rows at once, and answers llama.cpp: stop, or go on to logits that some sequences may use. Those may that are not
+    /// guarded at the layer where it happened, and those whose guards let it pass.
     fn latch(&mut self, fault: HookFault) -> bool {
         tracing::debug!(%fault, "guard fault");
-        self.fault.get_or_insert(fault);
+        let captured = |layer| self.capture.as_ref().is_some_and(|capture| capture.layers.contains(&layer));
+        let layer = fault.layer().filter(|layer| !captured(*layer));
         let mut programs = self.sequences.batch().iter().filter_map(|sequence| self.sequences.program(*sequence));
-        programs.any(|program| program.on_error() == OnError::Pass)
+        let goes_on = programs.any(|program| {
+            program.on_error() == OnError::Pass || layer.is_some_and(|layer| program.point(layer).is_none())
+        });
+        match layer {
+            Some(layer) => self.layer_faults.push((layer, fault)),
+            None => drop(self.fault.get_or_insert(fault)),
+        }
+        goes_on
     }
 
     /// Whether llama.cpp is to stop after this node and show it.

@@ -49,3 +49,13 @@ pub enum HookFault {
     #[error("hook point at layer {layer} did not fire: this model's graph has no residual `l_out-{layer}` to guard")]
     MissingHookPoint { layer: LayerIndex },
 }
+
+impl HookFault {
+    /// The layer where it happened, where it happened at one.
+    fn layer(&self) -> Option<LayerIndex> {
+        match self {
+            Self::Panic { layer, .. } => *layer,
+            Self::Row { layer, .. } | Self::Residual { layer, .. } | Self::MissingHookPoint { layer } => Some(*layer),
+        }
+    }
+}

@@ -126,12 +126,10 @@ impl Sequences {
         }
     }
 
-    /// Ends a decode. Unless it went `well`, what a sequence's gates have read can't be told from here on; nor for one that failed.
-    pub fn finish(&mut self, well: bool) {
-        for sequence in &self.batch {
-            if let Some(state) = self.states.get_mut(sequence) {
-                state.trail.finish_decode(well && state.fault.is_none());
-            }
+    /// Ends a decode for `sequence`. Unless it went `well`, what its gates have read can't be told from here on.
+    pub fn finish(&mut self, sequence: SequenceId, well: bool) {
+        if let Some(state) = self.states.get_mut(&sequence) {
+            state.trail.finish_decode(well);
         }
     }
 

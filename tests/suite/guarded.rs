@@ -2,6 +2,7 @@
 
 mod allocations;
 mod device;
+mod fault_sweep;
 mod faults;
 mod gates;
 mod patches;

@@ -18,7 +18,7 @@ use super::model::{Model, backend, context_params};
 use super::sampling::Sampling;
 use super::session::{GateReading, readings};
 use super::{EngineError, identity_of};
-use crate::hook::{ContextError, GuardedBatch, GuardedContext};
+use crate::hook::{ContextError, Executor, ExecutorKind, GuardedBatch, GuardedContext};
 use crate::program::Program;
 use crate::tensor::{SequenceId, TokenPosition};
 use llama_cpp_2::sampling::LlamaSampler;
@@ -228,6 +228,21 @@ impl<'model> Scheduler<'model> {
         let runs = |slot: &Slot| slot.running.as_ref().is_some_and(|running| running.id == id);
         let Some(slot) = self.slots.iter().position(runs) else { return Ok(None) };
         self.leave(slot, End::Cancelled)
+    }
+
+    /// How residuals were reached in the last step.
+    pub fn executor(&self) -> ExecutorKind {
+        self.context.executor()
+    }
+
+    /// Chooses how residuals are reached: see [`GuardedContext::set_executor`].
+    pub fn set_executor(&mut self, kind: ExecutorKind) {
+        self.context.set_executor(kind);
+    }
+
+    /// Takes an executor of the app's own.
+    pub fn set_custom_executor(&mut self, executor: Box<dyn Executor>) {
+        self.context.set_custom_executor(executor);
     }
 
     /// Requests that run and that wait.
