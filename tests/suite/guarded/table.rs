@@ -43,6 +43,12 @@ impl<'m> Hooked<'m> {
 
     /// Logits of the last of `rows`.
     fn decode(&mut self, rows: &[(LlamaToken, BatchRow)]) -> Result<Vec<f32>, HookFault> {
+        self.decode_each(rows)?;
+        Ok(self.context.get_logits_ith(rows.len() as i32 - 1).to_vec())
+    }
+
+    /// Decodes `rows`, and says what went wrong first.
+    fn decode_each(&mut self, rows: &[(LlamaToken, BatchRow)]) -> Result<(), HookFault> {
         let mut batch = LlamaBatch::new(rows.len(), 1);
         for (token, row) in rows {
             batch.add(*token, row.position.0, &[row.sequence.0], row.output).unwrap();
@@ -51,8 +57,7 @@ impl<'m> Hooked<'m> {
         let splitting = self.splitting;
         self.hook().begin(&rows, &[], splitting);
         self.context.decode(&mut batch).unwrap();
-        self.hook().finish()?;
-        Ok(self.context.get_logits_ith(rows.len() as i32 - 1).to_vec())
+        self.hook().finish()
     }
 
     /// Logits of the prompt's last token and of the answer's tokens, as apps ask for them.
@@ -215,5 +220,124 @@ fn gates_count_as_fired_where_rows_cannot_be_told() {
         let steered = hooked.decode(&both).unwrap();
         assert_eq!(fired(hooked.hook()), [true, true], "{}", tiny.name());
         assert!(distance(&steered, &widened(&alone)) > 100.0 * TOLERANCE, "{}: nothing acts", tiny.name());
+    }
+}
+
+/// A residual that is not what it was when the guard was loaded, by what ggml says of it.
+mod shapes {
+    use super::*;
+    use llama_cpp_sys_2 as sys;
+    use std::cell::Cell;
+    use std::ffi::c_void;
+
+    const LAYER: u32 = 1;
+
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Lie {
+        Strided,
+        Halves,
+        Wide,
+        OneRowMore,
+    }
+
+    thread_local! {
+        static LIE: Cell<Option<Lie>> = const { Cell::new(None) };
+    }
+
+    /// The lie that is told of this tensor.
+    fn told(tensor: *const c_void) -> Option<Lie> {
+        // SAFETY: the hook asks of tensors that llama.cpp shows it.
+        let name = unsafe { std::ffi::CStr::from_ptr(sys::ggml_get_name(tensor.cast())) };
+        LIE.get().filter(|_| name.to_str() == Ok(&format!("l_out-{LAYER}")))
+    }
+
+    // SAFETY (of all four): as of `told`.
+    unsafe extern "C" fn is_contiguous(tensor: *const c_void) -> bool {
+        told(tensor) != Some(Lie::Strided) && unsafe { sys::ggml_is_contiguous(tensor.cast()) }
+    }
+
+    unsafe extern "C" fn n_bytes(tensor: *const c_void) -> usize {
+        let n_bytes = unsafe { sys::ggml_nbytes(tensor.cast()) };
+        match told(tensor) {
+            Some(Lie::Halves) => n_bytes / 2,
+            Some(Lie::Wide) => n_bytes * 2,
+            Some(Lie::OneRowMore) => 4 * n_elements_of(tensor) as usize,
+            _ => n_bytes,
+        }
+    }
+
+    unsafe extern "C" fn n_elements(tensor: *const c_void) -> i64 {
+        n_elements_of(tensor)
+    }
+
+    fn n_elements_of(tensor: *const c_void) -> i64 {
+        // SAFETY: as of `told`.
+        let (n, rows) = unsafe { (sys::ggml_nelements(tensor.cast()), sys::ggml_nrows(tensor.cast())) };
+        match told(tensor) {
+            Some(Lie::Wide) => 2 * n,
+            Some(Lie::OneRowMore) => n / rows * (rows + 1),
+            _ => n,
+        }
+    }
+
+    unsafe extern "C" fn n_rows(tensor: *const c_void) -> i64 {
+        let rows = unsafe { sys::ggml_nrows(tensor.cast()) };
+        if told(tensor) == Some(Lie::OneRowMore) { rows + 1 } else { rows }
+    }
+
+    fn lying_table() -> GgmlTable {
+        // SAFETY: functions of those signatures, which say what ggml's own say unless they lie.
+        let table = unsafe {
+            GgmlTable::lookup(|name| match name.to_bytes() {
+                b"ggml_is_contiguous" => is_contiguous as *const c_void,
+                b"ggml_nbytes" => n_bytes as *const c_void,
+                b"ggml_nelements" => n_elements as *const c_void,
+                b"ggml_nrows" => n_rows as *const c_void,
+                _ => linked_symbol(name),
+            })
+        };
+        table.unwrap()
+    }
+
+    #[test]
+    fn a_residual_of_another_shape_ends_those_that_are_guarded_there() {
+        for tiny in Tiny::all() {
+            let guard = |layer| compiled(&tiny, &tiny.policy().vector("v", layer).intervene(add("v")).guard());
+            let params = || params_for_two();
+            let script = tiny.script();
+            let rows = |sequence: SequenceId| {
+                let prompt = script.decodes().swap_remove(0).into_iter();
+                prompt.map(move |(token, row)| (token, BatchRow { sequence, ..row })).collect::<Vec<_>>()
+            };
+            let both = [rows(ONLY), rows(OTHER)].concat();
+            let observer = Arc::new(Program::observer(tiny.model.shape()));
+            let hooked = || {
+                let mut hooked = Hooked::new(&tiny, lying_table(), Arc::clone(&observer), params());
+                hooked.hook().assign(ONLY, guard(LAYER));
+                hooked.hook().assign(OTHER, guard(LAYER + 1));
+                hooked
+            };
+            let expected = hooked().decode(&both).unwrap();
+            for lie in [Lie::Strided, Lie::Halves, Lie::Wide, Lie::OneRowMore] {
+                let what = format!("{}: {lie:?}", tiny.name());
+                let mut hooked = hooked();
+                LIE.set(Some(lie));
+                let outcome = hooked.decode_each(&both);
+                LIE.set(None);
+                let Err(HookFault::Residual { layer: LayerIndex(LAYER), .. }) = &outcome else {
+                    panic!("{what}: {outcome:?}")
+                };
+                assert_eq!(hooked.hook().fault_of(ONLY), outcome.as_ref().err(), "{what}");
+                assert_eq!(hooked.hook().fault_of(OTHER), None, "{what}");
+                let logits = hooked.context.get_logits_ith(both.len() as i32 - 1).to_vec();
+                assert!(bits(&[logits]) == bits(std::slice::from_ref(&expected)), "{what}: the other's logits");
+                // What is started in its place is guarded as ever.
+                hooked.context.clear_kv_cache();
+                hooked.hook().clear_all();
+                hooked.hook().assign(ONLY, guard(LAYER));
+                hooked.hook().assign(OTHER, guard(LAYER + 1));
+                assert!(bits(&[hooked.decode(&both).unwrap()]) == bits(std::slice::from_ref(&expected)), "{what}");
+            }
+        }
     }
 }
