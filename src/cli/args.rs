@@ -212,9 +212,12 @@ pub enum GuardCommand {
     /// What a guard says and does
     Inspect {
         guard: PathBuf,
-        /// Compile it for this model too
+        /// Compile it for this model too, and say how each hook point's residual is reached
         #[arg(long, value_name = "M")]
         model: Option<String>,
+        /// Layers to put on a GPU
+        #[arg(long, default_value_t = 0, value_name = "N", requires = "model")]
+        gpu_layers: u32,
         #[arg(long)]
         json: bool,
     },
@@ -223,6 +226,9 @@ pub enum GuardCommand {
         guard: PathBuf,
         #[arg(long, value_name = "M")]
         model: Option<String>,
+        /// Layers to put on a GPU
+        #[arg(long, default_value_t = 0, value_name = "N", requires = "model")]
+        gpu_layers: u32,
     },
     /// Make a guard from a llama.cpp control vector (GGUF)
     Import {

@@ -16,11 +16,13 @@ use pilotfish::guard::{
     Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Readout, Source,
     VectorFile, carry, from_control_vector, write_guard,
 };
+use pilotfish::hook::ExecutorKind;
 use pilotfish::learn::{self, Classes};
 use pilotfish::mapping::AffineMap;
 use pilotfish::program::Calibration;
 use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind};
 use pilotfish::tensor::{LayerIndex, norm};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -30,12 +32,16 @@ const PROBE_PROMPT: &str = "The pilot fish swims beside the shark, eats what it 
 pub fn guard(command: GuardCommand) -> anyhow::Result<Outcome> {
     match command {
         GuardCommand::Build(arguments) => build(*arguments)?,
-        GuardCommand::Inspect { guard, model, json } => inspect(&guard, model.as_deref(), json)?,
-        GuardCommand::Verify { guard, model } => verify(&guard, model.as_deref())?,
+        GuardCommand::Inspect { guard, model, gpu_layers, json } => {
+            inspect(&guard, model.as_deref().map(|model| (model, gpu_layers)), json)?;
+        }
+        GuardCommand::Verify { guard, model, gpu_layers } => {
+            verify(&guard, model.as_deref().map(|model| (model, gpu_layers)))?;
+        }
         GuardCommand::Import { file, name, model, strength, output } => {
             let bytes = read(&file)?;
             let vector = ControlVector::from_gguf(&bytes).with_context(|| format!("`{}`", file.display()))?;
-            let model = load_plain(&model)?;
+            let model = load_plain(&model, 0)?;
             let (manifest, tensors) = from_control_vector(&name, &vector, model.identity(), f64::from(strength));
             let guard = write_guard(&output, &manifest, &tensors, &[])?;
             eprintln!("wrote guard `{}` with {} vectors to {}", guard.name(), guard.vectors().len(), output.display());
@@ -79,16 +85,17 @@ fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))
 }
 
-fn load_plain(model: &str) -> anyhow::Result<Model> {
-    load_named(model, &LoadArguments { gpu_layers: 0, raw: false })
+fn load_plain(model: &str, gpu_layers: u32) -> anyhow::Result<Model> {
+    load_named(model, &LoadArguments { gpu_layers, raw: false })
 }
 
-fn verify(directory: &Path, model: Option<&str>) -> anyhow::Result<()> {
+/// `model` with the number of its layers that go on a GPU.
+fn verify(directory: &Path, model: Option<(&str, u32)>) -> anyhow::Result<()> {
     let guard = load_guard(directory)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}: files verified, sha256 {}", guard.name(), guard.content_hash())?;
-    if let Some(name) = model {
-        let model = load_plain(name)?;
+    if let Some((name, gpu_layers)) = model {
+        let model = load_plain(name, gpu_layers)?;
         // Making a session checks the fingerprint, compiles, asks the probe and runs dry.
         Session::new(&model, &[&guard], SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
         writeln!(out, "{}: is for {name}; its probe is answered and every hook point fires", guard.name())?;
@@ -103,15 +110,31 @@ fn lenient(guard: &Guard) -> GuardOptions {
     GuardOptions { calibration, probe: true }
 }
 
-fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<()> {
+/// How residuals are reached, each way once and with the layers where it is taken.
+fn executors(session: &Session<'_>) -> Vec<(ExecutorKind, Vec<LayerIndex>)> {
+    let mut ways: Vec<(ExecutorKind, Vec<LayerIndex>)> = Vec::new();
+    for (layer, kind) in session.executors() {
+        match ways.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, layers)) => layers.push(layer),
+            None => ways.push((kind, vec![layer])),
+        }
+    }
+    ways
+}
+
+fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::Result<()> {
     let guard = load_guard(directory)?;
-    let executor = model
-        .map(|name| -> anyhow::Result<_> {
-            let model = load_plain(name)?;
+    let executors = model
+        .map(|(name, gpu_layers)| -> anyhow::Result<_> {
+            let model = load_plain(name, gpu_layers)?;
             let session = Session::new(&model, &[&guard], SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
-            Ok(session.executor().map(|kind| kind.to_string()).unwrap_or_default())
+            Ok(executors(&session))
         })
         .transpose()?;
+    let executor = executors.as_ref().map(|ways| {
+        let names: Vec<String> = ways.iter().map(|(kind, _)| kind.to_string()).collect();
+        names.join("+")
+    });
     let mut out = std::io::stdout().lock();
     let text = |value: Option<String>| value.unwrap_or_else(|| "–".into());
     if json {
@@ -137,7 +160,11 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
             "name": guard.name(), "description": guard.description(), "sha256": guard.content_hash().to_string(),
             "on_error": guard.on_error(), "architecture": guard.target().architecture,
             "fingerprint": guard.target().fingerprint.to_string(), "source": guard.source().map(|source| &source.model),
-            "executor": executor, "gates": gates, "interventions": interventions, "results": guard.results(),
+            "executor": executor, "executors": executors.map(|ways| {
+                let layers = ways.iter().flat_map(|(kind, layers)| layers.iter().map(move |layer| (layer, kind)));
+                layers.map(|(layer, kind)| (layer.to_string(), kind.to_string())).collect::<BTreeMap<_, _>>()
+            }),
+            "gates": gates, "interventions": interventions, "results": guard.results(),
         });
         writeln!(out, "{value}")?;
         return Ok(());
@@ -147,8 +174,9 @@ fn inspect(directory: &Path, model: Option<&str>, json: bool) -> anyhow::Result<
     if let Some(source) = guard.source() {
         writeln!(out, "learnt on {} {}", source.model, source.fingerprint)?;
     }
-    if let Some(executor) = executor {
-        writeln!(out, "executor: {executor}")?;
+    for (kind, layers) in executors.unwrap_or_default() {
+        let layers: Vec<String> = layers.iter().map(LayerIndex::to_string).collect();
+        writeln!(out, "executor: {kind}, at layer {}", layers.join(", "))?;
     }
     let vectors = guard.vectors().iter().map(|vector| {
         [

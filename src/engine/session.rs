@@ -4,7 +4,7 @@ use super::{EngineError, GuardOptions, Sampling};
 use crate::guard::Guard;
 use crate::hook::{ContextError, ExecutorKind, GuardedBatch, GuardedContext};
 use crate::program::{Gate, GateDecision, Program};
-use crate::tensor::{SequenceId, TokenPosition};
+use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::token::LlamaToken;
@@ -118,6 +118,14 @@ impl<'model> Session<'model> {
         match &self.context {
             SessionContext::Plain { .. } => None,
             SessionContext::Guarded { context, .. } => Some(context.executor()),
+        }
+    }
+
+    /// How the residual of each hook point was reached in the last decode, the dry run before any other; none unguarded.
+    pub fn executors(&self) -> Vec<(LayerIndex, ExecutorKind)> {
+        match &self.context {
+            SessionContext::Plain { .. } => Vec::new(),
+            SessionContext::Guarded { context, .. } => context.executors().collect(),
         }
     }
 

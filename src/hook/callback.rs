@@ -32,13 +32,19 @@ pub struct Hook {
     capture: Option<Capture>,
     rows: RowTracker,
     micro_batch: MicroBatch,
-    /// Layers whose residual came in this decode.
-    fired: Vec<LayerIndex>,
+    /// Layers whose residual came in this decode, and how it was reached where it was guarded.
+    fired: Vec<Fired>,
     /// What went wrong with the whole decode.
     fault: Option<HookFault>,
     /// What went wrong at a layer with all rows at once: with the sequences that are guarded there.
     layer_faults: Vec<(LayerIndex, HookFault)>,
     working_on: Option<LayerIndex>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Fired {
+    layer: LayerIndex,
+    executor: Option<ExecutorKind>,
 }
 
 /// Copies of residual rows, as they were after the program patched them.
@@ -111,6 +117,11 @@ impl Hook {
 
     pub fn executor_kind(&self) -> ExecutorKind {
         self.executor.kind()
+    }
+
+    /// How the residual of each layer was reached in the last decode. A model's layers may lie in several places.
+    pub fn executors(&self) -> impl Iterator<Item = (LayerIndex, ExecutorKind)> {
+        self.fired.iter().filter_map(|fired| Some((fired.layer, fired.executor?)))
     }
 
     /// Takes `kind` of executor.
@@ -218,7 +229,7 @@ impl Hook {
         if self.rows.is_uncertain() {
             self.sequences.fire_batch();
         }
-        let fired = |layer: &LayerIndex| self.fired.contains(layer);
+        let fired = |layer: &LayerIndex| self.fired.iter().any(|fired| fired.layer == *layer);
         let missing = |layer| HookFault::MissingHookPoint { layer };
         let uncaptured = || self.capture.as_ref()?.layers.iter().find(|layer| !fired(layer)).copied();
         let whole = self.fault.take().or_else(|| uncaptured().map(missing));
@@ -370,9 +381,13 @@ impl Hook {
             return Ok(());
         }
         self.working_on = Some(layer);
-        if !self.fired.contains(&layer) {
-            self.fired.push(layer);
-        }
+        let fired = match self.fired.iter().position(|fired| fired.layer == layer) {
+            Some(fired) => fired,
+            None => {
+                self.fired.push(Fired { layer, executor: None });
+                self.fired.len() - 1
+            }
+        };
 
         let width = self.program().width().0;
         if let Some(reason) = tensor.shape_problem(width) {
@@ -407,6 +422,7 @@ impl Hook {
         self.executor
             .run(layer, rows, &mut self.sequences, &mut tensor)
             .map_err(|source| HookFault::Row { layer, source })?;
+        self.fired[fired].executor = Some(self.executor.kind());
         if let Some(capture) = self.capture.as_mut().filter(|capture| capture.layers.contains(&layer)) {
             let mut values = vec![0.0; n_rows * width];
             // SAFETY: the shape was checked above.

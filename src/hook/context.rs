@@ -283,6 +283,12 @@ impl<'model> GuardedContext<'model> {
         self.hook.as_ref().executor_kind()
     }
 
+    /// How the residual of each layer was reached in the last decode: before any other that is the dry run, which has been through all hook
+    /// points. A model's layers may lie in several places.
+    pub fn executors(&self) -> impl Iterator<Item = (LayerIndex, ExecutorKind)> {
+        self.hook.as_ref().executors()
+    }
+
     /// Chooses how residuals are reached; the default is in place where they lie in host memory, and on their device where they do not.
     pub fn set_executor(&mut self, kind: ExecutorKind) {
         self.hook.as_mut().set_executor_kind(kind);

@@ -222,6 +222,7 @@ fn a_guard_can_be_looked_at_and_verified() {
             .unwrap();
     assert_eq!(inspected["name"], "shark-gate");
     assert_eq!(inspected["executor"], "host");
+    assert_eq!(inspected["executors"], serde_json::json!({ LAYER.to_string(): "host" }));
     assert_eq!(inspected["gates"][0]["layer"], LAYER);
     assert_eq!(inspected["interventions"][0]["kind"], "ablate");
     let table = done(&["guard", "inspect", fixture.guard()]);

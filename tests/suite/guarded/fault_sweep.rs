@@ -93,7 +93,8 @@ fn requests(tiny: &Tiny) -> Requests {
         (&[2], OnError::Pass),
         (&[0, 1, 2, 3], OnError::Block),
     ];
-    let texts = [PROMPT, "a song of the bird", "the sea", "in the water", "pilot fish swim with the shark", "the guard"];
+    let texts =
+        [PROMPT, "a song of the bird", "the sea", "in the water", "pilot fish swim with the shark", "the guard"];
     let mut requests = Requests { all: Vec::new(), points: Vec::new() };
     for ((layers, on_error), text) in guards.into_iter().zip(texts) {
         let program = if layers.is_empty() {
