@@ -1,5 +1,6 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pilotfish::tensor::LayerIndex;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 /// A safety guard for llama.cpp models.
@@ -404,6 +405,12 @@ pub struct RunArguments {
     /// Tokens that prompt and answer have room for
     #[arg(long, default_value_t = 2048, value_name = "N")]
     pub context: u32,
+    /// End an answer before this text; give it again for more
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Prompts that are answered at once
+    #[arg(long, default_value = "1", value_name = "N")]
+    pub parallel: NonZeroU32,
     /// A line of JSON a prompt
     #[arg(long)]
     pub json: bool,

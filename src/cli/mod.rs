@@ -21,8 +21,9 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 /// What a command ended with, when it did not fail.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Outcome {
+    #[default]
     Done,
     /// A guard kept at least one prompt from being answered.
     Blocked,

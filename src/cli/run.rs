@@ -2,8 +2,9 @@ use super::args::{RunArguments, ScoreArguments};
 use super::models::load;
 use super::table::table;
 use super::{Outcome, guard, prompts};
-use anyhow::Context;
-use pilotfish::engine::{Finish, GateReading, Generation, GenerationOptions, Session, SessionOptions};
+use anyhow::{Context, bail};
+use pilotfish::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions, Summary};
+use pilotfish::engine::{GateReading, Sampling, Scheduler, Session, SessionOptions};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -72,63 +73,107 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     let mut guards = guard::load_guards(&arguments.guards)?;
     guard::set_strengths(&mut guards, &arguments.strength)?;
     let model = load(&arguments.model)?;
-    let options = SessionOptions { n_ctx: arguments.context, ..Default::default() };
-    let mut session = Session::new(&model, &guards.iter().collect::<Vec<_>>(), options)?;
-    let generation = GenerationOptions {
-        max_tokens: arguments.max_tokens,
-        temperature: arguments.temperature,
-        seed: arguments.seed,
-        ignore_end: false,
+    let parallel = arguments.parallel.get();
+    let options = SchedulerOptions {
+        n_sequences: parallel,
+        n_ctx: arguments.context,
+        // One after the other, every prompt is read the same way however many there are, so that scores are the same to the last bit.
+        reuse_prefixes: parallel > 1,
+        ..Default::default()
     };
-    let mut out = std::io::stdout().lock();
-    let mut outcome = Outcome::Done;
-    for (index, prompt) in prompts.iter().enumerate() {
-        let tokens = model.prompt_tokens(prompt)?;
-        if arguments.json {
-            let answer = session.generate(&tokens, generation, |_| ()).with_context(|| format!("prompt {index}"))?;
-            if matches!(answer.finish, Finish::Blocked(_)) {
-                outcome = Outcome::Blocked;
+    let mut scheduler = Scheduler::guarded(&model, &guards.iter().collect::<Vec<_>>(), options)?;
+    let sampling = Sampling { temperature: arguments.temperature, seed: arguments.seed, ..Default::default() };
+    let mut answers = Answers { json: arguments.json, ..Default::default() };
+    let mut submitted = 0;
+    loop {
+        // No sooner than it can run: what is wrong with a prompt is told after the answers before it.
+        while submitted < prompts.len() && scheduler.load().0 + scheduler.load().1 < parallel as usize {
+            let prompt = || format!("prompt {submitted}");
+            let tokens = model.prompt_tokens(&prompts[submitted]).with_context(prompt)?;
+            let sampling = sampling.clone();
+            let request =
+                Request { sampling, stop: arguments.stop.clone(), ..Request::new(tokens, arguments.max_tokens) };
+            answers.indices.insert(scheduler.submit(request).with_context(prompt)?, submitted);
+            submitted += 1;
+        }
+        let mut outcome = Ok(());
+        let busy = scheduler.step(|event| {
+            if outcome.is_ok() {
+                outcome = answers.take(event);
             }
-            writeln!(out, "{}", serde_json::to_string(&run_line(index, answer))?)?;
-            continue;
-        }
-        let mut broken = None;
-        let answer = session.generate(&tokens, generation, |piece| {
-            // Shown as it comes; what a terminal makes of half a character is mended by the other half.
-            broken = broken.take().or(out.write_all(piece).and_then(|()| out.flush()).err());
-        });
-        if let Some(error) = broken {
-            return Err(error.into());
-        }
-        let answer = answer.with_context(|| format!("prompt {index}"))?;
-        if let Finish::Blocked(reason) = answer.finish {
-            outcome = Outcome::Blocked;
-            out.flush()?;
-            eprintln!("blocked: {reason}");
-        } else {
-            writeln!(out)?;
+        })?;
+        outcome?;
+        if !busy && submitted == prompts.len() {
+            return Ok(answers.outcome);
         }
     }
-    Ok(outcome)
 }
 
-fn run_line(index: usize, answer: Generation) -> RunLine {
-    let decoded = answer.tokens.len().saturating_sub(1);
-    let (finish, reason) = match answer.finish {
-        Finish::Stop => ("stop", None),
-        Finish::Length => ("length", None),
-        Finish::Blocked(reason) => ("blocked", Some(reason)),
+/// Prints answers in the order of their prompts, the first that is not done as it comes.
+#[derive(Default)]
+struct Answers {
+    json: bool,
+    indices: BTreeMap<RequestId, usize>,
+    /// Prompts whose answers are printed.
+    printed: usize,
+    /// Text that is not printed yet, and what came of the prompt.
+    pending: BTreeMap<usize, (String, Option<Summary>)>,
+    outcome: Outcome,
+}
+
+impl Answers {
+    fn take(&mut self, event: Event) -> anyhow::Result<()> {
+        let (Event::Text { request, .. } | Event::Ended { request, .. }) = &event;
+        let index = self.indices[request];
+        let answer = self.pending.entry(index).or_default();
+        match event {
+            Event::Text { text, .. } => answer.0 += &text,
+            Event::Ended { summary, .. } => answer.1 = Some(summary),
+        }
+        let mut out = std::io::stdout().lock();
+        while let Some((text, summary)) = self.pending.get_mut(&self.printed) {
+            if !self.json {
+                out.write_all(std::mem::take(text).as_bytes())?;
+                out.flush()?;
+            }
+            let Some(summary) = summary.take() else { break };
+            let text = std::mem::take(text);
+            self.pending.remove(&self.printed);
+            let index = self.printed;
+            self.printed += 1;
+            let line = run_line(index, text, summary)?;
+            if line.reason.is_some() {
+                self.outcome = Outcome::Blocked;
+            }
+            match &line.reason {
+                _ if self.json => writeln!(out, "{}", serde_json::to_string(&line)?)?,
+                Some(reason) => eprintln!("blocked: {reason}"),
+                None => writeln!(out)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn run_line(index: usize, text: String, summary: Summary) -> anyhow::Result<RunLine> {
+    let (finish, reason) = match summary.end {
+        End::Stop | End::StopString(_) => ("stop", None),
+        End::Length | End::ContextFull => ("length", None),
+        End::Blocked(reason) => ("blocked", Some(reason)),
+        End::Failed(error) => return Err(error).with_context(|| format!("prompt {index}")),
+        End::Cancelled => bail!("prompt {index} was cancelled"),
     };
-    RunLine {
+    let decoded = summary.tokens.saturating_sub(1);
+    Ok(RunLine {
         index,
-        text: answer.text,
+        text,
         finish,
         reason,
-        tokens: answer.tokens.len(),
-        gates: gates_json(&answer.gates),
-        decode_tok_s: (decoded > 0).then(|| per_second(decoded, answer.decode_time)),
-        prefill_tok_s: per_second(answer.prompt_tokens, answer.prefill_time),
-    }
+        tokens: summary.tokens,
+        gates: gates_json(&summary.gates),
+        decode_tok_s: (decoded > 0).then(|| per_second(decoded, summary.decode_time)),
+        prefill_tok_s: per_second(summary.prompt_tokens - summary.reused_tokens, summary.prefill_time),
+    })
 }
 
 fn gates_json(readings: &[GateReading]) -> BTreeMap<String, GateJson> {

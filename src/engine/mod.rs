@@ -22,7 +22,7 @@ pub use parallel::ParallelSampler;
 pub use prompt::{PromptLayout, PromptTemplate};
 pub use sampling::Sampling;
 pub use scheduler::Scheduler;
-pub use session::{Finish, GateReading, Generation, GenerationOptions, Session, SessionOptions};
+pub use session::{GateReading, Session, SessionOptions};
 
 use crate::guard::GuardError;
 use crate::hook::ContextError;

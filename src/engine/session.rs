@@ -1,6 +1,6 @@
 use super::attach::program_for;
 use super::model::{Model, backend, context_params};
-use super::{EngineError, GuardOptions, Sampling};
+use super::{EngineError, GuardOptions};
 use crate::guard::Guard;
 use crate::hook::{ContextError, ExecutorKind, GuardedBatch, GuardedContext};
 use crate::program::{Gate, GateDecision, Program};
@@ -9,11 +9,9 @@ use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::token::LlamaToken;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-/// One sequence on one context, guarded or not.
+/// One sequence on one context, guarded or not, token by token: for measuring. [`Scheduler`](super::Scheduler) answers prompts.
 pub struct Session<'model> {
-    model: &'model Model,
     context: SessionContext<'model>,
     n_ctx: usize,
 }
@@ -34,38 +32,6 @@ impl Default for SessionOptions {
     fn default() -> Self {
         Self { n_ctx: 2048, guard: GuardOptions::default() }
     }
-}
-
-#[derive(Debug, Clone, Copy)]
-pub struct GenerationOptions {
-    pub max_tokens: usize,
-    /// 0 is greedy.
-    pub temperature: f32,
-    pub seed: u32,
-    /// Go on after an end-of-generation token: for timing a fixed number of tokens.
-    pub ignore_end: bool,
-}
-
-/// What came of one prompt.
-#[derive(Debug, Clone)]
-pub struct Generation {
-    pub text: String,
-    pub finish: Finish,
-    pub prompt_tokens: usize,
-    pub tokens: Vec<LlamaToken>,
-    pub gates: Vec<GateReading>,
-    pub prefill_time: Duration,
-    pub decode_time: Duration,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Finish {
-    /// The model ended its answer.
-    Stop,
-    /// The answer has the tokens that were asked for, or the context is full.
-    Length,
-    /// The guard blocked: what the caller is told.
-    Blocked(String),
 }
 
 /// What a gate made of the prompt.
@@ -103,7 +69,7 @@ impl<'model> Session<'model> {
             }
         };
         let n_ctx = context.llama().n_ctx() as usize;
-        Ok(Self { model, context, n_ctx })
+        Ok(Self { context, n_ctx })
     }
 
     /// Chooses how a guarded session reaches the residual.
@@ -162,57 +128,6 @@ impl<'model> Session<'model> {
         self.context.llama().get_logits_ith(index)
     }
 
-    /// Answers `prompt`. `on_token` is shown each token's bytes as it comes.
-    ///
-    /// # Errors
-    /// Whatever keeps the prompt from being answered, but a block by the guard, which is [`Finish::Blocked`].
-    pub fn generate(
-        &mut self,
-        prompt: &[LlamaToken],
-        options: GenerationOptions,
-        mut on_token: impl FnMut(&[u8]),
-    ) -> Result<Generation, EngineError> {
-        let vocab = self.model.llama().vocab();
-        let GenerationOptions { temperature, seed, .. } = options;
-        let mut sampler = Sampling { temperature, seed, ..Default::default() }.sampler(self.model.llama().n_vocab());
-        let mut tokens = Vec::with_capacity(options.max_tokens);
-        let mut bytes = Vec::new();
-        let start = Instant::now();
-        let mut outcome = self.prefill(prompt);
-        let prefill_time = start.elapsed();
-        let start = Instant::now();
-        let finish = loop {
-            let index = match outcome {
-                Ok(index) => index,
-                Err(error) => break blocked(error)?,
-            };
-            if tokens.len() >= options.max_tokens || prompt.len() + tokens.len() >= self.n_ctx {
-                break Finish::Length;
-            }
-            let token = sampler.sample(self.context.llama(), index);
-            if !options.ignore_end && vocab.is_eog(token) {
-                break Finish::Stop;
-            }
-            let piece = vocab.token_to_piece(token, false, None);
-            on_token(&piece);
-            bytes.extend(piece);
-            tokens.push(token);
-            if tokens.len() >= options.max_tokens {
-                break Finish::Length;
-            }
-            outcome = self.step(prompt.len() + tokens.len() - 1, token);
-        };
-        Ok(Generation {
-            text: String::from_utf8_lossy(&bytes).into_owned(),
-            finish,
-            prompt_tokens: prompt.len(),
-            tokens,
-            gates: self.gate_readings(),
-            prefill_time,
-            decode_time: start.elapsed(),
-        })
-    }
-
     /// What the gates made of the last prompt; none in an unguarded session.
     pub fn gate_readings(&self) -> Vec<GateReading> {
         let SessionContext::Guarded { context, .. } = &self.context else { return Vec::new() };
@@ -239,14 +154,6 @@ pub(super) fn readings(program: &Program, decisions: Vec<Option<GateDecision>>) 
         fired: decision.is_some_and(|decision| decision.fired),
     };
     program.gates().iter().zip(decisions).map(reading).collect()
-}
-
-/// A block by the guard is an end of the answer; any other error stays one.
-fn blocked(error: EngineError) -> Result<Finish, EngineError> {
-    match error {
-        EngineError::Context(blocked @ ContextError::Blocked { .. }) => Ok(Finish::Blocked(blocked.to_string())),
-        other => Err(other),
-    }
 }
 
 impl<'model> SessionContext<'model> {

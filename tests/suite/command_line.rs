@@ -136,9 +136,18 @@ fn score_and_run_print_a_line_of_json_a_prompt() {
         assert!(line["finish"] == "length" && line["tokens"] == 3 || line["finish"] == "stop", "{line}");
         assert!(line["text"].is_string() && line["prefill_tok_s"].as_f64().unwrap() > 0.0, "{line}");
     }
-    // Greedy: a second run says the same.
-    let texts = |lines: &[Value]| lines.iter().map(|line| line["text"].clone()).collect::<Vec<_>>();
-    assert_eq!(texts(&json_lines(&done(&run))), texts(&ran));
+    // Greedy: a second run says the same, and so does one that answers several at once, in the same order.
+    let told = |lines: &[Value]| {
+        let told = |line: &Value| (line["index"].clone(), line["text"].clone(), line["finish"].clone());
+        lines.iter().map(told).collect::<Vec<_>>()
+    };
+    assert_eq!(told(&json_lines(&done(&run))), told(&ran));
+    assert_eq!(told(&json_lines(&done(&[&run[..], &["--parallel", "5"]].concat()))), told(&ran));
+    let plain = &run[..run.len() - 1];
+    assert_eq!(done(&[plain, &["--parallel", "5"]].concat()), done(plain));
+    let stopped = json_lines(&done(&[&run[..], &["--stop", "-", "--stop", "/"]].concat()));
+    assert!(stopped.iter().all(|line| !line["text"].as_str().unwrap().contains(['-', '/'])), "{stopped:?}");
+    assert!(stopped.iter().zip(&ran).any(|(stopped, ran)| stopped["text"] != ran["text"]), "{stopped:?}");
 }
 
 #[test]

@@ -14,10 +14,12 @@ mod text;
 
 pub use text::{Streamed, TextStream};
 
+use super::attach::program_for;
 use super::model::{Model, backend, context_params};
 use super::sampling::Sampling;
 use super::session::{GateReading, readings};
-use super::{EngineError, identity_of};
+use super::{EngineError, GuardOptions, identity_of};
+use crate::guard::Guard;
 use crate::hook::{ContextError, Executor, ExecutorKind, GuardedBatch, GuardedContext};
 use crate::program::Program;
 use crate::tensor::{SequenceId, TokenPosition};
@@ -25,6 +27,7 @@ use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerOptions {
@@ -86,6 +89,10 @@ pub struct Summary {
     pub reused_tokens: usize,
     /// Tokens of the answer, the ones of a stop string included.
     pub tokens: usize,
+    /// From the step in which it joined to the first token of its answer, or to its end.
+    pub prefill_time: Duration,
+    /// From then on.
+    pub decode_time: Duration,
     /// What the gates made of it, in the order of its program.
     pub gates: Vec<GateReading>,
 }
@@ -143,6 +150,9 @@ struct Running {
     sampler: LlamaSampler,
     text: TextStream,
     reused: usize,
+    joined: Instant,
+    /// When its prompt had been read.
+    answering: Option<Instant>,
     /// The answer's last token, which is not.
     next: Option<LlamaToken>,
     tokens: usize,
@@ -151,6 +161,18 @@ struct Running {
 }
 
 impl<'model> Scheduler<'model> {
+    /// Requests run under `guards`, which act in this order, unless they bring a program of their own.
+    ///
+    /// # Errors
+    /// A guard is not for this model or does not compile, or llama.cpp can't make the context.
+    pub fn guarded(model: &'model Model, guards: &[&Guard], options: SchedulerOptions) -> Result<Self, EngineError> {
+        let program = match guards {
+            [] => Program::observer(model.shape()),
+            _ => program_for(model.llama(), backend()?, guards, GuardOptions::default())?,
+        };
+        Self::new(model, Arc::new(program), options)
+    }
+
     /// Requests run under `program`, unless they bring their own.
     ///
     /// # Errors
@@ -222,6 +244,8 @@ impl<'model> Scheduler<'model> {
                 prompt_tokens: request.prompt.len(),
                 reused_tokens: 0,
                 tokens: 0,
+                prefill_time: Duration::ZERO,
+                decode_time: Duration::ZERO,
                 gates: Vec::new(),
             }));
         }
@@ -292,8 +316,9 @@ impl<'model> Scheduler<'model> {
             let sampler = request.sampling.sampler(self.model.llama().n_vocab());
             let text = TextStream::new(&request.stop);
             self.slots[slot].given = self.n_steps;
+            let (next, tokens, row, joined, answering) = (None, 0, None, Instant::now(), None);
             self.slots[slot].running =
-                Some(Running { id, request, sampler, text, reused, next: None, tokens: 0, row: None });
+                Some(Running { id, request, sampler, text, reused, joined, answering, next, tokens, row });
         }
         Ok(())
     }
@@ -393,6 +418,7 @@ impl<'model> Scheduler<'model> {
         let Slot { running, tokens: in_cells, .. } = &mut self.slots[slot];
         let running = running.as_mut()?;
         let row = running.row.take()?;
+        running.answering.get_or_insert_with(Instant::now);
         if running.tokens >= running.request.max_tokens {
             return Some(End::Length);
         }
@@ -458,8 +484,17 @@ impl<'model> Scheduler<'model> {
         if matches!(end, End::Failed(_)) || !self.options.reuse_prefixes {
             self.forget(slot)?;
         }
-        let (prompt_tokens, reused_tokens, tokens) = (running.request.prompt.len(), running.reused, running.tokens);
-        Ok(Some(Summary { end, prompt_tokens, reused_tokens, tokens, gates }))
+        let now = Instant::now();
+        let answering = running.answering.unwrap_or(now);
+        Ok(Some(Summary {
+            end,
+            prompt_tokens: running.request.prompt.len(),
+            reused_tokens: running.reused,
+            tokens: running.tokens,
+            prefill_time: answering - running.joined,
+            decode_time: now - answering,
+            gates,
+        }))
     }
 }
 

@@ -1,7 +1,7 @@
 //! What gates read, when they fire, and what follows.
 
 use super::*;
-use pilotfish::engine::{Finish, GenerationOptions, Session, SessionOptions};
+use pilotfish::engine::{Session, SessionOptions};
 use pilotfish::program::GateDecision;
 
 /// Two prompts that a gate of `aggregate` tells apart, and a threshold between them.
@@ -265,23 +265,18 @@ fn a_prompt_with_nothing_to_read_fires() {
 }
 
 #[test]
-fn a_session_ends_where_its_guard_blocks() {
+fn a_session_scores_prompts_that_its_guard_blocks() {
     for tiny in Tiny::all() {
         let told = told(&tiny, 1, Aggregate::Last);
         let blocks = gate(PROBE, Aggregate::Last, told.threshold, OnFire::Block);
         let guard = tiny.policy().vector(PROBE, 1).gate(blocks).guard();
         let options = SessionOptions { n_ctx: 256, ..Default::default() };
         let mut session = Session::new(&tiny.model, &[&guard], options).unwrap();
-        let generation = GenerationOptions { max_tokens: 5, temperature: 0.0, seed: 0, ignore_end: true };
         for (script, fires) in [(&told.hot, true), (&told.cold, false), (&told.hot, true)] {
-            let generated = session.generate(&script.prompt, generation, |_| ()).unwrap();
-            let expected = if fires { 0 } else { 5 };
-            assert_eq!(generated.tokens.len(), expected, "{}", tiny.name());
-            let blocked = matches!(&generated.finish, Finish::Blocked(message) if message.contains("not this"));
-            assert_eq!(blocked, fires, "{}: {:?}", tiny.name(), generated.finish);
-            assert_eq!(generated.gates[0].fired, fires);
-            let readings = session.score(&script.prompt).unwrap();
-            assert_eq!(readings, generated.gates);
+            let outcome = session.prefill(&script.prompt);
+            let blocked = outcome.err().is_some_and(|error| error.to_string().contains("not this"));
+            assert_eq!(blocked, fires, "{}", tiny.name());
+            assert_eq!(session.score(&script.prompt).unwrap()[0].fired, fires, "{}", tiny.name());
         }
     }
 }
