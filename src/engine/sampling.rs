@@ -7,7 +7,7 @@ use llama_cpp_2::token::logit_bias::LlamaLogitBias;
 pub struct Sampling {
     /// Added to the logits of single tokens.
     pub logit_bias: Vec<(LlamaToken, f32)>,
-    /// How many of the last tokens the penalties look at; −1 is all.
+    /// How many of the answer's last tokens the penalties look at; −1 is all.
     pub penalty_last_n: i32,
     /// Divides the logit of a token that is among these (multiplies it below 0); 1 is off.
     pub repeat_penalty: f32,

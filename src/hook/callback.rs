@@ -179,6 +179,11 @@ impl Hook {
         can
     }
 
+    /// Says that the model has become another: see [`Sequences::forget_rows`].
+    pub fn forget_rows(&mut self) {
+        self.sequences.forget_rows();
+    }
+
     /// Says how many rows a sequence may have, so that no decode needs memory for what is kept of them.
     pub fn set_capacity(&mut self, n_rows: usize) {
         self.sequences.set_capacity(n_rows);

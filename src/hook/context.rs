@@ -299,11 +299,12 @@ impl<'model> GuardedContext<'model> {
         self.hook.as_mut().set_executor(executor);
     }
 
-    /// Sets a LoRA adapter, as `LlamaContext::lora_adapter_set`.
+    /// Sets a LoRA adapter, as `LlamaContext::lora_adapter_set`. What has been read up to now is not [reusable](Self::reusable) any more.
     ///
     /// # Errors
     /// llama.cpp refuses the adapter.
     pub fn lora_adapter_set(&mut self, adapter: &mut LlamaLoraAdapter, scale: f32) -> Result<(), ContextError> {
+        self.hook.as_mut().forget_rows();
         self.context.lora_adapter_set(adapter, scale).map_err(|error| ContextError::Cache(error.to_string()))
     }
 }

@@ -163,6 +163,11 @@ impl Sequences {
         if state.treats_answers_as_prompts() { state.trail.n_rows() } else { state.trail.n_prompt() }
     }
 
+    /// Makes nothing [reusable](Self::reusable) of what has been read up to now: what reads it has become another model.
+    pub fn forget_rows(&mut self) {
+        self.states.values_mut().for_each(|state| state.trail.close());
+    }
+
     /// Makes of `to` a new sequence under the program of `from` whose prompt begins with the first `n_rows` rows of `from`, its gates as they
     /// are then. Returns whether that many rows are [reusable](Self::reusable); if not, nothing is changed.
     pub fn resume(&mut self, from: SequenceId, to: SequenceId, n_rows: usize) -> bool {

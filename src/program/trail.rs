@@ -72,6 +72,12 @@ impl Trail {
         }
     }
 
+    /// Says that none of its rows can be told.
+    pub fn close(&mut self) {
+        self.keep(0);
+        self.closed = true;
+    }
+
     /// Forgets all but the first `n_rows` rows.
     fn keep(&mut self, n_rows: usize) {
         self.projections.truncate(n_rows * self.n_gates);
@@ -99,5 +105,82 @@ impl Trail {
     pub fn projections(&self, row: usize) -> impl Iterator<Item = (usize, f32)> {
         let row = &self.projections[row * self.n_gates..][..self.n_gates];
         row.iter().copied().enumerate().filter(|(_, projection)| !projection.is_nan())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(trail: &mut Trail, rows: &[(i32, RowKind)], well: bool) {
+        trail.begin_decode();
+        for (position, kind) in rows {
+            trail.expect(TokenPosition(*position), *kind);
+        }
+        for (position, _) in rows {
+            trail.read(TokenPosition(*position), 1, *position as f32 + 0.5);
+        }
+        trail.finish_decode(well);
+    }
+
+    fn read(trail: &Trail) -> Vec<Vec<(usize, f32)>> {
+        (0..trail.n_rows()).map(|row| trail.projections(row).collect()).collect()
+    }
+
+    fn begun() -> Trail {
+        let mut trail = Trail::default();
+        trail.restart(2, 8);
+        decode(&mut trail, &[(0, RowKind::Prompt), (1, RowKind::Prompt), (2, RowKind::PromptEnd)], true);
+        decode(&mut trail, &[(3, RowKind::Generated)], true);
+        trail
+    }
+
+    #[test]
+    fn rows_follow_each_other_and_know_the_prompts_end() {
+        let trail = begun();
+        assert_eq!((trail.n_rows(), trail.n_prompt()), (4, 2));
+        let expected: Vec<_> = (0..4).map(|row| vec![(1, row as f32 + 0.5)]).collect();
+        assert_eq!(read(&trail), expected, "gate 0 read nothing");
+    }
+
+    #[test]
+    fn what_did_not_go_well_ends_it() {
+        let mut trail = begun();
+        decode(&mut trail, &[(4, RowKind::Generated)], false);
+        decode(&mut trail, &[(5, RowKind::Generated)], true);
+        assert_eq!(trail.n_rows(), 4);
+        // Neither finished nor ended: llama.cpp refused it, and it is tried again.
+        let mut trail = begun();
+        trail.begin_decode();
+        trail.expect(TokenPosition(4), RowKind::Generated);
+        decode(&mut trail, &[(4, RowKind::Generated)], true);
+        assert_eq!(trail.n_rows(), 5);
+    }
+
+    #[test]
+    fn a_sequence_taken_back_forgets_and_a_gap_ends_it() {
+        let mut trail = begun();
+        decode(&mut trail, &[(1, RowKind::Prompt)], true);
+        assert_eq!((trail.n_rows(), trail.n_prompt()), (2, 2));
+        decode(&mut trail, &[(3, RowKind::Generated)], true);
+        decode(&mut trail, &[(2, RowKind::Generated)], true);
+        assert_eq!(trail.n_rows(), 2);
+        for odd in [i32::MAX, i32::MIN, -1] {
+            let mut trail = begun();
+            decode(&mut trail, &[(odd, RowKind::Generated)], true);
+            assert_eq!(trail.n_rows(), 4, "{odd}");
+        }
+    }
+
+    #[test]
+    fn as_a_prompt_it_goes_on() {
+        let mut trail = begun();
+        decode(&mut trail, &[(9, RowKind::Generated)], true);
+        trail.as_prompt(3);
+        decode(&mut trail, &[(3, RowKind::Prompt), (4, RowKind::PromptEnd)], true);
+        assert_eq!((trail.n_rows(), trail.n_prompt()), (5, 4));
+        trail.close();
+        decode(&mut trail, &[(0, RowKind::Prompt)], true);
+        assert_eq!(trail.n_rows(), 0);
     }
 }
