@@ -35,7 +35,10 @@ impl Executor for FailsOnce {
     }
 }
 
-const FAILURES: [(&str, fn() -> RowFault); 3] = [
+/// A way to fail, and what its error says.
+type Failure = (&'static str, fn() -> RowFault);
+
+const FAILURES: [Failure; 3] = [
     ("panicked", || panic!("as it must")),
     ("device failed", || RowFault::Device { reason: "it was taken out".into() }),
     ("values a row", || RowFault::Width { expected: 1, found: 2 }),
