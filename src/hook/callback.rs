@@ -29,6 +29,8 @@ pub struct Hook {
     wanted: Vec<LayerIndex>,
     /// Sequences that failed, each with what went wrong first.
     failed: Vec<(SequenceId, HookFault)>,
+    /// Sequences whose cells may hold what is no number, whatever their guards say of faults.
+    tainted: Vec<SequenceId>,
     capture: Option<Capture>,
     rows: RowTracker,
     micro_batch: MicroBatch,
@@ -100,6 +102,7 @@ impl Hook {
             executor: Box::<AutoExecutor>::default(),
             wanted: Vec::new(),
             failed: Vec::new(),
+            tainted: Vec::new(),
             capture: None,
             rows: RowTracker::default(),
             micro_batch: MicroBatch::default(),
@@ -179,6 +182,12 @@ impl Hook {
         can
     }
 
+    /// Sequences that something went wrong with since their cells were made zero: until then what is no number may lie there, cleared or not, and
+    /// llama.cpp's attention multiplies cells that it masks by 0. Who makes cells zero takes the sequence off.
+    pub fn tainted(&mut self) -> &mut Vec<SequenceId> {
+        &mut self.tainted
+    }
+
     /// Says that the model has become another: see [`Sequences::forget_rows`].
     pub fn forget_rows(&mut self) {
         self.sequences.forget_rows();
@@ -254,6 +263,9 @@ impl Hook {
             let fault = own.or_else(|| whole.clone()).or_else(of_layers);
             self.sequences.finish(sequence, certain && fault.is_none());
             let Some(fault) = fault else { continue };
+            if !self.tainted.contains(&sequence) {
+                self.tainted.push(sequence);
+            }
             first.get_or_insert_with(|| fault.clone());
             let passes = self.sequences.program(sequence).is_some_and(|program| program.on_error() == OnError::Pass);
             if passes {

@@ -2,6 +2,7 @@ use super::{BatchRow, Capture, CapturedRow, EvalCallbackParams, ExecutorKind, Gg
 use crate::program::{GateDecision, Program, RowKind};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
+use llama_cpp_2::context::kv_cache::KvCacheConversionError;
 use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::llama_batch::LlamaBatch;
@@ -208,18 +209,40 @@ impl<'model> GuardedContext<'model> {
     pub fn clear(&mut self) {
         self.context.clear_kv_cache();
         self.hook.as_mut().clear_all();
+        self.hook.as_mut().tainted().clear();
     }
 
-    /// Removes `sequence` from the KV cache and forgets its gates.
+    /// Removes `sequence` from the KV cache and forgets its gates, and what went wrong with it.
     ///
     /// # Errors
     /// llama.cpp can't remove it.
     pub fn clear_sequence(&mut self, sequence: SequenceId) -> Result<(), ContextError> {
         let id = u32::try_from(sequence.0).map_err(|_| ContextError::Cache(format!("no sequence {sequence}")))?;
-        self.context
-            .clear_kv_cache_seq(Some(id), None, None)
-            .map_err(|error| ContextError::Cache(error.to_string()))?;
+        let cache = |error: &dyn std::fmt::Display| ContextError::Cache(error.to_string());
+        self.context.clear_kv_cache_seq(Some(id), None, None).map_err(|error| cache(&error))?;
         self.hook.as_mut().clear(sequence);
+        if self.hook.as_mut().tainted().contains(&sequence) {
+            self.scrub(sequence).map_err(|error| cache(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Takes what is no number out of the cells of `sequence`, which has been cleared. llama.cpp leaves the values of cleared cells where they are,
+    /// and its attention may multiply them by 0, which leaves NaN of whatever comes to lie in the same stream.
+    fn scrub(&mut self, sequence: SequenceId) -> Result<(), KvCacheConversionError> {
+        let n_streams = self.splitting.n_streams as i32;
+        let others = (0..n_streams).map(SequenceId).find(|other| !self.hook.as_mut().tainted().contains(other));
+        if self.hook.as_ref().sequences().is_empty() {
+            // Nobody's cells are lost.
+            self.context.clear_kv_cache();
+            self.hook.as_mut().tainted().clear();
+        } else if let Some(sane) = others.filter(|_| n_streams > 1) {
+            // A copy takes the whole stream, the cells of no sequence too.
+            self.context.copy_kv_cache_seq(sane.0, sequence.0, None, None)?;
+            self.context.clear_kv_cache_seq(Some(sequence.0.unsigned_abs()), None, None)?;
+            self.hook.as_mut().tainted().retain(|tainted| *tainted != sequence);
+        }
+        // In one stream with others it stays, until they are gone: they have it in their attention as it is.
         Ok(())
     }
 

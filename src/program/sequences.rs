@@ -90,6 +90,11 @@ impl Sequences {
         self.batch.iter().filter_map(|sequence| self.program(*sequence))
     }
 
+    /// Whether no sequence lives.
+    pub fn is_empty(&self) -> bool {
+        self.states.is_empty()
+    }
+
     /// Forgets `sequence`: its next row starts a new prompt.
     pub fn clear(&mut self, sequence: SequenceId) {
         self.spare.extend(self.states.remove(&sequence).map(|state| (state.gates, state.trail)));

@@ -250,3 +250,54 @@ fn a_fault_of_one_sequence_ends_that_one_alone() {
         }
     }
 }
+
+/// llama.cpp leaves the values of cleared cells where they are and multiplies masked ones by 0: what is no number there would spoil whatever comes
+/// to lie in the same stream, for good.
+#[test]
+fn a_fault_leaves_nothing_behind_in_the_cache() {
+    for architecture in Architecture::WITH_RESIDUAL {
+        let shape = TinyModel::new(architecture);
+        let sound = Tiny::new(architecture);
+        let (poisoned, other) = (sound.tokens(" shark")[1], sound.tokens(" sea")[1]);
+        let mut weights = shape.weights();
+        let embedding = weights.get_mut("token_embd.weight").unwrap();
+        embedding.values[poisoned.0 as usize * embedding.shape[0]] = f32::INFINITY;
+        let tiny = Tiny::with_weights(shape, &weights);
+        // Late, so that layers before it have filled their cells.
+        let guard = |on_error| {
+            let policy = tiny.policy().vector("v", tiny.last_layer()).intervene(add("v"));
+            stacked(&tiny, &[&policy.on_error(on_error).guard()])
+        };
+        let start = tiny.tokens("")[0];
+        let (short, long) = (vec![start, other], [vec![start; 9], vec![poisoned]].concat());
+        for (n_sequences, unified) in [(1, true), (1, false), (3, false)] {
+            for on_error in [OnError::Block, OnError::Pass] {
+                let what = format!("{}, {n_sequences} sequences, unified {unified}, {on_error:?}", tiny.name());
+                let mut context = shared_context(&tiny, &guard(on_error), params_for(n_sequences, unified, 128));
+                let last = SequenceId(n_sequences as i32 - 1);
+                let others = (0..last.0).map(SequenceId);
+                let logits = |context: &mut GuardedContext, sequence, prompt: &[LlamaToken]| {
+                    let mut logits = prefill(context, sequence, prompt).unwrap();
+                    // Where the output's weights are the embeddings, this one is no number either.
+                    logits[poisoned.0 as usize] = 0.0;
+                    logits
+                };
+                let expected: Vec<f32> = logits(&mut context, last, &short);
+                for sequence in others.clone() {
+                    logits(&mut context, sequence, &short);
+                }
+                context.clear_sequence(last).unwrap();
+                let outcome = prefill(&mut context, last, &long);
+                assert_eq!(outcome.is_err(), on_error == OnError::Block, "{what}");
+                context.clear_sequence(last).unwrap();
+                let found = logits(&mut context, last, &short);
+                assert!(distance(&found, &widened(&expected)) <= TOLERANCE, "{what}");
+                // The others have lost nothing.
+                for sequence in others {
+                    let more = step(&mut context, sequence, short.len(), other).unwrap();
+                    assert!(more.iter().enumerate().all(|(t, x)| x.is_finite() || t == poisoned.0 as usize), "{what}");
+                }
+            }
+        }
+    }
+}
