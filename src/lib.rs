@@ -56,6 +56,7 @@ pub mod mapping;
 pub mod models;
 pub mod program;
 pub mod steering;
+pub mod synthetic;
 pub mod tensor;
 
 #[cfg(feature = "engine")]

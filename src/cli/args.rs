@@ -1,4 +1,6 @@
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
 use pilotfish::tensor::LayerIndex;
 use std::path::PathBuf;
 
@@ -76,6 +78,61 @@ pub enum ModelsCommand {
     Pull { name: String },
     /// Where a pulled model is
     Path { name: String },
+    /// Write a model of random weights: it costs what a real one of its shape costs, and says nothing that means anything
+    Synthesize(SynthesizeArguments),
+}
+
+/// A known model's shape, and what is to be otherwise.
+#[derive(Debug, Args)]
+pub struct SynthesizeArguments {
+    /// The model whose shape to take
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(PRESETS.iter().map(|preset| preset.name)))]
+    pub preset: String,
+    /// How matrices are stored, as `llama-quantize` would
+    #[arg(long, value_name = "TYPE", default_value = Quantization::Q4_K_M.name(), value_parser = quantization())]
+    pub quantization: Quantization,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    #[arg(long, value_name = "NAME", value_parser = architecture())]
+    pub architecture: Option<Architecture>,
+    /// Width of the residual
+    #[arg(long, value_name = "N")]
+    pub width: Option<u32>,
+    #[arg(long, value_name = "N")]
+    pub layers: Option<u32>,
+    /// Attention heads
+    #[arg(long, value_name = "N")]
+    pub heads: Option<u32>,
+    /// Heads of keys and values
+    #[arg(long, value_name = "N")]
+    pub kv_heads: Option<u32>,
+    /// Width of an attention head
+    #[arg(long, value_name = "N")]
+    pub head_width: Option<u32>,
+    /// Hidden width of the feed-forward part
+    #[arg(long, value_name = "N")]
+    pub feed_forward: Option<u32>,
+    /// Tokens
+    #[arg(long, value_name = "N")]
+    pub vocabulary: Option<u32>,
+    /// Longest context that the file says it was trained for
+    #[arg(long, value_name = "N")]
+    pub context: Option<u32>,
+    /// Tokens that a gemma3 model's sliding layers see; 0 has all layers see all tokens
+    #[arg(long, value_name = "N")]
+    pub sliding_window: Option<u32>,
+    /// Where to write the model
+    #[arg(short, long, value_name = "FILE.gguf")]
+    pub output: PathBuf,
+}
+
+fn quantization() -> impl TypedValueParser<Value = Quantization> {
+    PossibleValuesParser::new(Quantization::ALL.map(Quantization::name)).try_map(|name| name.parse::<Quantization>())
+}
+
+fn architecture() -> impl TypedValueParser<Value = Architecture> {
+    PossibleValuesParser::new(Architecture::ALL.map(Architecture::name)).try_map(|name| name.parse::<Architecture>())
 }
 
 #[derive(Debug, Args)]
