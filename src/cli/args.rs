@@ -92,13 +92,15 @@ pub struct SynthesizeArguments {
     #[arg(long, value_name = "TYPE", default_value = Quantization::Q4_K_M.name(), value_parser = quantization())]
     pub quantization: Quantization,
     /// Seed of the weights
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
+    /// Another architecture of the same sizes
     #[arg(long, value_name = "NAME", value_parser = architecture())]
     pub architecture: Option<Architecture>,
     /// Width of the residual
     #[arg(long, value_name = "N")]
     pub width: Option<u32>,
+    /// Blocks
     #[arg(long, value_name = "N")]
     pub layers: Option<u32>,
     /// Attention heads
@@ -119,6 +121,12 @@ pub struct SynthesizeArguments {
     /// Longest context that the file says it was trained for
     #[arg(long, value_name = "N")]
     pub context: Option<u32>,
+    /// Whether the embeddings give the logits too
+    #[arg(long, value_name = "true|false")]
+    pub tied: Option<bool>,
+    /// Base of the rotary embedding's frequencies
+    #[arg(long, value_name = "X")]
+    pub rope_base: Option<f32>,
     /// Tokens that a gemma3 model's sliding layers see; 0 has all layers see all tokens
     #[arg(long, value_name = "N")]
     pub sliding_window: Option<u32>,
@@ -516,7 +524,10 @@ pub struct BenchArguments {
     pub against: AgainstArgument,
     #[arg(long, default_value_t = 9)]
     pub pairs: usize,
-    /// Tokens of the prompt that is prefilled
+    /// Sequences that are prefilled and decoded in one batch
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub sequences: u32,
+    /// Tokens of each prompt that is prefilled
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub prompt_tokens: usize,
     /// Tokens that are decoded after it

@@ -44,6 +44,8 @@ fn shape(arguments: &SynthesizeArguments, preset: Shape) -> Shape {
         feed_forward: arguments.feed_forward.unwrap_or(preset.feed_forward),
         vocabulary: arguments.vocabulary.unwrap_or(preset.vocabulary),
         context: arguments.context.unwrap_or(preset.context),
+        tied: arguments.tied.unwrap_or(preset.tied),
+        rope_base: arguments.rope_base.unwrap_or(preset.rope_base),
         sliding,
         ..preset
     }
