@@ -156,7 +156,7 @@ fn packed(scales: &[u8; 8], minima: &[u8; 8]) -> [u8; 12] {
 
 /// A value of a uniform distribution: one of this deviation reaches √3 times as far.
 fn uniform(word: [u8; 4], mean: f32, deviation: f32) -> f32 {
-    let from_minus_one = i32::from_le_bytes(word) as f32 * (-31f32).exp2();
+    let from_minus_one = i32::from_le_bytes(word) as f32 / (1u32 << 31) as f32;
     mean + 3f32.sqrt() * deviation * from_minus_one
 }
 
@@ -168,7 +168,7 @@ fn half(x: f32) -> u16 {
     let sign = x.to_bits() >> 16 & 0x8000;
     let size = x.to_bits() & 0x7FFF_FFFF;
     let half = if size < SMALLEST_NORMAL {
-        (f32::from_bits(size) * 24f32.exp2()).round_ties_even() as u32
+        (f32::from_bits(size) * (1u32 << 24) as f32).round_ties_even() as u32
     } else {
         ((size + 0xFFF + (size >> 13 & 1) - BIAS) >> 13).min(LARGEST)
     };
