@@ -411,8 +411,8 @@ fn a_model_of_random_weights_is_written_and_timed() {
     assert_eq!((ran.code, ran.stdout.trim_end()), (0, model), "{ran:?}");
     assert!(ran.stderr.contains("llama with 2.0 million random weights"), "{ran:?}");
     let written = std::fs::read(&path).unwrap();
-    let ran = with(&["--heads", "3"]);
-    assert!(ran.code == 2 && ran.stderr.contains("3 attention heads are no multiple of 2"), "{ran:?}");
+    let ran = with(&["--sliding-window", "8"]);
+    assert!(ran.code == 2 && ran.stderr.contains("`llama` has no layers that see a sliding window"), "{ran:?}");
     let ran = with(&["--quantization", "q3_k"]);
     assert!(ran.code == 64 && ran.stderr.contains("q4_k_m"), "{ran:?}");
     assert!(std::fs::read(&path).unwrap() == written, "an error leaves what was there");

@@ -9,8 +9,6 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
 
-pub use pilotfish::synthetic::NORM_EPSILON;
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
     Llama,
