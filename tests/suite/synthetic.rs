@@ -262,7 +262,7 @@ fn llama_cpp_runs_every_architecture_in_every_quantization_under_a_guard() {
 fn sequences_go_in_step_with_and_without_a_guard() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    for architecture in Architecture::ALL {
+    for architecture in [Architecture::Llama, Architecture::Gemma3] {
         SyntheticModel::new("odd", odd(architecture), Quantization::Q8_0, 1).unwrap().write(&path, |_, _| ()).unwrap();
         let model = Model::load(&path, "odd", &ModelOptions::default()).unwrap();
         let guard = steering(&model, &folder.path().join("guard"), 0.5);
