@@ -35,7 +35,7 @@
 //! # Features
 //!
 //! - `engine` (default): llama.cpp through llama-cpp-2. Without it there is no C++ in the build, and what remains is guard files,
-//!   programs, mappings and a [`hook`] whose ggml functions are looked up at run time.
+//!   programs, mappings, [`synthetic`] models and a [`hook`] whose ggml functions are looked up at run time.
 //! - `cli` (default): the `pilotfish` command, and [`models`], its downloads.
 //! - `cuda`, `metal`, `vulkan`, `dynamic-backends`: forwarded to llama-cpp-2.
 #![cfg_attr(not(feature = "engine"), allow(rustdoc::broken_intra_doc_links))]
@@ -56,6 +56,7 @@ pub mod mapping;
 pub mod models;
 pub mod program;
 pub mod steering;
+pub mod synthetic;
 pub mod tensor;
 
 #[cfg(feature = "engine")]

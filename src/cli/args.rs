@@ -1,4 +1,6 @@
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
 use pilotfish::tensor::LayerIndex;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -77,6 +79,69 @@ pub enum ModelsCommand {
     Pull { name: String },
     /// Where a pulled model is
     Path { name: String },
+    /// Write a model of random weights: it costs what a real one of its shape costs, and says nothing that means anything
+    Synthesize(SynthesizeArguments),
+}
+
+/// A known model's shape, and what is to be otherwise.
+#[derive(Debug, Args)]
+pub struct SynthesizeArguments {
+    /// The model whose shape to take
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(PRESETS.iter().map(|preset| preset.name)))]
+    pub preset: String,
+    /// How matrices are stored, as `llama-quantize` would
+    #[arg(long, value_name = "TYPE", default_value = Quantization::Q4_K_M.name(), value_parser = quantization())]
+    pub quantization: Quantization,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// Another architecture of the same sizes
+    #[arg(long, value_name = "NAME", value_parser = architecture())]
+    pub architecture: Option<Architecture>,
+    /// Width of the residual
+    #[arg(long, value_name = "N")]
+    pub width: Option<u32>,
+    /// Blocks
+    #[arg(long, value_name = "N")]
+    pub layers: Option<u32>,
+    /// Attention heads
+    #[arg(long, value_name = "N")]
+    pub heads: Option<u32>,
+    /// Heads of keys and values
+    #[arg(long, value_name = "N")]
+    pub kv_heads: Option<u32>,
+    /// Width of an attention head
+    #[arg(long, value_name = "N")]
+    pub head_width: Option<u32>,
+    /// Hidden width of the feed-forward part
+    #[arg(long, value_name = "N")]
+    pub feed_forward: Option<u32>,
+    /// Tokens
+    #[arg(long, value_name = "N")]
+    pub vocabulary: Option<u32>,
+    /// Longest context that the file says it was trained for
+    #[arg(long, value_name = "N")]
+    pub context: Option<u32>,
+    /// Whether the embeddings give the logits too
+    #[arg(long, value_name = "true|false")]
+    pub tied: Option<bool>,
+    /// Base of the rotary embedding's frequencies
+    #[arg(long, value_name = "X")]
+    pub rope_base: Option<f32>,
+    /// Tokens that a gemma3 model's sliding layers see; 0 has all layers see all tokens
+    #[arg(long, value_name = "N")]
+    pub sliding_window: Option<u32>,
+    /// Where to write the model
+    #[arg(short, long, value_name = "FILE.gguf")]
+    pub output: PathBuf,
+}
+
+fn quantization() -> impl TypedValueParser<Value = Quantization> {
+    PossibleValuesParser::new(Quantization::ALL.map(Quantization::name)).try_map(|name| name.parse::<Quantization>())
+}
+
+fn architecture() -> impl TypedValueParser<Value = Architecture> {
+    PossibleValuesParser::new(Architecture::ALL.map(Architecture::name)).try_map(|name| name.parse::<Architecture>())
 }
 
 #[derive(Debug, Args)]
@@ -472,7 +537,10 @@ pub struct BenchArguments {
     pub against: AgainstArgument,
     #[arg(long, default_value_t = 9)]
     pub pairs: usize,
-    /// Tokens of the prompt that is prefilled
+    /// Sequences that are prefilled and decoded in one batch
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub sequences: u32,
+    /// Tokens of each prompt that is prefilled
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub prompt_tokens: usize,
     /// Tokens that are decoded after it

@@ -13,6 +13,7 @@ mod models;
 mod progress;
 mod prompts;
 mod run;
+mod synthesize;
 mod table;
 
 use args::{Arguments, Command};

@@ -1,6 +1,7 @@
 use super::Outcome;
 use super::args::{LoadArguments, ModelArguments, ModelsCommand};
 use super::progress::Bar;
+use super::synthesize::synthesize;
 use super::table::table;
 use anyhow::{Context, bail};
 use indicatif::HumanBytes;
@@ -15,6 +16,7 @@ pub fn models(command: ModelsCommand) -> anyhow::Result<Outcome> {
     let cache = ModelCache::from_env()?;
     let mut out = std::io::stdout().lock();
     match command {
+        ModelsCommand::Synthesize(arguments) => return synthesize(arguments),
         ModelsCommand::List => {
             let rows = catalog.iter().map(|descriptor| {
                 [

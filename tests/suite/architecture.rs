@@ -15,8 +15,24 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("learn", &["tensor", "steering", "mapping", "guard", "program", "engine"]),
     ("eval", &["tensor", "guard", "engine", "learn", "steering"]),
     ("models", &[]),
+    ("synthetic", &[]),
     // A crate of its own, the binary: it sees the library's public face.
-    ("cli", &["tensor", "steering", "mapping", "guard", "program", "hook", "engine", "learn", "eval", "models"]),
+    (
+        "cli",
+        &[
+            "tensor",
+            "steering",
+            "mapping",
+            "guard",
+            "program",
+            "hook",
+            "engine",
+            "learn",
+            "eval",
+            "models",
+            "synthetic",
+        ],
+    ),
 ];
 
 fn root() -> PathBuf {

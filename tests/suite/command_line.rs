@@ -400,10 +400,57 @@ fn a_mapped_guard_is_made_and_measured_by_the_commands() {
         "bench", "--model", &large, "--guard", &guard, "--pairs", "3", "--tokens", "4", "--json",
     ]))
     .unwrap();
-    assert_eq!(bench["pairs"], 3);
+    assert_eq!((&bench["pairs"], &bench["sequences"]), (&Value::from(3), &Value::from(1)));
     for phase in ["prefill", "decode"] {
         assert!(bench[phase]["ratio"].as_f64().unwrap() > 0.0, "{bench}");
     }
+}
+
+#[test]
+fn a_model_of_random_weights_is_written_and_timed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let model = path.to_str().unwrap();
+    let with = |extra: &[&str]| {
+        let small = "models synthesize --preset llama-8b --width 256 --layers 3 --heads 4 --kv-heads 2 --head-width 64 \
+                     --feed-forward 512 --vocabulary 400 --context 512";
+        let arguments = small.split_whitespace().chain(extra.iter().copied()).chain(["-o", model]);
+        pilotfish(&arguments.collect::<Vec<_>>())
+    };
+    let ran = with(&["--seed", "3", "--quantization", "q4_0"]);
+    assert_eq!((ran.code, ran.stdout.trim_end()), (0, model), "{ran:?}");
+    assert!(ran.stderr.contains("llama with 2.0 million random weights"), "{ran:?}");
+    let written = std::fs::read(&path).unwrap();
+    let ran = with(&["--sliding-window", "8"]);
+    assert!(ran.code == 2 && ran.stderr.contains("`llama` has no layers that see a sliding window"), "{ran:?}");
+    let ran = with(&["--quantization", "q3_k"]);
+    assert!(ran.code == 64 && ran.stderr.contains("q4_k_m"), "{ran:?}");
+    assert!(std::fs::read(&path).unwrap() == written, "an error leaves what was there");
+
+    for (extra, executor) in [
+        (&["--points", "all"][..], "host"),
+        (&["--points", "2", "--against", "copy", "--executor", "device"], "device"),
+    ] {
+        let bench =
+            ["bench", "--model", model, "--intervention", "gated-add", "--pairs", "2", "--tokens", "3", "--json"];
+        let arguments = [&bench[..], &["--sequences", "3", "--prompt-tokens", "200"], extra].concat();
+        let report: Value = serde_json::from_str(&done(&arguments)).unwrap();
+        let keys: Vec<_> = report.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, ["against", "decode", "executor", "pairs", "prefill", "ratio_spread", "sequences"]);
+        assert_eq!((&report["sequences"], &report["executor"]), (&Value::from(3), &Value::from(executor)));
+        for phase in ["prefill", "decode"] {
+            assert!(report[phase]["ratio"].as_f64().unwrap() > 0.0, "{report}");
+        }
+    }
+    let ran = pilotfish(&["bench", "--model", model, "--intervention", "add", "--sequences", "0"]);
+    assert!(ran.code == 2 && ran.stderr.contains("one sequence"), "{ran:?}");
+
+    let ran = with(&["--architecture", "gemma3", "--sliding-window", "8"]);
+    assert_eq!(ran.code, 0, "{ran:?}");
+    let prompt = "a b c d e f g h i j k l";
+    let line = done(&["run", "--model", model, "-p", prompt, "--max-tokens", "4", "--json"]);
+    let answer: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(answer["tokens"], 4, "{answer}");
 }
 
 /// A reading of the small model, carried to a larger one: the gate's score is `w_t · mean(x_t)` with `w_t` and the mean worked out here.

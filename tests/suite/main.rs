@@ -10,6 +10,7 @@ mod guarded;
 mod raw_llama;
 mod real;
 mod support;
+mod synthetic;
 #[path = "../support/tiny_model.rs"]
 mod tiny_model;
 

@@ -1,8 +1,9 @@
 //! The forward pass of a [`TinyModel`] in `f64`, written from the architectures' definitions and with nothing of llama.cpp or of
 //! the hook in it. A guard may act on its residuals between blocks, which tells what every later layer must be.
 
-use crate::tiny_model::{Architecture, NORM_EPSILON, TinyModel, Weights};
+use crate::tiny_model::{Architecture, TinyModel, Weights};
 use llama_cpp_2::token::LlamaToken;
+use pilotfish::synthetic::NORM_EPSILON;
 
 pub struct ReferenceModel {
     model: TinyModel,

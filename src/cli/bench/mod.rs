@@ -6,9 +6,9 @@ use super::progress::Bar;
 use super::table::table;
 use super::{Outcome, guard};
 use anyhow::ensure;
-use pilotfish::engine::{EngineError, Model, Session, SessionOptions};
+use pilotfish::engine::{LockStep, Model, SessionOptions};
 use pilotfish::guard::Guard;
-use pilotfish::hook::{ContextError, ExecutorKind};
+use pilotfish::hook::ExecutorKind;
 use pilotfish::tensor::quantile;
 use serde::Serialize;
 use std::io::Write;
@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Serialize)]
 struct BenchReport {
     pairs: usize,
+    /// Prefilled and decoded in one batch; speeds are of all of them together.
+    sequences: u32,
     executor: String,
     against: AgainstArgument,
     prefill: Compared,
@@ -36,7 +38,10 @@ struct Compared {
 }
 
 pub fn bench(arguments: BenchArguments) -> anyhow::Result<Outcome> {
-    ensure!(arguments.pairs > 0 && arguments.tokens > 0, "a bench needs at least one pair and one token");
+    ensure!(
+        arguments.pairs > 0 && arguments.tokens > 0 && arguments.prompt_tokens > 0 && arguments.sequences > 0,
+        "a bench needs at least one pair, one sequence, and one token of prompt and answer"
+    );
     let model = load(&arguments.model)?;
     let folder = tempfile::tempdir()?;
     let guards = match arguments.guarded.intervention {
@@ -51,8 +56,8 @@ pub fn bench(arguments: BenchArguments) -> anyhow::Result<Outcome> {
         ExecutorArgument::Copy => ExecutorKind::Copy,
         ExecutorArgument::Device => ExecutorKind::Device,
     });
-    let BenchArguments { prompt_tokens, tokens, pairs, against, .. } = arguments;
-    let report = compare(&model, &guards, Shape { prompt_tokens, tokens, pairs, against }, kind)?;
+    let BenchArguments { sequences, prompt_tokens, tokens, pairs, against, .. } = arguments;
+    let report = compare(&model, &guards, Shape { sequences, prompt_tokens, tokens, pairs, against }, kind)?;
     let mut out = std::io::stdout().lock();
     if arguments.json {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
@@ -64,6 +69,8 @@ pub fn bench(arguments: BenchArguments) -> anyhow::Result<Outcome> {
 
 #[derive(Debug, Clone, Copy)]
 struct Shape {
+    sequences: u32,
+    /// Of each sequence.
     prompt_tokens: usize,
     tokens: usize,
     pairs: usize,
@@ -79,43 +86,55 @@ const PAIRS_A_CONTEXT: usize = 4;
 fn compare(model: &Model, guards: &[&Guard], shape: Shape, kind: Option<ExecutorKind>) -> anyhow::Result<BenchReport> {
     let n_ctx = (shape.prompt_tokens + shape.tokens) as u32;
     let options = SessionOptions { n_ctx, ..Default::default() };
-    let sessions = |guarded_first: bool| -> anyhow::Result<(Session<'_>, Session<'_>)> {
+    let contexts = |guarded_first: bool| -> anyhow::Result<(LockStep<'_>, LockStep<'_>)> {
+        let new = |guards: &[&Guard]| LockStep::new(model, guards, shape.sequences, options);
         let guarded = |kind: Option<ExecutorKind>| -> anyhow::Result<_> {
-            let mut session = Session::new(model, guards, options)?;
+            let mut sequences = new(guards)?;
             if let Some(kind) = kind {
-                session.set_executor(kind);
+                sequences.set_executor(kind);
             }
-            Ok(session)
+            Ok(sequences)
         };
         let early = if guarded_first { Some(guarded(kind)?) } else { None };
         let other = match shape.against {
-            AgainstArgument::Unguarded => Session::new(model, &[], options)?,
+            AgainstArgument::Unguarded => new(&[])?,
             AgainstArgument::Copy => guarded(Some(ExecutorKind::Copy))?,
         };
         Ok((other, early.map_or_else(|| guarded(kind), Ok)?))
     };
     let text = model.prompt_tokens("The pilot fish swims beside the shark and keeps it clean. ")?;
-    let tokens: Vec<_> = text.iter().copied().cycle().take(shape.prompt_tokens + shape.tokens).collect();
-    let time = |session: &mut Session<'_>| -> anyhow::Result<[f64; 2]> {
-        let (prompt, answer) = tokens.split_at(shape.prompt_tokens);
+    // Each sequence begins at another place of the text, so that no two are alike.
+    let tokens = |sequence: u32, from: usize, n: usize| -> Vec<_> {
+        text.iter().copied().cycle().skip(sequence as usize % text.len() + from).take(n).collect()
+    };
+    let prompts: Vec<_> = (0..shape.sequences).map(|sequence| tokens(sequence, 0, shape.prompt_tokens)).collect();
+    let answers: Vec<Vec<_>> = (0..shape.tokens)
+        .map(|step| {
+            let position = shape.prompt_tokens + step;
+            (0..shape.sequences).flat_map(|sequence| tokens(sequence, position, 1)).collect()
+        })
+        .collect();
+    let time = |context: &mut LockStep<'_>| -> anyhow::Result<[f64; 2]> {
+        let n_sequences = shape.sequences as usize;
         let start = Instant::now();
-        unless_blocked(session.prefill(prompt))?;
+        context.prefill(&prompts)?;
         let prefill = start.elapsed();
         let start = Instant::now();
-        for (index, token) in answer.iter().enumerate() {
-            unless_blocked(session.step(prompt.len() + index, *token))?;
+        for (index, tokens) in answers.iter().enumerate() {
+            context.step(shape.prompt_tokens + index, tokens)?;
         }
-        Ok([per_second(prompt.len(), prefill), per_second(answer.len(), start.elapsed())])
+        let decode = start.elapsed();
+        Ok([per_second(n_sequences * shape.prompt_tokens, prefill), per_second(n_sequences * shape.tokens, decode)])
     };
 
     let bar = Bar::new("timing");
     let mut pairs = Vec::with_capacity(shape.pairs);
-    let (mut unguarded, mut guarded) = sessions(false)?;
+    let (mut unguarded, mut guarded) = contexts(false)?;
     for pair in 0..shape.pairs {
         if pair % PAIRS_A_CONTEXT == 0 {
             if pair > 0 {
                 drop((unguarded, guarded));
-                (unguarded, guarded) = sessions(pair / PAIRS_A_CONTEXT % 2 == 1)?;
+                (unguarded, guarded) = contexts(pair / PAIRS_A_CONTEXT % 2 == 1)?;
             }
             // Once each before anything counts: the first run pages memory in.
             time(&mut unguarded)?;
@@ -142,10 +161,10 @@ fn compare(model: &Model, guards: &[&Guard], shape: Shape, kind: Option<Executor
     };
     let (prefill, decode) = (compared(0), compared(1));
     let ratio_spread = [prefill.spread[0].min(decode.spread[0]), prefill.spread[1].max(decode.spread[1])];
-    let (pairs, against) = (shape.pairs, shape.against);
+    let Shape { pairs, sequences, against, .. } = shape;
     // Not what was asked for: what the residual's place allows.
     let executor = guarded.executor().map(|kind| kind.to_string()).unwrap_or_default();
-    Ok(BenchReport { pairs, executor, against, prefill, decode, ratio_spread })
+    Ok(BenchReport { pairs, sequences, executor, against, prefill, decode, ratio_spread })
 }
 
 impl BenchReport {
@@ -164,14 +183,6 @@ impl BenchReport {
             [row("prefill", &self.prefill), row("decode", &self.decode)],
         )
         .to_string()
-    }
-}
-
-/// A gate that blocks here is no matter: the work has been done when it speaks.
-fn unless_blocked(outcome: Result<i32, EngineError>) -> Result<(), EngineError> {
-    match outcome {
-        Ok(_) | Err(EngineError::Context(ContextError::Blocked { .. })) => Ok(()),
-        Err(error) => Err(error),
     }
 }
 
