@@ -70,10 +70,11 @@ impl Sequences {
         let mut failed = std::mem::take(&mut scratch.failed);
         failed.clear();
         let outcome = self.each_group(layer, rows, width, &mut failed, |sequences, group| {
-            let values = residual.rows_mut(group.range);
-            changed |= sequences.run_group(group.point, group.rows, values, scratch)?;
-            Ok(())
+            sequences.read_group(group.point, group.rows, residual.rows_mut(group.range))
         });
+        if outcome.is_ok() {
+            changed |= self.patch(layer, rows, residual, scratch, &mut failed);
+        }
         for range in failed.drain(..) {
             residual.rows_mut(range).fill(0.0);
             changed = true;
@@ -125,7 +126,7 @@ impl Sequences {
         Ok(())
     }
 
-    /// Calls `act` with each run of neighbouring rows of one sequence that a patch with this condition acts on.
+    /// Calls `act` with each run of neighbouring rows that a patch with this condition, of the program of all of them, acts on.
     pub(crate) fn each_acting(&self, condition: &Condition, rows: &[Row], mut act: impl FnMut(Range<usize>)) {
         let mut start = 0;
         while start < rows.len() {
@@ -138,16 +139,9 @@ impl Sequences {
         }
     }
 
-    /// [`run`](Self::run) for rows of one sequence, or of none.
-    fn run_group(
-        &mut self,
-        point: &HookPoint,
-        rows: &[Row],
-        values: &mut [f32],
-        scratch: &mut Scratch,
-    ) -> Result<bool, RowFault> {
-        let width = values.len() / rows.len();
-        for (row, values) in rows.iter().zip(values.chunks_exact(width)) {
+    /// Reads the gates of a hook point for rows of one sequence, or of none, `[rows.len(), width]`.
+    fn read_group(&mut self, point: &HookPoint, rows: &[Row], values: &[f32]) -> Result<(), RowFault> {
+        for (row, values) in rows.iter().zip(values.chunks_exact(values.len() / rows.len())) {
             if !all_finite(values) {
                 return Err(RowFault::NonFinite { position: row.position.0 });
             }
@@ -155,14 +149,84 @@ impl Sequences {
                 self.read(row, readout.gate, dot(&readout.direction, values));
             }
         }
+        Ok(())
+    }
+
+    /// Patches rows, those of several sequences together where they run one program: a wide patch is then read from memory once for all of them.
+    /// Returns whether any row was changed. Faults are latched as in [`each_group`](Self::each_group).
+    fn patch(
+        &mut self,
+        layer: LayerIndex,
+        rows: &[Row],
+        residual: &mut ResidualMut<'_>,
+        scratch: &mut Scratch,
+        failed: &mut Vec<Range<usize>>,
+    ) -> bool {
+        let width = residual.width();
+        let mut changed = false;
+        let mut next = 0;
+        while next < rows.len() {
+            let start = next;
+            let Some(program) = self.patching(&rows[start], layer).map(Arc::clone) else {
+                next += 1;
+                continue;
+            };
+            let same = |row: &&Row| self.patching(row, layer).is_some_and(|other| Arc::ptr_eq(other, &program));
+            next += rows[start..].iter().take_while(same).count();
+            let (rows, values) = (&rows[start..next], residual.rows_mut(start..next));
+            let patches = program.point(layer).map(|point| &*point.patches).unwrap_or_default();
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.patch_group(patches, rows, values, width, scratch)));
+            let panic = match outcome {
+                Ok(false) => continue,
+                Ok(true) => None,
+                Err(payload) => Some(RowFault::Panic { message: panic_message(&*payload) }),
+            };
+            changed = true;
+            let mut first = 0;
+            for group in rows.chunk_by(|a, b| a.sequence == b.sequence) {
+                let own = first..first + group.len();
+                first = own.end;
+                // A patch may overflow. What is found of it here reaches no later layer, and no cell of the KV cache.
+                let overflow = || {
+                    let values = values[own.start * width..own.end * width].chunks_exact(width);
+                    let (row, _) = group.iter().zip(values).find(|(_, values)| !all_finite(values))?;
+                    Some(RowFault::NonFinite { position: row.position.0 })
+                };
+                if let Some(fault) = panic.clone().or_else(overflow) {
+                    self.fail(group[0].sequence, layer, &fault);
+                    if program.on_error() == OnError::Block {
+                        failed.push(start + own.start..start + own.end);
+                    }
+                }
+            }
+        }
+        changed
+    }
+
+    /// The program that patches `row` at `layer`, if one does.
+    fn patching(&self, row: &Row, layer: LayerIndex) -> Option<&Arc<Program>> {
+        let program = self.program_of_rows(row.sequence).filter(|_| !self.has_failed(row.sequence))?;
+        let patches = !program.point(layer)?.patches.is_empty();
+        patches.then_some(program)
+    }
+
+    /// Runs `patches` on rows of sequences whose program they are of. Returns whether one acted.
+    fn patch_group(
+        &self,
+        patches: &[Patch],
+        rows: &[Row],
+        values: &mut [f32],
+        width: usize,
+        scratch: &mut Scratch,
+    ) -> bool {
         let mut patched = false;
-        for Patch { op, condition } in &point.patches {
+        for Patch { op, condition } in patches {
             self.each_acting(condition, rows, |acting| {
                 op.apply(&mut values[acting.start * width..acting.end * width], width, scratch);
                 patched = true;
             });
         }
-        Ok(patched)
+        patched
     }
 }
 
@@ -179,39 +243,45 @@ impl Op {
             Self::LowRank(op) if op.rank() >= GEMM_RANK && rows.len() / width >= GEMM_ROWS => {
                 op.apply_together(rows, width, &mut scratch.projections);
             }
-            Self::LowRank(op) => {
-                rows.chunks_exact_mut(width).for_each(|row| op.apply_row(row, &mut scratch.projections));
-            }
+            Self::LowRank(op) => op.apply_rows(rows, width, &mut scratch.projections),
             Self::Rotate(op) => rows.chunks_exact_mut(width).for_each(|row| op.apply_row(row)),
         }
     }
 }
 
 impl LowRank {
-    fn apply_row(&self, x: &mut [f32], projections: &mut Vec<f32>) {
+    /// Patches a few rows, `[n, width]`, each to the same bits as alone: every column is read once, for all of them.
+    fn apply_rows(&self, rows: &mut [f32], width: usize, projections: &mut Vec<f32>) {
+        let n = rows.len() / width;
         projections.clear();
-        let columns = self.read.chunks_exact(x.len()).zip(self.offset.iter().zip(&self.response));
-        projections.extend(columns.map(|(v, (offset, response))| response.at(dot(v, x) + offset)));
+        for (v, (offset, response)) in self.read.chunks_exact(width).zip(self.offset.iter().zip(&self.response)) {
+            projections.extend(rows.chunks_exact(width).map(|x| response.at(dot(v, x) + offset)));
+        }
         if self.keep != 1.0 {
-            x.iter_mut().for_each(|x| *x *= self.keep);
+            rows.iter_mut().for_each(|x| *x *= self.keep);
         }
         match &self.write {
             Write::Columns(columns) => {
-                for (u, p) in columns.chunks_exact(x.len()).zip(&*projections) {
+                for (u, of_column) in columns.chunks_exact(width).zip(projections.chunks_exact(n)) {
                     // About half of an autoencoder's hidden units are off.
-                    if *p != 0.0 {
+                    for (x, p) in rows.chunks_exact_mut(width).zip(of_column).filter(|(_, p)| **p != 0.0) {
                         axpy(*p, u, x);
                     }
                 }
             }
-            Write::Scaled(scale) => axpy(*scale, projections, x),
+            Write::Scaled(scale) => {
+                for (index, x) in rows.chunks_exact_mut(width).enumerate() {
+                    let own = projections.iter().skip(index).step_by(n);
+                    x.iter_mut().zip(own).for_each(|(x, p)| *x += scale * p);
+                }
+            }
         }
         if let Some(bias) = &self.bias {
-            axpy(1.0, bias, x);
+            rows.chunks_exact_mut(width).for_each(|row| axpy(1.0, bias, row));
         }
     }
 
-    /// [`apply_row`](Self::apply_row) of many rows as two matrix products.
+    /// [`apply_rows`](Self::apply_rows) of many rows as two matrix products.
     fn apply_together(&self, rows: &mut [f32], width: usize, projections: &mut Vec<f32>) {
         let (n, rank) = (rows.len() / width, self.rank());
         projections.resize(n * rank, 0.0);
@@ -263,7 +333,7 @@ impl Rotate {
 mod tests {
     use super::*;
     use crate::guard::{Digest, Positions};
-    use crate::program::{Condition, GuardInfo, Program, RowKind};
+    use crate::program::{Condition, GuardInfo, Program, Response, RowKind};
     use crate::tensor::{HiddenSize, SequenceId, TokenPosition};
 
     const LAYER: LayerIndex = LayerIndex(3);
@@ -305,6 +375,58 @@ mod tests {
         let mut residual = ResidualMut::new(&mut values, WIDTH).unwrap();
         assert!(sequences.run(LAYER, &rows, &mut residual, &mut Scratch::default()).unwrap());
         values
+    }
+
+    /// A patch of several columns that reads, answers and writes.
+    fn low_rank(write: Write, keep: f32) -> LowRank {
+        let values = |n: usize, by: f32| (0..n).map(|i| (i as f32 * by).sin()).collect::<Box<[f32]>>();
+        let rank = if let Write::Columns(columns) = &write { columns.len() / WIDTH } else { WIDTH };
+        let responses = [Response::Relu, Response::Identity, Response::Clip { low: -0.2, high: 0.3 }];
+        LowRank {
+            keep,
+            read: values(rank * WIDTH, 0.7),
+            offset: values(rank, 0.3),
+            response: responses.into_iter().cycle().take(rank).collect(),
+            write,
+            bias: Some(values(WIDTH, 1.1)),
+        }
+    }
+
+    #[test]
+    fn rows_of_many_sequences_have_the_same_bits_together_and_alone() {
+        let columns = (0..3 * WIDTH).map(|i| (i as f32 * 0.9).cos()).collect();
+        for op in [low_rank(Write::Columns(columns), 1.0), low_rank(Write::Scaled(0.6), 0.4)] {
+            let mut program = Program::clone(&adds_one(OnError::Block, WIDTH));
+            program.points[0].patches[0].op = Op::LowRank(op);
+            let program = Arc::new(program);
+            let rows = rows(&[0, 1, 1, 2]);
+            let before: Vec<f32> = (0..rows.len() * WIDTH).map(|i| (i as f32 * 0.31).sin()).collect();
+            let run = |rows: &[Row], values: &[f32]| {
+                let mut sequences = Sequences::new(Arc::clone(&program));
+                sequences.begin(rows.iter().filter_map(|row| Some((row.sequence?, row.position, row.kind))));
+                sequences.begin_rows(rows.len());
+                let mut values = values.to_vec();
+                let mut residual = ResidualMut::new(&mut values, WIDTH).unwrap();
+                assert!(sequences.run(LAYER, rows, &mut residual, &mut Scratch::default()).unwrap());
+                values
+            };
+            let alone = rows.iter().zip(before.chunks_exact(WIDTH));
+            let alone: Vec<f32> = alone.flat_map(|(row, values)| run(std::slice::from_ref(row), values)).collect();
+            assert!(alone != before && run(&rows, &before) == alone);
+        }
+    }
+
+    #[test]
+    fn a_patch_that_overflows_ends_its_sequence_there() {
+        let mut program = Program::clone(&adds_one(OnError::Block, WIDTH));
+        let Op::LowRank(op) = &mut program.points[0].patches[0].op else { unreachable!() };
+        op.bias = Some(vec![f32::MAX; WIDTH].into());
+        let mut sequences = Sequences::new(Arc::new(program));
+        let values = run(&mut sequences, f32::MAX);
+        assert_eq!(sequences.fault(SequenceId(1)).unwrap().1, RowFault::NonFinite { position: 2 });
+        assert!(values[WIDTH..3 * WIDTH].iter().all(|x| *x == 0.0), "{values:?}");
+        assert!(values[..WIDTH].iter().chain(&values[3 * WIDTH..]).all(|x| *x == f32::MAX), "{values:?}");
+        assert!([0, 2].iter().all(|sequence| sequences.fault(SequenceId(*sequence)).is_none()));
     }
 
     #[test]

@@ -3,9 +3,8 @@
 use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
-use pilotfish::engine::{
-    Finish, GenerationOptions, LockStep, Model, ModelOptions, Session, SessionOptions, backend, guard_context,
-};
+use pilotfish::engine::scheduler::{Event, Request, SchedulerOptions};
+use pilotfish::engine::{LockStep, Model, ModelOptions, Sampling, Scheduler, SessionOptions, backend, guard_context};
 use pilotfish::guard::{Digest, Guard, from_control_vector, write_guard};
 use pilotfish::hook::{ExecutorKind, GuardedBatch, GuardedContext};
 use pilotfish::program::Program;
@@ -250,10 +249,19 @@ fn llama_cpp_runs_every_architecture_in_every_quantization_under_a_guard() {
         let moved: Vec<f32> = steered.iter().zip(&plain).map(|(a, b)| a - b).collect();
         assert!(norm(&moved) > 0.05 * norm(&plain), "{what}: a guard at every layer moves the logits");
 
-        let mut session = Session::new(&model, &[&guard], SessionOptions { n_ctx: 64, ..Default::default() }).unwrap();
-        let options = GenerationOptions { max_tokens: 5, temperature: 0.0, seed: 0, ignore_end: true };
-        let answer = session.generate(&prompt, options, |_| ()).unwrap();
-        assert_eq!((answer.finish, answer.tokens.len()), (Finish::Length, 5), "{what}");
+        let options = SchedulerOptions { n_ctx: 64, ..Default::default() };
+        let mut scheduler = Scheduler::guarded(&model, &[&guard], options).unwrap();
+        // So that it goes on to its fifth token.
+        let sampling = Sampling { logit_bias: vec![(model.llama().vocab().eos(), -1e9)], ..Default::default() };
+        scheduler.submit(Request { sampling, ..Request::new(prompt, 5) }).unwrap();
+        let mut n_tokens = None;
+        let mut on_event = |event| {
+            if let Event::Ended { summary, .. } = event {
+                n_tokens = Some(summary.tokens);
+            }
+        };
+        while scheduler.step(&mut on_event).unwrap() {}
+        assert_eq!(n_tokens, Some(5), "{what}");
     }
 }
 
