@@ -8,6 +8,7 @@ mod activations;
 mod attach;
 mod identity;
 mod lock_step;
+mod maybe_guarded;
 mod model;
 mod parallel;
 mod prompt;
