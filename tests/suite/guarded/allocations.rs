@@ -4,7 +4,7 @@ use super::*;
 use crate::counting_allocator::allocations;
 
 /// Gates of both scopes, patches of every kind, a rule.
-fn everything(tiny: &Tiny) -> Guard {
+fn everything(tiny: &Subject) -> Guard {
     let policy = tiny.policy().vector("g", 0).vector("t", 1).vector("v", 1).vector("last", tiny.last_layer());
     let policy = policy.map("m", 1, MappingKind::Affine).map("n", 2, MappingKind::Autoencoder);
     let rule = InterventionEntry { when: Some("g and not t or t".into()), ..called("back", ablate("v", 0.1)) };
@@ -22,7 +22,7 @@ fn everything(tiny: &Tiny) -> Guard {
 }
 
 /// Decodes `n_steps` tokens of each of `n_sequences` at once and gives the allocations of all steps but the first.
-fn allocations_of(tiny: &Tiny, guard: &Guard, n_sequences: i32, n_steps: usize) -> u64 {
+fn allocations_of(tiny: &Subject, guard: &Guard, n_sequences: i32, n_steps: usize) -> u64 {
     let n_ctx = n_sequences as u32 * (n_steps as u32 + 16);
     let params = params().with_n_ctx(NonZeroU32::new(n_ctx)).with_n_seq_max(n_sequences as u32).with_kv_unified(true);
     let mut context = tiny.guarded(guard, params);

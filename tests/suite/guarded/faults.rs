@@ -30,7 +30,7 @@ fn failures() -> [(fn() -> RowFault, HookFault); 2] {
     ]
 }
 
-fn adds(tiny: &Tiny, on_error: OnError) -> Guard {
+fn adds(tiny: &Subject, on_error: OnError) -> Guard {
     tiny.policy().vector("v", LAYER).intervene(add("v")).on_error(on_error).guard()
 }
 

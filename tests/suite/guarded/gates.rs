@@ -14,7 +14,7 @@ struct Told {
 /// A guard's first vector is what its gates read.
 const PROBE: &str = "probe";
 
-fn told(tiny: &Tiny, layer: u32, aggregate: Aggregate) -> Told {
+fn told(tiny: &Subject, layer: u32, aggregate: Aggregate) -> Told {
     let reads = tiny.policy().vector(PROBE, layer).gate(gate(PROBE, aggregate, NEVER, OnFire::Steer)).guard();
     let mut context = tiny.guarded(&reads, params());
     let answer = tiny.script().answer;

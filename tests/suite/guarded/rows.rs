@@ -4,7 +4,7 @@ use super::*;
 use pilotfish::program::GateDecision;
 
 /// Gates of every kind, patches of every kind of position, and one patch behind a gate that fires.
-fn busy_guard(tiny: &Tiny) -> Guard {
+fn busy_guard(tiny: &Subject) -> Guard {
     let last = tiny.last_layer();
     let vectors = tiny.policy().vector("last", 1).vector("mean", 0).vector("max", 2).vector("end", last);
     let gated = InterventionEntry { when: Some("mean".into()), positions: Positions::All, ..add("answer") };
@@ -25,7 +25,7 @@ fn busy_guard(tiny: &Tiny) -> Guard {
 }
 
 /// A prompt longer than any micro-batch of these tests.
-fn long_script(tiny: &Tiny) -> Script {
+fn long_script(tiny: &Subject) -> Script {
     Script { prompt: tiny.tokens(&PROMPT.repeat(3)), ..tiny.script() }
 }
 

@@ -35,12 +35,12 @@ struct Calls<'m> {
 }
 
 impl<'m> Calls<'m> {
-    fn new(tiny: &'m Tiny, options: SchedulerOptions) -> Self {
+    fn new(tiny: &'m Subject, options: SchedulerOptions) -> Self {
         let observer = Arc::new(Program::observer(tiny.model.shape()));
         Self::under(tiny, &observer, options)
     }
 
-    fn under(tiny: &'m Tiny, program: &Arc<Program>, options: SchedulerOptions) -> Self {
+    fn under(tiny: &'m Subject, program: &Arc<Program>, options: SchedulerOptions) -> Self {
         let scheduler = Scheduler::new(&tiny.model, Arc::clone(program), options).unwrap();
         Self { scheduler, seen: BTreeMap::new() }
     }
@@ -256,7 +256,7 @@ mod prefixes {
     }
 
     /// A conversation in which every prompt is all that was said before it and the next turn: the tokens of each prompt, and what came of it.
-    fn converse(calls: &mut Calls<'_>, tiny: &Tiny, program: &Arc<Program>) -> Vec<(Vec<LlamaToken>, Seen)> {
+    fn converse(calls: &mut Calls<'_>, tiny: &Subject, program: &Arc<Program>) -> Vec<(Vec<LlamaToken>, Seen)> {
         let mut said: Vec<LlamaToken> = Vec::new();
         let mut turns = Vec::new();
         for turn in TURNS {

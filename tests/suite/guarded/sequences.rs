@@ -6,11 +6,11 @@ use pilotfish::program::{Calibration, RowFault};
 
 const LAYER: u32 = 1;
 
-pub(super) fn stacked(tiny: &Tiny, guards: &[&Guard]) -> Arc<Program> {
+pub(super) fn stacked(tiny: &Subject, guards: &[&Guard]) -> Arc<Program> {
     Arc::new(Program::stack(guards, tiny.model.shape(), Calibration::Required).unwrap())
 }
 
-fn shared_context<'t>(tiny: &'t Tiny, program: &Arc<Program>, params: LlamaContextParams) -> GuardedContext<'t> {
+fn shared_context<'t>(tiny: &'t Subject, program: &Arc<Program>, params: LlamaContextParams) -> GuardedContext<'t> {
     GuardedContext::new(tiny.model.llama(), backend().unwrap(), params, Arc::clone(program)).unwrap()
 }
 
@@ -97,7 +97,7 @@ fn answer(context: &mut GuardedContext, requests: &[Request]) -> Vec<Answer> {
 }
 
 /// Eight requests, every second of which opens its gate; strengths differ, and some run under two guards.
-pub(super) fn requests(tiny: &Tiny) -> Vec<Request> {
+pub(super) fn requests(tiny: &Subject) -> Vec<Request> {
     let texts = [
         PROMPT,
         "a song of the water bird",

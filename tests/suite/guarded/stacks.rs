@@ -18,8 +18,8 @@ fn score(guard: &Guard, gate: usize, row: &[f64]) -> f64 {
 }
 
 /// Scores of every token of `script` but the first, at `layer`, with no guard.
-fn scores(tiny: &Tiny, guard: &Guard, script: &Script, layer: u32) -> Vec<f64> {
-    let trace = tiny.unguarded_reference(script);
+fn scores(tiny: &Subject, guard: &Guard, script: &Script, layer: u32) -> Vec<f64> {
+    let trace = tiny.unguarded(script);
     trace.residuals[layer as usize][1..].iter().map(|row| score(guard, 0, row)).collect()
 }
 

@@ -26,7 +26,7 @@ impl Drop for OwnedHook {
 }
 
 impl<'m> Hooked<'m> {
-    pub fn new(tiny: &'m Tiny, table: GgmlTable, program: Arc<Program>, params: LlamaContextParams) -> Self {
+    pub fn new(tiny: &'m Subject, table: GgmlTable, program: Arc<Program>, params: LlamaContextParams) -> Self {
         let hook = OwnedHook(Box::into_raw(Box::new(Hook::new(table, program))));
         // SAFETY: the hook is freed after the context, and nothing uses it during a decode.
         let params = unsafe { params.with_eval_hook(hook.0) };
@@ -68,7 +68,7 @@ impl<'m> Hooked<'m> {
     }
 }
 
-fn compiled(tiny: &Tiny, guard: &Guard) -> Arc<Program> {
+fn compiled(tiny: &Subject, guard: &Guard) -> Arc<Program> {
     Arc::new(Program::compile(guard, tiny.model.shape(), Calibration::Required).unwrap())
 }
 
