@@ -162,6 +162,10 @@ impl Sequences {
                 patched = true;
             });
         }
+        // A patch may overflow. What is found of it here reaches no later layer, and no cell of the KV cache.
+        if patched && let Some(row) = rows.iter().zip(values.chunks_exact(width)).find(|(_, row)| !all_finite(row)) {
+            return Err(RowFault::NonFinite { position: row.0.position.0 });
+        }
         Ok(patched)
     }
 }
