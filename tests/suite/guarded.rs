@@ -31,6 +31,7 @@ mod subject;
 mod table;
 
 use crate::tiny_model::{Architecture, TinyModel, Weights};
+use expected::{Captured, Rows};
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_batch::LlamaBatch;
@@ -52,7 +53,6 @@ use pilotfish::steering::VectorKind;
 use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use expected::{Captured, Rows};
 use reference_model::{ReferenceModel, Trace};
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -149,7 +149,7 @@ impl Script {
 
     /// [`run`](Self::run) with the residuals of the tests' layers.
     fn run_captured(&self, subject: &Subject, context: &mut GuardedContext) -> Captured {
-        context.capture((0..LAYERS).map(|layer| subject.layer(layer)));
+        subject.capture(context);
         let logits = self.run(context).unwrap();
         let mut rows = subject.rows(context);
         let n_tokens = self.tokens().len();

@@ -2,6 +2,7 @@
 //! the model gave it: the same run without that hook point's patches tells the row, and the interventions in `f64` the rest.
 
 use super::*;
+use pilotfish::guard::Intervention;
 
 /// Residuals of the tests' layers, `[layer][n_tokens][n_embd]`, and the logits of every token.
 pub(super) type Captured = (Vec<Vec<Vec<f32>>>, Vec<Vec<f32>>);
@@ -12,12 +13,41 @@ pub(super) type Rows = BTreeMap<(SequenceId, u32, usize), Vec<f32>>;
 /// How far a row that is patched may be from what its interventions make of it, as a fraction of its norm.
 const TOLERANCE_OF_PATCHES: f64 = 1e-5;
 
+/// Checks every row of a run at `layers` against what `patched` makes of the same row, by sequence, layer and position, as it was before. `run`
+/// gives the rows of a run in which nothing acts at a layer or after it, [`LAYERS`] leaving out nothing.
+///
+/// The two runs have batches of the same shapes, and so the same bits up to that layer.
+pub(super) fn assert_patched(
+    what: &str,
+    layers: &[u32],
+    run: impl Fn(u32) -> Rows,
+    mut patched: impl FnMut(SequenceId, u32, usize, &mut [f64]),
+) {
+    let after = run(LAYERS);
+    for layer in layers {
+        let before = run(*layer);
+        assert!(before.keys().eq(after.keys()) && before.keys().any(|key| key.1 == *layer), "{what}");
+        for ((key, before), after) in before.iter().zip(after.values()) {
+            let (sequence, at, position) = *key;
+            let what = format!("{what}, sequence {sequence}, layer {at}, position {position}");
+            if at < *layer {
+                assert!(before == after, "{what}: not the same before layer {layer}");
+            } else if at == *layer {
+                let mut row = widened(before);
+                patched(sequence, at, position, &mut row);
+                let distance = distance(after, &row);
+                assert!(distance <= TOLERANCE_OF_PATCHES, "{what}: off by {distance:.1e} of the norm");
+            }
+        }
+    }
+}
+
 /// What a script must give, as far as that is known.
 pub(super) struct Expected {
     /// `[n_tokens][n_embd]`
     pub residuals: BTreeMap<u32, Vec<Vec<f64>>>,
     /// `[n_tokens][n_vocab]`
-    logits: Option<Vec<Vec<f64>>>,
+    pub logits: Option<Vec<Vec<f64>>>,
     tolerance: f64,
 }
 
@@ -40,20 +70,21 @@ fn assert_rows_agree(what: &str, found: &[Vec<f32>], expected: &[Vec<f64>], tole
     }
 }
 
-/// `guard` with nothing that acts at `layer` or after it.
-pub(super) fn before(guard: &Guard, layer: LayerIndex) -> Guard {
-    let late = |guard: &Guard| {
-        let mut left = guard.interventions().iter().filter(|entry| guard.layer_of(entry) >= layer && entry.strength != 0.0);
-        left.next().map(|entry| entry.name.clone())
-    };
-    let mut guard = guard.clone();
-    while let Some(name) = late(&guard) {
-        guard = guard.with_strength(&name, 0.0).unwrap();
-    }
-    guard
-}
-
 impl Subject {
+    /// `guard` with nothing that acts at `layer` or after it.
+    pub fn before(&self, guard: &Guard, layer: u32) -> Guard {
+        let is_late = |guard: &Guard, entry: &Intervention| {
+            layer < LAYERS && guard.layer_of(entry) >= self.layer(layer) && entry.strength != 0.0
+        };
+        let late = guard.interventions().iter().filter(|entry| is_late(guard, entry));
+        late.fold(guard.clone(), |early, entry| early.with_strength(&entry.name, 0.0).unwrap())
+    }
+
+    /// Makes `context` capture the tests' layers.
+    pub fn capture(&self, context: &mut GuardedContext) {
+        context.capture((0..LAYERS).map(|layer| self.layer(layer)));
+    }
+
     /// The rows that `context` has captured since the last call, of the tests' layers.
     pub fn rows(&self, context: &mut GuardedContext) -> Rows {
         let layer = |of_model| (0..LAYERS).find(|layer| self.layer(*layer) == of_model).unwrap();
@@ -104,7 +135,7 @@ impl Subject {
             return Expected { residuals, logits: Some(trace.logits), tolerance: TOLERANCE };
         }
         let of_layer = |layer: u32| {
-            let early: Vec<Guard> = guards.iter().map(|guard| before(guard, self.layer(layer))).collect();
+            let early: Vec<Guard> = guards.iter().map(|guard| self.before(guard, layer)).collect();
             let mut context = self.stacked(&early.iter().collect::<Vec<_>>(), params());
             let (mut residuals, _) = script.run_captured(self, &mut context);
             let rows = residuals.swap_remove(layer as usize).into_iter().enumerate().map(|(position, row)| {

@@ -203,8 +203,7 @@ fn assert_changes(what: &str, case: &Case, script: &Script, unguarded: &Trace, g
 fn a_guard_of_strength_0_changes_no_bit_of_the_logits(subject: &Subject) {
     let off = |entry: InterventionEntry| InterventionEntry { strength: 0.0, first_position: true, ..entry };
     let script = subject.script();
-    let vectors =
-        || subject.policy().vector("v", 1).vector("w", 2).vector("g", 0).vector("last", subject.last_layer());
+    let vectors = || subject.policy().vector("v", 1).vector("w", 2).vector("g", 0).vector("last", subject.last_layer());
     let idle =
         || vectors().intervene(off(add("v"))).intervene(off(ablate("w", 5.0))).intervene(off(clamp("g", 5.0, 6.0)));
     let plain = script.run_plain(&mut subject.plain(params()));

@@ -6,7 +6,8 @@ use pilotfish::engine::scheduler::{End, Event, Request, RequestId, Scheduler, Sc
 use pilotfish::engine::{EngineError, Sampling};
 use rand::seq::SliceRandom;
 
-const OPTIONS: SchedulerOptions = SchedulerOptions { n_sequences: 3, n_ctx: 256, n_batch: 32, queue: 64, reuse_prefixes: true };
+const OPTIONS: SchedulerOptions =
+    SchedulerOptions { n_sequences: 3, n_ctx: 256, n_batch: 32, queue: 64, reuse_prefixes: true };
 
 /// What a caller has seen of a request.
 #[derive(Debug, Default)]
@@ -308,9 +309,7 @@ mod prefixes {
         ("an addition everywhere", |policy| policy.vector("v", 1).intervene(add("v")), Reuse::All),
         (
             "an addition to answers",
-            |policy| {
-                policy.vector("v", 1).intervene(InterventionEntry { positions: Positions::Generated, ..add("v") })
-            },
+            |policy| policy.vector("v", 1).intervene(InterventionEntry { positions: Positions::Generated, ..add("v") }),
             Reuse::Prompt,
         ),
         (

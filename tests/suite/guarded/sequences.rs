@@ -146,7 +146,8 @@ pub(super) fn requests(subject: &Subject) -> Vec<Request> {
                 .intervene(InterventionEntry { when: Some("t".into()), ..ablate("t", strength) })
                 .intervene(rotate("b", 15.0))
                 .guard();
-            let program = if index % 3 == 0 { stacked(subject, &[&first, &second]) } else { stacked(subject, &[&first]) };
+            let program =
+                if index % 3 == 0 { stacked(subject, &[&first, &second]) } else { stacked(subject, &[&first]) };
             Request { prompt: subject.tokens(text), program }
         })
         .collect()
