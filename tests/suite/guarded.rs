@@ -25,13 +25,14 @@ mod patches;
 mod reference_model;
 mod rows;
 mod scheduler;
+mod scheduler_shapes;
 mod sequences;
 mod stacks;
 mod subject;
 mod table;
 
 use crate::tiny_model::{Architecture, TinyModel, Weights};
-use expected::{Captured, Rows};
+use expected::Captured;
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_batch::LlamaBatch;

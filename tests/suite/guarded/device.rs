@@ -9,6 +9,8 @@ use pilotfish::hook::{DeviceTable, ExecutorKind, HookFault};
 use pilotfish::program::{Calibration, GateDecision, RowFault};
 use std::ffi::{CStr, c_void};
 
+on_every_model!(placed: a_patch_on_a_device_is_as_exact_as_its_operation, what_does_not_act_changes_no_bit);
+
 /// How far what a matrix product gives on a GPU may be from what it should be: it may round its inputs to ten bits there. So do llama.cpp's own,
 /// which make more of any difference before them, and the guard's of a `switch`.
 const TOLERANCE_OF_PRODUCTS: f64 = if GPU { 2e-3 } else { TOLERANCE };
@@ -101,38 +103,32 @@ fn every_patch_on_a_device_agrees_with_the_same_by_copy() {
 }
 
 /// At the first hook point both start from the same residual.
-#[test]
-fn a_patch_on_a_device_is_as_exact_as_its_operation() {
-    for tiny in Tiny::all_placed() {
-        let turned = |angle: f64| tiny.policy().vector("v", 1).intervene(rotate("v", angle));
-        let fused = || {
-            let policy = tiny.policy().vector("a", 1).vector("b", 1).vector("c", 1);
-            policy.intervene(ablate("a", 2.0)).intervene(add("b")).intervene(clamp("c", -0.5, 0.5))
-        };
-        let own = [("to v", turned(180.0), 1), ("to -v", turned(-180.0), 1), ("fused", fused(), 1)];
-        let cases = CASES.iter().map(|case| (case.what, (case.policy)(tiny.policy()), case.first_point));
-        for (what, policy, point) in own.into_iter().chain(cases) {
-            let tolerance = if what.contains("switch") { TOLERANCE_OF_PRODUCTS } else { TOLERANCE / 10.0 };
-            let [device, copy] = see_both(&tiny, &policy.guard());
-            let what = format!("{}, {what}", tiny.name());
-            close(&what, &device.0[point as usize], &copy.0[point as usize], tolerance);
-        }
+fn a_patch_on_a_device_is_as_exact_as_its_operation(subject: &Subject) {
+    let turned = |angle: f64| subject.policy().vector("v", 1).intervene(rotate("v", angle));
+    let fused = || {
+        let policy = subject.policy().vector("a", 1).vector("b", 1).vector("c", 1);
+        policy.intervene(ablate("a", 2.0)).intervene(add("b")).intervene(clamp("c", -0.5, 0.5))
+    };
+    let own = [("to v", turned(180.0), 1), ("to -v", turned(-180.0), 1), ("fused", fused(), 1)];
+    let cases = CASES.iter().map(|case| (case.what, (case.policy)(subject.policy()), case.first_point));
+    for (what, policy, point) in own.into_iter().chain(cases) {
+        let tolerance = if what.contains("switch") { TOLERANCE_OF_PRODUCTS } else { TOLERANCE / 10.0 };
+        let [device, copy] = see_both(subject, &policy.guard());
+        let what = format!("{}, {what}", subject.name());
+        close(&what, &device.0[point as usize], &copy.0[point as usize], tolerance);
     }
 }
 
-#[test]
-fn what_does_not_act_changes_no_bit() {
-    for tiny in Tiny::all_placed() {
-        let script = tiny.script();
-        let policy = tiny.policy().vector("g", 0).vector("v", 1).vector("w", 1);
-        let when = |entry| InterventionEntry { when: Some("g".into()), ..entry };
-        let policy = policy.gate(gate("g", Aggregate::Mean, NEVER, OnFire::Steer));
-        let guard = policy.intervene(when(add("v"))).intervene(when(rotate("w", 30.0))).guard();
-        // By copy, and not without a hook: what llama.cpp computes in one go rounds differently.
-        let [device, copy] = [guarded_there(&tiny, &guard), copied(&tiny, &guard)]
-            .map(|mut context| bits(&script.run(&mut context).unwrap()));
-        assert!(device == copy, "{}", tiny.name());
-    }
+fn what_does_not_act_changes_no_bit(subject: &Subject) {
+    let script = subject.script();
+    let policy = subject.policy().vector("g", 0).vector("v", 1).vector("w", 1);
+    let when = |entry| InterventionEntry { when: Some("g".into()), ..entry };
+    let policy = policy.gate(gate("g", Aggregate::Mean, NEVER, OnFire::Steer));
+    let guard = policy.intervene(when(add("v"))).intervene(when(rotate("w", 30.0))).guard();
+    // By copy, and not without a hook: what llama.cpp computes in one go rounds differently.
+    let [device, copy] = [guarded_there(subject, &guard), copied(subject, &guard)]
+        .map(|mut context| bits(&script.run(&mut context).unwrap()));
+    assert!(device == copy, "{}", subject.name());
 }
 
 /// Prompts of many lengths, so that graphs come and go and their memory moves.

@@ -10,8 +10,9 @@ pub(super) type Captured = (Vec<Vec<Vec<f32>>>, Vec<Vec<f32>>);
 /// Rows of residuals by sequence, the tests' layer and position.
 pub(super) type Rows = BTreeMap<(SequenceId, u32, usize), Vec<f32>>;
 
-/// How far a row that is patched may be from what its interventions make of it, as a fraction of its norm.
-const TOLERANCE_OF_PATCHES: f64 = 1e-5;
+/// How far a row that is patched may be from what its interventions make of it, as a fraction of its norm: up to 3.7e-7 was seen after a `switch`, and
+/// 1.5e-7 after anything else, on both real models.
+const TOLERANCE_OF_PATCHES: f64 = 2e-6;
 
 /// Checks every row of a run at `layers` against what `patched` makes of the same row, by sequence, layer and position, as it was before. `run`
 /// gives the rows of a run in which nothing acts at a layer or after it, [`LAYERS`] leaving out nothing.
@@ -41,6 +42,11 @@ pub(super) fn assert_patched(
         }
     }
 }
+
+/// How far logits of a quantized model may be from those of a batch of another shape, as a fraction of their norm. A sum that another kernel rounds
+/// otherwise may round to another eight bits before the next product, and later layers make much of that: up to 0.023 was seen (SmolLM2 and Gemma,
+/// on AVX-512 with AMX). Whether each patch acts, and on its own row, is for [`assert_patched`] to tell.
+const TOLERANCE_OF_KERNELS: f64 = 0.1;
 
 /// What a script must give, as far as that is known.
 pub(super) struct Expected {
@@ -78,6 +84,11 @@ impl Subject {
         };
         let late = guard.interventions().iter().filter(|entry| is_late(guard, entry));
         late.fold(guard.clone(), |early, entry| early.with_strength(&entry.name, 0.0).unwrap())
+    }
+
+    /// How far logits may be from those of a batch of another shape.
+    pub fn tolerance(&self) -> f64 {
+        if self.is_quantized() { TOLERANCE_OF_KERNELS } else { TOLERANCE }
     }
 
     /// Makes `context` capture the tests' layers.

@@ -1,5 +1,6 @@
 //! Many sequences in one context: each by its own guards, gates and faults, as if it were alone.
 
+use super::expected::assert_patched;
 use super::*;
 use pilotfish::hook::{ExecutorKind, HookFault};
 use pilotfish::program::{Calibration, RowFault};
@@ -31,6 +32,21 @@ fn greedy(logits: &[f32]) -> LlamaToken {
 pub(super) struct Request {
     pub prompt: Vec<LlamaToken>,
     pub program: Arc<Program>,
+    /// What the program is made of.
+    guards: Vec<Guard>,
+}
+
+impl Request {
+    fn new(subject: &Subject, prompt: Vec<LlamaToken>, guards: Vec<Guard>) -> Self {
+        let program = stacked(subject, &guards.iter().collect::<Vec<_>>());
+        Self { prompt, program, guards }
+    }
+
+    /// Another request of the same shape, under no guard.
+    pub fn filler(&self, observer: &Arc<Program>) -> Self {
+        let prompt = self.prompt.iter().rev().copied().collect();
+        Self { prompt, program: Arc::clone(observer), guards: Vec::new() }
+    }
 }
 
 /// What came of a request.
@@ -146,9 +162,8 @@ pub(super) fn requests(subject: &Subject) -> Vec<Request> {
                 .intervene(InterventionEntry { when: Some("t".into()), ..ablate("t", strength) })
                 .intervene(rotate("b", 15.0))
                 .guard();
-            let program =
-                if index % 3 == 0 { stacked(subject, &[&first, &second]) } else { stacked(subject, &[&first]) };
-            Request { prompt: subject.tokens(text), program }
+            let guards = if index % 3 == 0 { vec![first, second] } else { vec![first] };
+            Request::new(subject, subject.tokens(text), guards)
         })
         .collect()
 }
@@ -161,7 +176,7 @@ fn a_mixed_batch_gives_each_sequence_what_it_has_alone(subject: &Subject) {
     let observer = subject.observer();
     let alone = |program: &Arc<Program>, prompt: &[LlamaToken]| {
         let mut context = subject.programmed(&observer, params_for(1, true, 128));
-        let one = [Request { prompt: prompt.to_vec(), program: Arc::clone(program) }];
+        let one = [Request { prompt: prompt.to_vec(), program: Arc::clone(program), guards: Vec::new() }];
         answer(&mut context, &one, ANSWER_TOKENS).pop().unwrap()
     };
     let expected: Vec<Answer> = requests.iter().map(|request| alone(&request.program, &request.prompt)).collect();
@@ -198,10 +213,6 @@ fn a_mixed_batch_gives_each_sequence_what_it_has_beside_others(subject: &Subject
     const TOKENS: usize = 4;
     let requests = requests(subject);
     let observer = subject.observer();
-    let fill = |request: &Request| {
-        let prompt = request.prompt.iter().rev().copied().collect();
-        Request { prompt, program: Arc::clone(&observer) }
-    };
     for (setting, (unified, n_ubatch)) in settings().enumerate() {
         let run = |requests: &[Request]| {
             let mut context = subject.programmed(&observer, params_for(8, unified, n_ubatch));
@@ -213,7 +224,8 @@ fn a_mixed_batch_gives_each_sequence_what_it_has_beside_others(subject: &Subject
         let with: [&dyn Fn(usize) -> bool; 3] =
             [&|index| index % 2 == 0, &|index| index % 2 == 1, &|index| index == setting % requests.len()];
         for is_with in with {
-            let of = |(index, request)| if is_with(index) { Request::clone(request) } else { fill(request) };
+            let of =
+                |(index, request)| if is_with(index) { Request::clone(request) } else { request.filler(&observer) };
             let expected = run(&requests.iter().enumerate().map(of).collect::<Vec<_>>());
             for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 let what = format!("{what}, sequence {index}");
@@ -228,27 +240,56 @@ fn a_mixed_batch_gives_each_sequence_what_it_has_beside_others(subject: &Subject
     }
 }
 
+/// On a device a patch rounds otherwise, which a quantized model makes much of: there each patched row is held against its interventions.
 fn executors_agree_on_a_mixed_batch(subject: &Subject) {
-    const TOKENS: usize = 6;
+    const TOKENS: usize = 3;
     let requests = requests(subject);
-    for unified in [true, false] {
-        let run = |kind: ExecutorKind, told: Option<&[Answer]>| {
-            let mut context = subject.programmed(&subject.observer(), params_for(8, unified, 32));
+    for (unified, n_ubatch) in [(true, 128), (false, 3)] {
+        let run = |kind: ExecutorKind, requests: &[Request], told: Option<&[Answer]>| {
+            let mut context = subject.programmed(&subject.observer(), params_for(8, unified, n_ubatch));
             context.set_executor(kind);
-            let answers = answer_as(&mut context, &requests, TOKENS, told);
+            subject.capture(&mut context);
+            let answers = answer_as(&mut context, requests, TOKENS, told);
             assert_eq!(context.executor(), kind, "{}", subject.name());
-            answers
+            (answers, subject.rows(&mut context))
         };
-        let host = run(ExecutorKind::Host, None);
-        let (copy, device) = (run(ExecutorKind::Copy, None), run(ExecutorKind::Device, Some(&host)));
+        let what = format!("{}: unified {unified}, micro-batches of {n_ubatch}", subject.name());
+        let (host, host_rows) = run(ExecutorKind::Host, &requests, None);
+        let (copy, copy_rows) = run(ExecutorKind::Copy, &requests, None);
+        assert!(host_rows == copy_rows, "{what}");
+        let (device, _) = run(ExecutorKind::Device, &requests, Some(&host));
         for (index, ((host, copy), device)) in host.iter().zip(&copy).zip(&device).enumerate() {
-            let what = format!("{}: unified {unified}, sequence {index}", subject.name());
+            let what = format!("{what}, sequence {index}");
             assert!(host.bits() == copy.bits() && host.fired == copy.fired, "{what}");
             assert_eq!(host.fired, device.fired, "{what}");
             let off = device.distance(host);
-            eprintln!("DEVICE {what} {off:.1e}");
-            assert!(off <= 1e9, "{what}: logits are off by {off:.1e} of the norm");
+            assert!(subject.is_quantized() || off <= TOLERANCE, "{what}: logits are off by {off:.1e} of the norm");
+            // Where nothing acts, nothing rounds; the second guard turns rows whatever its gate says.
+            let acts = index % 2 == 0 || index % 3 == 0;
+            assert!(acts || off == 0.0, "{what}: logits are off by {off:.1e} of the norm");
         }
+        let until = |layer| {
+            let early = |request: &Request| {
+                let guards = request.guards.iter().map(|guard| subject.before(guard, layer)).collect();
+                Request::new(subject, request.prompt.clone(), guards)
+            };
+            run(ExecutorKind::Device, &requests.iter().map(early).collect::<Vec<_>>(), Some(&host)).1
+        };
+        let guards = requests.iter().flat_map(|request| &request.guards);
+        assert_patched(&what, &subject.layers_of(guards), until, |sequence, layer, position, row| {
+            let request = &requests[sequence.0 as usize];
+            let kind = match (position + 1).cmp(&request.prompt.len()) {
+                std::cmp::Ordering::Less => RowKind::Prompt,
+                std::cmp::Ordering::Equal => RowKind::PromptEnd,
+                std::cmp::Ordering::Greater => RowKind::Generated,
+            };
+            for guard in &request.guards {
+                // The second guard's gate is one of each token.
+                let decided = guard.name() == "second" || kind != RowKind::Prompt;
+                let (at, open) = (TokenPosition(position as i32), decided && sequence.0 % 2 == 0);
+                reference::apply(guard, subject.layer(layer), at, kind, &[open], row);
+            }
+        });
     }
 }
 
@@ -334,7 +375,7 @@ fn a_patch_that_overflows_ends_its_sequence_alone(subject: &Subject) {
         let logits = prefill(&mut context, spoilt[1], again).unwrap();
         let fresh = prefill(&mut subject.programmed(&subject.observer(), params()), ONLY, again).unwrap();
         let off = distance(&logits, &widened(&fresh));
-        assert!(off <= if subject.is_quantized() { 0.5 } else { TOLERANCE }, "{what}: off by {off:.1e} of the norm");
+        assert!(off <= subject.tolerance(), "{what}: off by {off:.1e} of the norm");
     }
 }
 

@@ -87,19 +87,23 @@ fn a_token_gate_reads_the_positions_that_it_says(subject: &Subject) {
 
 fn a_token_gate_that_blocks_ends_the_sequence_in_the_middle_of_its_answer(subject: &Subject) {
     let script = subject.script();
-    let policy = |threshold| {
+    let policy = |vector, threshold| {
         let entry = GateEntry {
             positions: Some(Positions::Generated),
             on_fire: OnFire::Block,
-            ..token_gate("t", threshold, None)
+            ..token_gate(vector, threshold, None)
         };
-        subject.policy().vector("t", 1).gate(entry).guard()
+        subject.policy().vector("t", 1).opposite("against", "t").gate(entry).guard()
     };
-    let answer = &scores(subject, &policy(NEVER), &script, 1)[script.prompt.len() - 2..];
-    // The first token whose score is above all before it.
-    let at = (1..answer.len()).find(|at| answer[..*at].iter().all(|score| *score < answer[*at])).unwrap();
-    let before = answer[..at].iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let mut context = subject.guarded(&policy((before + answer[at]) / 2.0), params());
+    // The first token whose score is above all before it, along a direction or against it.
+    let rising = |vector| {
+        let answer = scores(subject, &policy(vector, NEVER), &script, 1).split_off(script.prompt.len() - 2);
+        let at = (1..answer.len()).find(|at| answer[..*at].iter().all(|score| *score < answer[*at]))?;
+        let before = answer[..at].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        Some((at, policy(vector, (before + answer[at]) / 2.0)))
+    };
+    let (at, guard) = rising("t").or_else(|| rising("against")).unwrap();
+    let mut context = subject.guarded(&guard, params());
     prefill(&mut context, ONLY, &script.prompt).unwrap();
     for (offset, token) in script.answer.iter().enumerate().take(at) {
         let outcome = step(&mut context, ONLY, script.prompt.len() + offset, *token);

@@ -117,7 +117,12 @@ impl Subject {
     }
 
     pub fn script(&self) -> Script {
-        Script { prompt: self.tokens(PROMPT), answer: self.more_tokens(ANSWER) }
+        let mut prompt = self.tokens(PROMPT);
+        if self.is_quantized() {
+            // A real model takes its time, and its sliding window is longer than any prompt of a test.
+            prompt.truncate(8);
+        }
+        Script { prompt, answer: self.more_tokens(ANSWER) }
     }
 
     pub fn plain(&self, params: LlamaContextParams) -> LlamaContext<'_> {
@@ -153,7 +158,6 @@ impl Subject {
 
 /// A tiny model.
 pub(super) struct Tiny {
-    pub shape: TinyModel,
     subject: Subject,
     _folder: TempDir,
 }
@@ -188,9 +192,9 @@ impl Tiny {
         let path = folder.path().join("tiny.gguf");
         shape.write_with(&path, weights);
         let mut subject = Subject::load(shape.architecture.name(), &path, options);
-        subject.known = Some(shape.clone());
+        subject.known = Some(shape);
         assert_eq!(subject.model.shape().n_layer, LAYERS);
-        Self { shape, subject, _folder: folder }
+        Self { subject, _folder: folder }
     }
 
     /// One of every architecture that has hook points.
@@ -205,20 +209,5 @@ impl Tiny {
             let weights = shape.weights();
             Self::placed(shape, &weights)
         })
-    }
-
-    /// The residuals and logits that `script` must have under `guard`, where `open` tells which gates are open for the rows of a
-    /// kind at a layer.
-    pub fn reference(&self, guard: &Guard, script: &Script, open: impl Fn(u32, RowKind) -> Vec<bool>) -> Trace {
-        ReferenceModel::new(&self.shape).run(&script.tokens(), |layer, position, row| {
-            let kind = script.kind(position);
-            let at = TokenPosition(position as i32);
-            reference::apply(guard, LayerIndex(layer), at, kind, &open(layer, kind), row);
-        })
-    }
-
-    /// The residuals and logits that `script` must have with no guard.
-    pub fn unguarded_reference(&self, script: &Script) -> Trace {
-        ReferenceModel::new(&self.shape).run(&script.tokens(), |_, _, _| ())
     }
 }

@@ -204,10 +204,11 @@ fn gates_count_as_fired_where_rows_cannot_be_told(subject: &Subject) {
     // One sequence at a time is certain.
     let alone = hooked.decode(&rows(ONLY)).unwrap();
     assert!(!hooked.hook().sequences().decision(ONLY, 0).unwrap().fired, "{}", subject.name());
-    assert!(distance(&alone, &widened(&expected)) <= TOLERANCE, "{}", subject.name());
+    assert!(distance(&alone, &widened(&expected)) <= subject.tolerance(), "{}", subject.name());
     hooked.context.clear_kv_cache();
     hooked.hook().clear_all();
     let steered = hooked.decode(&both).unwrap();
     assert_eq!(fired(hooked.hook()), [true, true], "{}", subject.name());
-    assert!(distance(&steered, &widened(&alone)) > 100.0 * TOLERANCE, "{}: nothing acts", subject.name());
+    let changed = distance(&steered, &widened(&alone));
+    assert!(changed > 2.0 * subject.tolerance(), "{}: logits change by {changed:.1e}", subject.name());
 }
