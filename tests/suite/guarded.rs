@@ -1,7 +1,23 @@
-//! What a guard does to a model's residual and to its logits, on tiny models of several architectures that llama.cpp runs for real.
+//! What a guard does to a model's residual and to its logits, on tiny models of several architectures that llama.cpp runs for real, and on
+//! real ones where they have been pulled.
+
+/// Makes tests of bodies that take a [`Subject`]: `tiny::NAME` gives it every tiny model, `real::NAME` the real ones.
+macro_rules! on_every_model {
+    (placed: $($name:ident),+ $(,)?) => { on_every_model! { all_placed, real_placed: $($name),+ } };
+    ($all:ident, $real:ident: $($name:ident),+) => {
+        mod tiny {
+            $(#[test] fn $name() { super::Tiny::$all().for_each(|tiny| super::$name(&tiny)); })+
+        }
+        mod real {
+            $(#[test] fn $name() { super::Subject::$real().for_each(super::$name); })+
+        }
+    };
+    ($($name:ident),+ $(,)?) => { on_every_model! { all, real: $($name),+ } };
+}
 
 mod allocations;
 mod device;
+mod expected;
 mod fault_sweep;
 mod faults;
 mod gates;
@@ -10,11 +26,14 @@ mod patches;
 mod reference_model;
 mod rows;
 mod scheduler;
+mod scheduler_shapes;
 mod sequences;
 mod stacks;
+mod subject;
 mod table;
 
 use crate::tiny_model::{Architecture, TinyModel, Weights};
+use expected::Captured;
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_batch::LlamaBatch;
@@ -40,6 +59,7 @@ use reference_model::{ReferenceModel, Trace};
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
+use subject::{GPU, LAYERS, Subject, Tiny};
 use tempfile::TempDir;
 
 /// Longer than gemma3's sliding window.
@@ -50,108 +70,6 @@ const OTHER: SequenceId = SequenceId(1);
 
 /// How far a residual or logits may be from what they should be, as a fraction of their norm.
 const TOLERANCE: f64 = 1e-4;
-
-/// A tiny model, loaded.
-struct Tiny {
-    shape: TinyModel,
-    model: Model,
-    folder: TempDir,
-}
-
-impl Tiny {
-    fn new(architecture: Architecture) -> Self {
-        let shape = TinyModel::new(architecture);
-        let weights = shape.weights();
-        Self::with_weights(shape, &weights)
-    }
-
-    fn with_weights(shape: TinyModel, weights: &Weights) -> Self {
-        Self::load(shape, weights, ModelOptions::default())
-    }
-
-    fn load(shape: TinyModel, weights: &Weights, options: ModelOptions) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("tiny.gguf");
-        shape.write_with(&path, weights);
-        let model = Model::load(&path, "tiny", &options).unwrap();
-        Self { shape, model, folder }
-    }
-
-    /// One of every architecture that has hook points.
-    fn all() -> impl Iterator<Item = Self> {
-        Architecture::WITH_RESIDUAL.into_iter().map(Self::new)
-    }
-
-    fn name(&self) -> &'static str {
-        self.shape.architecture.name()
-    }
-
-    fn last_layer(&self) -> u32 {
-        self.shape.n_layer - 1
-    }
-
-    fn tokens(&self, text: &str) -> Vec<LlamaToken> {
-        self.model.prompt_tokens(text).unwrap()
-    }
-
-    fn script(&self) -> Script {
-        // What is tokenized alone starts with a beginning-of-sequence token.
-        Script { prompt: self.tokens(PROMPT), answer: self.tokens(ANSWER)[1..].to_vec() }
-    }
-
-    fn plain(&self, params: LlamaContextParams) -> LlamaContext<'_> {
-        self.model.llama().new_context(backend().unwrap(), params).unwrap()
-    }
-
-    fn guarded(&self, guard: &Guard, params: LlamaContextParams) -> GuardedContext<'_> {
-        guard_context(self.model.llama(), backend().unwrap(), params, &[guard]).unwrap()
-    }
-
-    /// A context whose hook patches nothing.
-    fn observed(&self) -> GuardedContext<'_> {
-        let program = Arc::new(Program::observer(self.model.shape()));
-        GuardedContext::new(self.model.llama(), backend().unwrap(), params(), program).unwrap()
-    }
-
-    fn policy(&self) -> Policy<'_> {
-        let identity = self.model.identity();
-        let manifest = Manifest {
-            format: FORMAT,
-            name: "tested".into(),
-            description: String::new(),
-            on_error: OnError::Block,
-            message: Some("not this".into()),
-            target: TargetEntry {
-                architecture: identity.architecture.clone(),
-                fingerprint: identity.fingerprint,
-                probe: None,
-            },
-            source: None,
-            tensors: TensorsEntry::default(),
-            vectors: Vec::new(),
-            mappings: Vec::new(),
-            gates: Vec::new(),
-            interventions: Vec::new(),
-            results: Vec::new(),
-        };
-        Policy { tiny: self, manifest, tensors: Vec::new(), mappings: Vec::new() }
-    }
-
-    /// The residuals and logits that `script` must have under `guard`, where `open` tells which gates are open for the rows of a
-    /// kind at a layer.
-    fn reference(&self, guard: &Guard, script: &Script, open: impl Fn(u32, RowKind) -> Vec<bool>) -> Trace {
-        ReferenceModel::new(&self.shape).run(&script.tokens(), |layer, position, row| {
-            let kind = script.kind(position);
-            let at = TokenPosition(position as i32);
-            reference::apply(guard, LayerIndex(layer), at, kind, &open(layer, kind), row);
-        })
-    }
-
-    /// The residuals and logits that `script` must have with no guard.
-    fn unguarded_reference(&self, script: &Script) -> Trace {
-        ReferenceModel::new(&self.shape).run(&script.tokens(), |_, _, _| ())
-    }
-}
 
 /// The KV cache is F32 and not llama.cpp's default, F16, and there is no flash attention, which would make F16 of it on the way:
 /// that rounding alone is as large as [`TOLERANCE`].
@@ -231,18 +149,14 @@ impl Script {
         Ok(logits)
     }
 
-    /// [`run`](Self::run) with the residual of every layer, `[n_layer][n_tokens][n_embd]`.
-    fn run_captured(&self, tiny: &Tiny, context: &mut GuardedContext) -> (Vec<Vec<Vec<f32>>>, Vec<Vec<f32>>) {
-        context.capture((0..tiny.shape.n_layer).map(LayerIndex));
+    /// [`run`](Self::run) with the residuals of the tests' layers.
+    fn run_captured(&self, subject: &Subject, context: &mut GuardedContext) -> Captured {
+        subject.capture(context);
         let logits = self.run(context).unwrap();
-        let rows = context.take_captured().into_iter();
-        let mut rows: BTreeMap<_, _> = rows.map(|row| ((row.layer, row.row.position), row.values)).collect();
-        let n_tokens = self.tokens().len() as i32;
-        let layer = |layer| {
-            let row = |position| rows.remove(&(LayerIndex(layer), TokenPosition(position))).expect("it was captured");
-            (0..n_tokens).map(row).collect()
-        };
-        ((0..tiny.shape.n_layer).map(layer).collect(), logits)
+        let mut rows = subject.rows(context);
+        let n_tokens = self.tokens().len();
+        let mut row = |layer, position| rows.remove(&(ONLY, layer, position)).expect("it was captured");
+        ((0..LAYERS).map(|layer| (0..n_tokens).map(|position| row(layer, position)).collect()).collect(), logits)
     }
 }
 
@@ -273,26 +187,65 @@ fn step(
 
 /// A guard in the making.
 struct Policy<'t> {
-    tiny: &'t Tiny,
+    subject: &'t Subject,
     manifest: Manifest,
+    /// Of the tests' layers, that of each vector.
+    layers: BTreeMap<String, u32>,
     tensors: Vec<(String, Vec<f32>)>,
     mappings: Vec<(String, Vec<u8>)>,
 }
 
-impl Policy<'_> {
+impl<'t> Policy<'t> {
+    fn new(subject: &'t Subject) -> Self {
+        let identity = subject.model.identity();
+        let manifest = Manifest {
+            format: FORMAT,
+            name: "tested".into(),
+            description: String::new(),
+            on_error: OnError::Block,
+            message: Some("not this".into()),
+            target: TargetEntry {
+                architecture: identity.architecture.clone(),
+                fingerprint: identity.fingerprint,
+                probe: None,
+            },
+            source: None,
+            tensors: TensorsEntry::default(),
+            vectors: Vec::new(),
+            mappings: Vec::new(),
+            gates: Vec::new(),
+            interventions: Vec::new(),
+            results: Vec::new(),
+        };
+        Self { subject, manifest, layers: BTreeMap::new(), tensors: Vec::new(), mappings: Vec::new() }
+    }
+
     /// A random direction at `layer`, about half as long as a residual; another one for every vector of a guard.
-    fn vector(mut self, name: &str, layer: u32) -> Self {
+    fn vector(self, name: &str, layer: u32) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(1000 + self.tensors.len() as u64);
-        let values = (0..self.tiny.shape.n_embd).map(|_| rng.random_range(-1.0..1.0)).collect();
+        let size = self.subject.size(layer);
+        let values = (0..self.subject.width()).map(|_| size * rng.random_range(-1.0f32..1.0)).collect();
+        self.direction(name, layer, values)
+    }
+
+    /// The direction against that of vector `of`.
+    fn opposite(self, name: &str, of: &str) -> Self {
+        let (_, values) = self.tensors.iter().find(|(name, _)| name == of).unwrap();
+        let (layer, values) = (self.layers[of], values.iter().map(|x| -x).collect());
+        self.direction(name, layer, values)
+    }
+
+    fn direction(mut self, name: &str, layer: u32, values: Vec<f32>) -> Self {
         self.manifest.vectors.push(VectorEntry {
             name: name.into(),
-            layer: LayerIndex(layer),
+            layer: self.subject.layer(layer),
             tensor: name.into(),
             kind: VectorKind::Direction,
             mapping: None,
             method: None,
             mean_norm: None,
         });
+        self.layers.insert(name.into(), layer);
         self.tensors.push((name.into(), values));
         self
     }
@@ -305,14 +258,16 @@ impl Policy<'_> {
     /// A mapping of random weights from the residual at `layer` to what it should be there.
     fn map(mut self, name: &str, layer: u32, kind: MappingKind) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(2000 + u64::from(layer));
-        let width = self.tiny.shape.n_embd;
+        let (width, size) = (self.subject.width(), self.subject.size(layer));
         let mut random = |n: u32, size: f32| -> Vec<f32> { (0..n).map(|_| rng.random_range(-size..size)).collect() };
         let mut side = || Standardization {
-            mean: random(width, 0.5),
-            scale: random(width, 0.5).into_iter().map(|x| 1.0 + x).collect(),
+            mean: random(width, 0.5).into_iter().map(|x| size * x).collect(),
+            scale: random(width, 0.5).into_iter().map(|x| size * (1.0 + x)).collect(),
         };
-        let (source, target, at) = (side(), side(), LayerIndex(layer));
-        let identity = self.tiny.model.identity();
+        let (source, target, at) = (side(), side(), self.subject.layer(layer));
+        // A sum over a wider row is of smaller parts.
+        let part = (64.0 / width as f32).sqrt();
+        let identity = self.subject.model.identity();
         let mut file = MappingFile {
             source: identity.clone(),
             target: identity.clone(),
@@ -324,7 +279,7 @@ impl Policy<'_> {
         let (fraction_unexplained, cosine, n_train, n_heldout) = (0.5, 0.5, 1, 1);
         match kind {
             MappingKind::Affine => {
-                let weight = random(width * width, 0.4);
+                let weight = random(width * width, 0.4 * part);
                 let quality =
                     MappingQuality { lambda: 1.0, fraction_unexplained, cosine, n_train, n_heldout, backward: None };
                 file.pairs.push((AffineMap::new(at, at, source, target, weight).unwrap(), quality));
@@ -332,9 +287,9 @@ impl Policy<'_> {
             MappingKind::Autoencoder => {
                 let hidden = width / 2;
                 let weights = AutoencoderWeights {
-                    encoder: random(hidden * width, 0.5),
+                    encoder: random(hidden * width, 0.5 * part),
                     encoder_bias: random(hidden, 0.3),
-                    decoder: random(hidden * width, 0.5),
+                    decoder: random(hidden * width, 0.5 * part),
                     decoder_bias: random(width, 0.3),
                 };
                 let quality = AutoencoderQuality { fraction_unexplained, cosine, n_train, n_heldout };
@@ -353,12 +308,23 @@ impl Policy<'_> {
         self
     }
 
-    fn gate(mut self, entry: GateEntry) -> Self {
+    /// `entry`, its calibration as for a residual of size 1.
+    fn gate(mut self, mut entry: GateEntry) -> Self {
+        let size = f64::from(self.subject.size(self.layers[&entry.vector]));
+        for figure in [&mut entry.mean, &mut entry.deviation].into_iter().flatten() {
+            *figure *= size;
+        }
         self.manifest.gates.push(entry);
         self
     }
 
-    fn intervene(mut self, entry: InterventionEntry) -> Self {
+    /// `entry`, its projections as for a residual of norm 8.
+    fn intervene(mut self, mut entry: InterventionEntry) -> Self {
+        let layer = entry.vector.as_ref().and_then(|vector| self.layers.get(vector));
+        let amount = layer.map_or(1.0, |layer| self.subject.amount(*layer));
+        for figure in [&mut entry.mean, &mut entry.low, &mut entry.high].into_iter().flatten() {
+            *figure *= amount;
+        }
         self.manifest.interventions.push(entry);
         self
     }
@@ -369,10 +335,8 @@ impl Policy<'_> {
     }
 
     fn guard(self) -> Guard {
-        let folder = self.tiny.folder.path().join("guard");
-        // Mappings of other guards of the test would be read along.
-        let _none_yet = std::fs::remove_dir_all(&folder);
-        write_guard(&folder, &self.manifest, &self.tensors, &self.mappings).unwrap()
+        let folder = tempfile::tempdir().unwrap();
+        write_guard(folder.path(), &self.manifest, &self.tensors, &self.mappings).unwrap()
     }
 }
 

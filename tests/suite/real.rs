@@ -9,13 +9,13 @@ use pilotfish::tensor::LayerIndex;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-const SMALL: &str = "smollm2-135m-instruct";
-const LARGE: &str = "gemma-3-270m";
+pub const SMALL: &str = "smollm2-135m-instruct";
+pub const LARGE: &str = "gemma-3-270m";
 const GUARD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/harm-gate-smollm2-to-gemma3");
 
 /// Where the model is; `None`, and a word of it, where it has not been pulled. With `PILOTFISH_REAL_MODELS=require`, as `make test`
 /// sets it, it must be there.
-fn located(name: &str) -> Option<PathBuf> {
+pub fn located(name: &str) -> Option<PathBuf> {
     let catalog = Catalog::load().unwrap();
     let path = ModelCache::from_env().unwrap().locate(catalog.find(name).unwrap());
     if path.is_none() {

@@ -199,7 +199,7 @@ pub(super) enum Task {
     Read,
     /// Whether rows are finite.
     Check,
-    /// The patches, and the check first where the point has no gates.
+    /// The patches, then the check: no patch makes a row finite that was not, and one may overflow.
     Patch,
 }
 
@@ -248,16 +248,15 @@ impl Graph {
         };
         let scores = constants.readouts.filter(|_| task == Task::Read);
         let scores = scores.map(|readouts| output(build.scores(readouts, x, point.readouts.len())));
-        let checks = task == Task::Check || (task == Task::Patch && point.readouts.is_empty());
-        let check = checks.then(|| output(build.sum_rows(build.scale(x, 0.0))));
+        let mut x = x;
         if let Some(mask) = mask {
-            let mut x = x;
             for (index, (patch, constants)) in point.patches.iter().zip(&constants.patches).enumerate() {
                 let mask = build.view(mask, [1, n_rows], index * n_rows);
                 x = build.patch(&patch.op, constants, x, mask);
             }
             expand(x);
         }
+        let check = (task != Task::Read).then(|| output(build.sum_rows(build.scale(x, 0.0))));
         build.all_supported(graph, backend)?;
         Ok(Self { graph, scores, check, mask, _context: context, _buffer: buffer })
     }

@@ -9,30 +9,14 @@ use pilotfish::hook::{DeviceTable, ExecutorKind, HookFault};
 use pilotfish::program::{Calibration, GateDecision, RowFault};
 use std::ffi::{CStr, c_void};
 
-const GPU: bool = cfg!(any(feature = "cuda", feature = "metal", feature = "vulkan"));
+on_every_model!(placed: a_patch_on_a_device_is_as_exact_as_its_operation, what_does_not_act_changes_no_bit);
 
 /// How far what a matrix product gives on a GPU may be from what it should be: it may round its inputs to ten bits there. So do llama.cpp's own,
 /// which make more of any difference before them, and the guard's of a `switch`.
 const TOLERANCE_OF_PRODUCTS: f64 = if GPU { 2e-3 } else { TOLERANCE };
 
-/// A tiny model on the GPU, if there is one.
-fn placed(architecture: Architecture) -> Tiny {
-    let shape = TinyModel::new(architecture);
-    let weights = shape.weights();
-    placed_with(shape, &weights)
-}
-
-fn placed_with(shape: TinyModel, weights: &Weights) -> Tiny {
-    let gpu_layers = if GPU { 99 } else { 0 };
-    Tiny::load(shape, weights, ModelOptions { gpu_layers, ..Default::default() })
-}
-
-fn all_placed() -> impl Iterator<Item = Tiny> {
-    Architecture::WITH_RESIDUAL.into_iter().map(placed)
-}
-
 /// `guard` on the device where the model is.
-fn guarded_there<'t>(tiny: &'t Tiny, guard: &Guard) -> GuardedContext<'t> {
+fn guarded_there<'t>(tiny: &'t Subject, guard: &Guard) -> GuardedContext<'t> {
     let mut context = tiny.guarded(guard, params());
     there(&mut context);
     context
@@ -44,7 +28,7 @@ fn there(context: &mut GuardedContext) {
     context.set_executor(ExecutorKind::Device);
 }
 
-fn copied<'t>(tiny: &'t Tiny, guard: &Guard) -> GuardedContext<'t> {
+fn copied<'t>(tiny: &'t Subject, guard: &Guard) -> GuardedContext<'t> {
     let mut context = tiny.guarded(guard, params());
     context.set_executor(ExecutorKind::Copy);
     context
@@ -73,7 +57,7 @@ fn same_decisions(what: &str, found: &[Option<GateDecision>], expected: &[Option
 type Seen = (Vec<Vec<Vec<f32>>>, Vec<Vec<f32>>, Vec<Option<GateDecision>>);
 
 /// By the device and by copy.
-fn see_both(tiny: &Tiny, guard: &Guard) -> [Seen; 2] {
+fn see_both(tiny: &Subject, guard: &Guard) -> [Seen; 2] {
     [(guarded_there(tiny, guard), ExecutorKind::Device), (copied(tiny, guard), ExecutorKind::Copy)].map(
         |(mut context, kind)| {
             let (residuals, logits) = tiny.script().run_captured(tiny, &mut context);
@@ -105,7 +89,7 @@ fn gated(policy: Policy<'_>) -> Guard {
 
 #[test]
 fn every_patch_on_a_device_agrees_with_the_same_by_copy() {
-    for tiny in all_placed() {
+    for tiny in Tiny::all_placed() {
         for case in CASES {
             let what = format!("{}, {}", tiny.name(), case.what);
             let [device, copy] = see_both(&tiny, &gated((case.policy)(tiny.policy())));
@@ -119,44 +103,38 @@ fn every_patch_on_a_device_agrees_with_the_same_by_copy() {
 }
 
 /// At the first hook point both start from the same residual.
-#[test]
-fn a_patch_on_a_device_is_as_exact_as_its_operation() {
-    for tiny in all_placed() {
-        let turned = |angle: f64| tiny.policy().vector("v", 1).intervene(rotate("v", angle));
-        let fused = || {
-            let policy = tiny.policy().vector("a", 1).vector("b", 1).vector("c", 1);
-            policy.intervene(ablate("a", 2.0)).intervene(add("b")).intervene(clamp("c", -0.5, 0.5))
-        };
-        let own = [("to v", turned(180.0), 1), ("to -v", turned(-180.0), 1), ("fused", fused(), 1)];
-        let cases = CASES.iter().map(|case| (case.what, (case.policy)(tiny.policy()), case.first_point));
-        for (what, policy, point) in own.into_iter().chain(cases) {
-            let tolerance = if what.contains("switch") { TOLERANCE_OF_PRODUCTS } else { TOLERANCE / 10.0 };
-            let [device, copy] = see_both(&tiny, &policy.guard());
-            let what = format!("{}, {what}", tiny.name());
-            close(&what, &device.0[point as usize], &copy.0[point as usize], tolerance);
-        }
+fn a_patch_on_a_device_is_as_exact_as_its_operation(subject: &Subject) {
+    let turned = |angle: f64| subject.policy().vector("v", 1).intervene(rotate("v", angle));
+    let fused = || {
+        let policy = subject.policy().vector("a", 1).vector("b", 1).vector("c", 1);
+        policy.intervene(ablate("a", 2.0)).intervene(add("b")).intervene(clamp("c", -0.5, 0.5))
+    };
+    let own = [("to v", turned(180.0), 1), ("to -v", turned(-180.0), 1), ("fused", fused(), 1)];
+    let cases = CASES.iter().map(|case| (case.what, (case.policy)(subject.policy()), case.first_point));
+    for (what, policy, point) in own.into_iter().chain(cases) {
+        let tolerance = if what.contains("switch") { TOLERANCE_OF_PRODUCTS } else { TOLERANCE / 10.0 };
+        let [device, copy] = see_both(subject, &policy.guard());
+        let what = format!("{}, {what}", subject.name());
+        close(&what, &device.0[point as usize], &copy.0[point as usize], tolerance);
     }
 }
 
-#[test]
-fn what_does_not_act_changes_no_bit() {
-    for tiny in all_placed() {
-        let script = tiny.script();
-        let policy = tiny.policy().vector("g", 0).vector("v", 1).vector("w", 1);
-        let when = |entry| InterventionEntry { when: Some("g".into()), ..entry };
-        let policy = policy.gate(gate("g", Aggregate::Mean, NEVER, OnFire::Steer));
-        let guard = policy.intervene(when(add("v"))).intervene(when(rotate("w", 30.0))).guard();
-        // By copy, and not without a hook: what llama.cpp computes in one go rounds differently.
-        let [device, copy] = [guarded_there(&tiny, &guard), copied(&tiny, &guard)]
-            .map(|mut context| bits(&script.run(&mut context).unwrap()));
-        assert!(device == copy, "{}", tiny.name());
-    }
+fn what_does_not_act_changes_no_bit(subject: &Subject) {
+    let script = subject.script();
+    let policy = subject.policy().vector("g", 0).vector("v", 1).vector("w", 1);
+    let when = |entry| InterventionEntry { when: Some("g".into()), ..entry };
+    let policy = policy.gate(gate("g", Aggregate::Mean, NEVER, OnFire::Steer));
+    let guard = policy.intervene(when(add("v"))).intervene(when(rotate("w", 30.0))).guard();
+    // By copy, and not without a hook: what llama.cpp computes in one go rounds differently.
+    let [device, copy] = [guarded_there(subject, &guard), copied(subject, &guard)]
+        .map(|mut context| bits(&script.run(&mut context).unwrap()));
+    assert!(device == copy, "{}", subject.name());
 }
 
 /// Prompts of many lengths, so that graphs come and go and their memory moves.
 #[test]
 fn batches_of_every_size_agree() {
-    for tiny in all_placed() {
+    for tiny in Tiny::all_placed() {
         let guard = gated(tiny.policy().vector("v", 1).vector("w", 2).intervene(ablate("v", 1.0)).intervene(add("w")));
         let prompt: Vec<_> = tiny.script().tokens().into_iter().cycle().take(90).collect();
         let mut contexts = [guarded_there(&tiny, &guard), copied(&tiny, &guard)];
@@ -174,7 +152,7 @@ fn batches_of_every_size_agree() {
     }
 }
 
-fn compiled(tiny: &Tiny, guard: &Guard) -> Arc<Program> {
+fn compiled(tiny: &Subject, guard: &Guard) -> Arc<Program> {
     Arc::new(Program::compile(guard, tiny.model.shape(), Calibration::Required).unwrap())
 }
 
@@ -202,7 +180,7 @@ fn run_both(context: &mut GuardedContext, programs: [&Arc<Program>; 2], scripts:
 
 #[test]
 fn sequences_of_one_batch_have_programs_of_their_own() {
-    for tiny in all_placed() {
+    for tiny in Tiny::all_placed() {
         let first = compiled(&tiny, &gated(tiny.policy().vector("v", 1).intervene(ablate("v", 4.0))));
         let policy = tiny.policy().map("m", 2, MappingKind::Affine).vector("w", 1);
         let second = compiled(&tiny, &policy.intervene(rotate("w", 40.0)).intervene(switch("m")).guard());
@@ -269,7 +247,7 @@ fn a_row_that_is_not_finite_ends_its_sequence_alone() {
         let sound = Tiny::new(architecture);
         let (poisoned, other) = (sound.tokens(" shark")[1], sound.tokens(" sea")[1]);
         let weights = poisoned_by(&shape, poisoned);
-        let tiny = placed_with(shape, &weights);
+        let tiny = Tiny::placed(shape, &weights);
         let start = tiny.tokens("")[0];
         let never = |layer| tiny.policy().vector("g", layer).gate(gate("g", Aggregate::Last, NEVER, OnFire::Block));
         let gated_add = InterventionEntry { when: Some("g".into()), ..add("v") };
@@ -332,7 +310,7 @@ fn functions_that_are_looked_up_do_the_same() {
         (Some(look_up(c"")), ExecutorKind::Device),
         (Some(look_up(c"ggml_backend_supports_op")), ExecutorKind::Copy),
     ];
-    for tiny in all_placed() {
+    for tiny in Tiny::all_placed() {
         let script = tiny.script();
         let policy = tiny.policy().vector("v", 1).vector("w", 2).intervene(ablate("v", 1.0));
         let program = compiled(&tiny, &gated(policy.intervene(rotate("w", 20.0))));

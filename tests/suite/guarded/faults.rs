@@ -20,9 +20,15 @@ impl Executor for Failing {
 
 const LAYER: u32 = 1;
 
+on_every_model!(
+    an_executor_that_fails_blocks_that_decode_and_no_other,
+    an_executor_that_fails_leaves_the_model_unguarded_where_the_guard_says_pass,
+    what_llama_cpp_refuses_is_no_fault_of_the_guard,
+);
+
 /// Ways to fail, and what is latched of each.
-fn failures() -> [(fn() -> RowFault, HookFault); 2] {
-    let layer = LayerIndex(LAYER);
+fn failures(subject: &Subject) -> [(fn() -> RowFault, HookFault); 2] {
+    let layer = subject.layer(LAYER);
     let width = RowFault::Width { expected: 1, found: 2 };
     [
         (|| RowFault::Width { expected: 1, found: 2 }, HookFault::Row { layer, source: width }),
@@ -30,46 +36,40 @@ fn failures() -> [(fn() -> RowFault, HookFault); 2] {
     ]
 }
 
-fn adds(tiny: &Tiny, on_error: OnError) -> Guard {
-    tiny.policy().vector("v", LAYER).intervene(add("v")).on_error(on_error).guard()
+fn adds(subject: &Subject, on_error: OnError) -> Guard {
+    subject.policy().vector("v", LAYER).intervene(add("v")).on_error(on_error).guard()
 }
 
-#[test]
-fn an_executor_that_fails_blocks_that_decode_and_no_other() {
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let guard = adds(&tiny, OnError::Block);
-        let good = script.run(&mut tiny.guarded(&guard, params())).unwrap();
-        for (fail, expected) in failures() {
-            let mut context = tiny.guarded(&guard, params());
-            context.set_custom_executor(Box::new(Failing(fail)));
-            let outcome = prefill(&mut context, ONLY, &script.prompt);
-            let Err(ContextError::Fault { guard, fault }) = outcome else { panic!("{}: {outcome:?}", tiny.name()) };
-            assert_eq!((guard.as_str(), &fault), ("tested", &expected), "{}", tiny.name());
+fn an_executor_that_fails_blocks_that_decode_and_no_other(subject: &Subject) {
+    let script = subject.script();
+    let guard = adds(subject, OnError::Block);
+    let good = script.run(&mut subject.guarded(&guard, params())).unwrap();
+    for (fail, expected) in failures(subject) {
+        let mut context = subject.guarded(&guard, params());
+        context.set_custom_executor(Box::new(Failing(fail)));
+        let outcome = prefill(&mut context, ONLY, &script.prompt);
+        let Err(ContextError::Fault { guard, fault }) = outcome else { panic!("{}: {outcome:?}", subject.name()) };
+        assert_eq!((guard.as_str(), &fault), ("tested", &expected), "{}", subject.name());
 
-            context.set_executor(ExecutorKind::Host);
-            context.clear();
-            assert!(bits(&script.run(&mut context).unwrap()) == bits(&good), "{}: after {fault}", tiny.name());
-        }
+        context.set_executor(ExecutorKind::Host);
+        context.clear();
+        assert!(bits(&script.run(&mut context).unwrap()) == bits(&good), "{}: after {fault}", subject.name());
     }
 }
 
-#[test]
-fn an_executor_that_fails_leaves_the_model_unguarded_where_the_guard_says_pass() {
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let guard = adds(&tiny, OnError::Pass);
-        let plain = script.run_plain(&mut tiny.plain(params()));
-        for (fail, expected) in failures() {
-            let mut context = tiny.guarded(&guard, params());
-            context.set_custom_executor(Box::new(Failing(fail)));
-            let passed = script.run(&mut context).unwrap();
-            assert!(bits(&passed) == bits(&plain), "{}: {expected}", tiny.name());
-            // The guard is on again with the next decode.
-            context.set_executor(ExecutorKind::Host);
-            context.clear();
-            assert!(bits(&script.run(&mut context).unwrap()) != bits(&plain), "{}: after {expected}", tiny.name());
-        }
+fn an_executor_that_fails_leaves_the_model_unguarded_where_the_guard_says_pass(subject: &Subject) {
+    let script = subject.script();
+    let guard = adds(subject, OnError::Pass);
+    let plain = script.run_plain(&mut subject.plain(params()));
+    for (fail, expected) in failures(subject) {
+        let mut context = subject.guarded(&guard, params());
+        context.set_custom_executor(Box::new(Failing(fail)));
+        let passed = script.run(&mut context).unwrap();
+        assert!(bits(&passed) == bits(&plain), "{}: {expected}", subject.name());
+        // The guard is on again with the next decode.
+        context.set_executor(ExecutorKind::Host);
+        context.clear();
+        assert!(bits(&script.run(&mut context).unwrap()) != bits(&plain), "{}: after {expected}", subject.name());
     }
 }
 
@@ -145,11 +145,9 @@ fn a_model_without_the_residual_is_refused_by_name_of_the_layer() {
     missing(error);
 }
 
-#[test]
-fn what_llama_cpp_refuses_is_no_fault_of_the_guard() {
-    let tiny = Tiny::new(Architecture::Llama);
-    let mut context = tiny.guarded(&adds(&tiny, OnError::Block), params());
-    let token = tiny.script().answer[0];
+fn what_llama_cpp_refuses_is_no_fault_of_the_guard(subject: &Subject) {
+    let mut context = subject.guarded(&adds(subject, OnError::Block), params());
+    let token = subject.script().answer[0];
     step(&mut context, ONLY, 0, token).unwrap();
     // The same position again.
     let outcome = step(&mut context, ONLY, 0, token);

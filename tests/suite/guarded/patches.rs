@@ -1,5 +1,6 @@
 //! Interventions against the reference, and executors against each other.
 
+use super::expected::Expected;
 use super::*;
 use pilotfish::hook::ExecutorKind;
 
@@ -152,36 +153,45 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
+on_every_model!(
+    a_patched_run_agrees_with_the_reference,
+    a_guard_of_strength_0_changes_no_bit_of_the_logits,
+    an_intervention_can_be_switched_off_by_its_strength,
+    every_executor_gives_the_same_bits,
+);
+
 #[test]
 fn the_reference_is_what_llama_cpp_computes_unguarded() {
     for tiny in Tiny::all() {
         let script = tiny.script();
+        let expected = tiny.expected(&[], &script, |_, _, _| Vec::new());
+        assert_eq!(expected.residuals.len(), LAYERS as usize);
         let found = script.run_captured(&tiny, &mut tiny.observed());
-        assert_agrees(&format!("{} unguarded", tiny.name()), &found, &tiny.unguarded_reference(&script));
+        expected.assert_is(&format!("{} unguarded", tiny.name()), &found);
     }
 }
 
-#[test]
-fn a_patched_run_agrees_with_the_reference_at_every_layer() {
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let unguarded = tiny.unguarded_reference(&script);
-        for case in CASES {
-            let what = format!("{}, {}", tiny.name(), case.what);
-            let guard = (case.policy)(tiny.policy()).guard();
-            let expected = tiny.reference(&guard, &script, |_, _| Vec::new());
-            assert_changes(&what, case, &script, &unguarded, &expected);
-            let found = script.run_captured(&tiny, &mut tiny.guarded(&guard, params()));
-            assert_agrees(&what, &found, &expected);
-        }
+fn a_patched_run_agrees_with_the_reference(subject: &Subject) {
+    let script = subject.script();
+    let unguarded = subject.unguarded(&script);
+    for case in CASES {
+        let what = format!("{}, {}", subject.name(), case.what);
+        let guard = (case.policy)(subject.policy()).guard();
+        let expected = subject.expected(&[&guard], &script, |_, _, _| Vec::new());
+        assert_changes(&what, case, &script, &unguarded, &expected);
+        let found = script.run_captured(subject, &mut subject.guarded(&guard, params()));
+        expected.assert_is(&what, &found);
+        // What is patched goes on to the logits.
+        let last = distance(found.1.last().unwrap(), unguarded.logits.last().unwrap());
+        assert_eq!(last > 100.0 * TOLERANCE, (case.changes)(RowKind::PromptEnd, 1), "{what}: logits: {last:.1e}");
     }
 }
 
 /// The case changes the rows that it says it does, and no other, so that agreement means something.
-fn assert_changes(what: &str, case: &Case, script: &Script, unguarded: &Trace, guarded: &Trace) {
-    let point = case.first_point as usize;
+fn assert_changes(what: &str, case: &Case, script: &Script, unguarded: &Trace, guarded: &Expected) {
+    let (before, after) = (&unguarded.residuals[case.first_point as usize], &guarded.residuals[&case.first_point]);
     let mut largest = 0.0f64;
-    for (position, (before, after)) in unguarded.residuals[point].iter().zip(&guarded.residuals[point]).enumerate() {
+    for (position, (before, after)) in before.iter().zip(after).enumerate() {
         assert_eq!(before != after, (case.changes)(script.kind(position), position), "{what}: position {position}");
         let after: Vec<f32> = after.iter().map(|x| *x as f32).collect();
         largest = largest.max(distance(&after, before));
@@ -189,85 +199,60 @@ fn assert_changes(what: &str, case: &Case, script: &Script, unguarded: &Trace, g
     assert!(largest > 1000.0 * TOLERANCE, "{what}: residuals change by {largest:.1e} of their norm");
 }
 
-fn assert_agrees(what: &str, (residuals, logits): &(Vec<Vec<Vec<f32>>>, Vec<Vec<f32>>), expected: &Trace) {
-    assert_eq!(residuals.len(), expected.residuals.len());
-    for (layer, (found, expected)) in residuals.iter().zip(&expected.residuals).enumerate() {
-        assert_rows_agree(&format!("{what}: layer {layer}"), found, expected);
-    }
-    assert_rows_agree(&format!("{what}: logits"), logits, &expected.logits);
-}
-
-fn assert_rows_agree(what: &str, found: &[Vec<f32>], expected: &[Vec<f64>]) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    for (position, (found, expected)) in found.iter().zip(expected).enumerate() {
-        let distance = distance(found, expected);
-        assert!(distance <= TOLERANCE, "{what}, position {position}: off by {distance:.1e} of the norm");
-    }
-}
-
 /// Also: a guard that only reads.
-#[test]
-fn a_guard_of_strength_0_changes_no_bit_of_the_logits() {
+fn a_guard_of_strength_0_changes_no_bit_of_the_logits(subject: &Subject) {
     let off = |entry: InterventionEntry| InterventionEntry { strength: 0.0, first_position: true, ..entry };
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let vectors = || tiny.policy().vector("v", 1).vector("w", 2).vector("g", 0).vector("last", tiny.last_layer());
-        let idle =
-            || vectors().intervene(off(add("v"))).intervene(off(ablate("w", 5.0))).intervene(off(clamp("g", 5.0, 6.0)));
-        let plain = script.run_plain(&mut tiny.plain(params()));
-        let fires = || gate("g", Aggregate::Max, -NEVER, OnFire::Steer);
-        let reads = || gate("last", Aggregate::Last, NEVER, OnFire::Block);
-        let when_fired = || InterventionEntry { when: Some("g".into()), name: Some("gated".into()), ..off(add("v")) };
-        let policies = [
-            ("strength 0", idle(), 0),
-            ("a gate alone", vectors().gate(fires()).gate(reads()), 2),
-            ("strength 0 behind a gate that fires", idle().gate(fires()).intervene(when_fired()), 1),
-        ];
-        for (what, policy, n_points) in policies {
-            let what = format!("{}, {what}", tiny.name());
-            let mut context = tiny.guarded(&policy.guard(), params());
-            // Adding nothing would mostly leave the bits alone too; an intervention that is off is not even a hook point.
-            assert_eq!(context.program().points().len(), n_points, "{what}");
-            assert!(context.program().points().iter().all(|point| point.patches.is_empty()), "{what}");
-            let guarded = script.run(&mut context).unwrap();
-            assert!(bits(&guarded) == bits(&plain), "{what}");
-        }
-        let on = vectors().intervene(add("v")).guard();
-        assert!(bits(&script.run(&mut tiny.guarded(&on, params())).unwrap()) != bits(&plain), "{}", tiny.name());
+    let script = subject.script();
+    let vectors = || subject.policy().vector("v", 1).vector("w", 2).vector("g", 0).vector("last", subject.last_layer());
+    let idle =
+        || vectors().intervene(off(add("v"))).intervene(off(ablate("w", 5.0))).intervene(off(clamp("g", 5.0, 6.0)));
+    let plain = script.run_plain(&mut subject.plain(params()));
+    let fires = || gate("g", Aggregate::Max, -NEVER, OnFire::Steer);
+    let reads = || gate("last", Aggregate::Last, NEVER, OnFire::Block);
+    let when_fired = || InterventionEntry { when: Some("g".into()), name: Some("gated".into()), ..off(add("v")) };
+    let policies = [
+        ("strength 0", idle(), 0),
+        ("a gate alone", vectors().gate(fires()).gate(reads()), 2),
+        ("strength 0 behind a gate that fires", idle().gate(fires()).intervene(when_fired()), 1),
+    ];
+    for (what, policy, n_points) in policies {
+        let what = format!("{}, {what}", subject.name());
+        let mut context = subject.guarded(&policy.guard(), params());
+        // Adding nothing would mostly leave the bits alone too; an intervention that is off is not even a hook point.
+        assert_eq!(context.program().points().len(), n_points, "{what}");
+        assert!(context.program().points().iter().all(|point| point.patches.is_empty()), "{what}");
+        let guarded = script.run(&mut context).unwrap();
+        assert!(bits(&guarded) == bits(&plain), "{what}");
     }
+    let on = vectors().intervene(add("v")).guard();
+    assert!(bits(&script.run(&mut subject.guarded(&on, params())).unwrap()) != bits(&plain), "{}", subject.name());
 }
 
-#[test]
-fn an_intervention_can_be_switched_off_by_its_strength() {
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let on = tiny.policy().vector("v", 1).intervene(add("v")).guard();
-        let off = on.with_strength("v", 0.0).unwrap();
-        let plain = script.run_plain(&mut tiny.plain(params()));
-        assert!(bits(&script.run(&mut tiny.guarded(&off, params())).unwrap()) == bits(&plain), "{}", tiny.name());
-    }
+fn an_intervention_can_be_switched_off_by_its_strength(subject: &Subject) {
+    let script = subject.script();
+    let on = subject.policy().vector("v", 1).intervene(add("v")).guard();
+    let off = on.with_strength("v", 0.0).unwrap();
+    let plain = script.run_plain(&mut subject.plain(params()));
+    assert!(bits(&script.run(&mut subject.guarded(&off, params())).unwrap()) == bits(&plain), "{}", subject.name());
 }
 
-#[test]
-fn every_executor_gives_the_same_bits() {
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        for case in CASES {
-            let what = format!("{}, {}", tiny.name(), case.what);
-            let policy = (case.policy)(tiny.policy()).vector("g", 1);
-            let guard = policy.gate(gate("g", Aggregate::Mean, NEVER, OnFire::Steer)).guard();
-            let run = |kind: ExecutorKind| {
-                let mut context = tiny.guarded(&guard, params());
-                context.set_executor(kind);
-                let (residuals, logits) = script.run_captured(&tiny, &mut context);
-                // A host executor that had to copy says so.
-                assert_eq!(context.executor(), kind, "{what}");
-                (residuals.concat(), logits, context.gate_decisions(ONLY))
-            };
-            let (host, copy) = (run(ExecutorKind::Host), run(ExecutorKind::Copy));
-            assert!(bits(&host.0) == bits(&copy.0), "{what}: residuals");
-            assert!(bits(&host.1) == bits(&copy.1), "{what}: logits");
-            assert_eq!(host.2, copy.2, "{what}: gates");
-        }
+fn every_executor_gives_the_same_bits(subject: &Subject) {
+    let script = subject.script();
+    for case in CASES {
+        let what = format!("{}, {}", subject.name(), case.what);
+        let policy = (case.policy)(subject.policy()).vector("g", 1);
+        let guard = policy.gate(gate("g", Aggregate::Mean, NEVER, OnFire::Steer)).guard();
+        let run = |kind: ExecutorKind| {
+            let mut context = subject.guarded(&guard, params());
+            context.set_executor(kind);
+            let (residuals, logits) = script.run_captured(subject, &mut context);
+            // A host executor that had to copy says so.
+            assert_eq!(context.executor(), kind, "{what}");
+            (residuals.concat(), logits, context.gate_decisions(ONLY))
+        };
+        let (host, copy) = (run(ExecutorKind::Host), run(ExecutorKind::Copy));
+        assert!(bits(&host.0) == bits(&copy.0), "{what}: residuals");
+        assert!(bits(&host.1) == bits(&copy.1), "{what}: logits");
+        assert_eq!(host.2, copy.2, "{what}: gates");
     }
 }

@@ -6,23 +6,23 @@ use pilotfish::engine::scheduler::{End, Event, Request, RequestId, Scheduler, Sc
 use pilotfish::engine::{EngineError, Sampling};
 use rand::seq::SliceRandom;
 
-const OPTIONS: SchedulerOptions =
+pub(super) const OPTIONS: SchedulerOptions =
     SchedulerOptions { n_sequences: 3, n_ctx: 256, n_batch: 32, queue: 64, reuse_prefixes: true };
 
 /// What a caller has seen of a request.
 #[derive(Debug, Default)]
-struct Seen {
-    text: String,
-    summary: Option<Summary>,
+pub(super) struct Seen {
+    pub text: String,
+    pub summary: Option<Summary>,
 }
 
 impl Seen {
-    fn end(&self) -> &End {
+    pub fn end(&self) -> &End {
         &self.summary.as_ref().expect("it has ended").end
     }
 
     /// All of it that another run must repeat.
-    fn told(&self) -> (&str, usize, Vec<(&str, bool)>) {
+    pub fn told(&self) -> (&str, usize, Vec<(&str, bool)>) {
         let summary = self.summary.as_ref().unwrap();
         let gates = summary.gates.iter().map(|gate| (gate.gate.as_str(), gate.fired)).collect();
         (&self.text, summary.tokens, gates)
@@ -30,23 +30,23 @@ impl Seen {
 }
 
 /// A scheduler and what its callers have seen.
-struct Calls<'m> {
-    scheduler: Scheduler<'m>,
-    seen: BTreeMap<RequestId, Seen>,
+pub(super) struct Calls<'m> {
+    pub scheduler: Scheduler<'m>,
+    pub seen: BTreeMap<RequestId, Seen>,
 }
 
 impl<'m> Calls<'m> {
-    fn new(tiny: &'m Tiny, options: SchedulerOptions) -> Self {
+    pub fn new(tiny: &'m Subject, options: SchedulerOptions) -> Self {
         let observer = Arc::new(Program::observer(tiny.model.shape()));
         Self::under(tiny, &observer, options)
     }
 
-    fn under(tiny: &'m Tiny, program: &Arc<Program>, options: SchedulerOptions) -> Self {
+    pub fn under(tiny: &'m Subject, program: &Arc<Program>, options: SchedulerOptions) -> Self {
         let scheduler = Scheduler::new(&tiny.model, Arc::clone(program), options).unwrap();
         Self { scheduler, seen: BTreeMap::new() }
     }
 
-    fn step(&mut self) -> bool {
+    pub fn step(&mut self) -> bool {
         let seen = &mut self.seen;
         let on_event = |event| match event {
             Event::Text { request, text } => {
@@ -62,13 +62,13 @@ impl<'m> Calls<'m> {
         self.scheduler.step(on_event).unwrap()
     }
 
-    fn finish(&mut self) {
+    pub fn finish(&mut self) {
         while self.step() {}
         assert_eq!(self.scheduler.load(), (0, 0));
     }
 
     /// The whole answer to one request.
-    fn answer(&mut self, request: Request) -> Seen {
+    pub fn answer(&mut self, request: Request) -> Seen {
         let id = self.scheduler.submit(request).unwrap();
         self.finish();
         self.seen.remove(&id).unwrap()
@@ -241,12 +241,12 @@ fn sampling_is_by_its_seed_and_each_sequence_has_its_own() {
 }
 
 /// What a request has of another one's reading, and that its answer is as if it had read all itself.
-mod prefixes {
+pub(super) mod prefixes {
     use super::*;
     use pilotfish::guard::Positions;
 
     /// Turns of a conversation: what the user says, and what comes between that and the answer before it.
-    const TURNS: [&str; 3] = [
+    pub const TURNS: [&str; 3] = [
         "the shark eats things in the sea and the bird has a song",
         " and what eats the shark in the water of the sea",
         " so the pilot fish swims with the shark",
@@ -257,7 +257,7 @@ mod prefixes {
     }
 
     /// A conversation in which every prompt is all that was said before it and the next turn: the tokens of each prompt, and what came of it.
-    fn converse(calls: &mut Calls<'_>, tiny: &Tiny, program: &Arc<Program>) -> Vec<(Vec<LlamaToken>, Seen)> {
+    fn converse(calls: &mut Calls<'_>, tiny: &Subject, program: &Arc<Program>) -> Vec<(Vec<LlamaToken>, Seen)> {
         let mut said: Vec<LlamaToken> = Vec::new();
         let mut turns = Vec::new();
         for turn in TURNS {
@@ -272,25 +272,25 @@ mod prefixes {
         turns
     }
 
-    fn scores(seen: &Seen) -> Vec<f64> {
+    pub fn scores(seen: &Seen) -> Vec<f64> {
         seen.summary.as_ref().unwrap().gates.iter().map(|gate| gate.score.unwrap()).collect()
     }
 
     #[derive(Debug, Clone, Copy, PartialEq)]
-    enum Reuse {
+    pub enum Reuse {
         /// Prompt and answer, as far as they agree.
         All,
         /// The prompt but its last token.
         Prompt,
     }
 
-    type Case = (&'static str, fn(Policy<'_>) -> Policy<'_>, Reuse);
+    pub type Case = (&'static str, fn(Policy<'_>) -> Policy<'_>, Reuse);
 
     fn when(rule: &str, entry: InterventionEntry) -> InterventionEntry {
         InterventionEntry { when: Some(rule.into()), ..entry }
     }
 
-    const CASES: &[Case] = &[
+    pub const CASES: &[Case] = &[
         (
             "an addition of strength 0",
             |policy| policy.vector("v", 1).intervene(InterventionEntry { strength: 0.0, ..add("v") }),

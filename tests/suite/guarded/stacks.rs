@@ -3,7 +3,14 @@
 use super::*;
 use pilotfish::guard::Rule;
 use pilotfish::program::{Calibration, CompileError};
-use std::cell::RefCell;
+
+on_every_model!(
+    a_token_gate_opens_and_closes_as_the_reference_says,
+    a_token_gate_reads_the_positions_that_it_says,
+    a_token_gate_that_blocks_ends_the_sequence_in_the_middle_of_its_answer,
+    a_rule_acts_where_its_gates_say,
+    guards_of_a_stack_act_in_the_order_given,
+);
 
 /// The score of a row at the layer of `guard`'s gate number `gate`, by `f64`.
 fn score(guard: &Guard, gate: usize, row: &[f64]) -> f64 {
@@ -18,98 +25,85 @@ fn score(guard: &Guard, gate: usize, row: &[f64]) -> f64 {
 }
 
 /// Scores of every token of `script` but the first, at `layer`, with no guard.
-fn scores(tiny: &Tiny, guard: &Guard, script: &Script, layer: u32) -> Vec<f64> {
-    let trace = tiny.unguarded_reference(script);
+fn scores(subject: &Subject, guard: &Guard, script: &Script, layer: u32) -> Vec<f64> {
+    let trace = subject.unguarded(script);
     trace.residuals[layer as usize][1..].iter().map(|row| score(guard, 0, row)).collect()
 }
 
-#[test]
-fn a_token_gate_opens_and_closes_as_the_reference_says() {
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let policy = |threshold, release| {
-            let gated = InterventionEntry { when: Some("t".into()), ..add("push") };
-            let gate = token_gate("t", threshold, release);
-            tiny.policy().vector("t", 1).vector("push", 2).gate(gate).intervene(gated).guard()
-        };
-        let mut sorted = scores(&tiny, &policy(0.0, None), &script, 1);
-        sorted.sort_by(f64::total_cmp);
-        let between = |share: f64| {
-            let index = (sorted.len() as f64 * share) as usize;
-            (sorted[index - 1] + sorted[index]) / 2.0
-        };
-        let (threshold, release) = (between(0.7), between(0.3));
-        let mut runs = Vec::new();
-        for release in [None, Some(release)] {
-            let guard = policy(threshold, release);
-            // Positions at which the gate is open, as rows of layer 1 pass in order.
-            let (open, was_open) = (RefCell::new(vec![false]), RefCell::new(false));
-            let expected = ReferenceModel::new(&tiny.shape).run(&script.tokens(), |layer, position, row| {
-                if layer == 1 && position > 0 {
-                    let mut was_open = was_open.borrow_mut();
-                    *was_open =
-                        score(&guard, 0, row) >= if *was_open { release.unwrap_or(threshold) } else { threshold };
-                    open.borrow_mut().push(*was_open);
-                }
-                let is_open = [open.borrow().get(position).copied().unwrap_or(false)];
-                let at = TokenPosition(position as i32);
-                reference::apply(&guard, LayerIndex(layer), at, script.kind(position), &is_open, row);
-            });
-            let open = open.into_inner();
-            let what = format!("{}, release {release:?}, open {open:?}", tiny.name());
-            assert!(open.contains(&true) && open[1..].contains(&false), "{what}");
-            let mut context = tiny.guarded(&guard, params());
-            let found = script.run(&mut context).unwrap();
-            for (position, (found, expected)) in found.iter().zip(&expected.logits).enumerate() {
-                let distance = distance(found, expected);
-                assert!(distance <= TOLERANCE, "{what}: position {position} is off by {distance:.1e} of the norm");
-            }
-            // What is told of it is the highest score, and that it was open.
-            let decision = context.gate_decisions(ONLY)[0].unwrap();
-            assert!(decision.fired && (decision.score.unwrap() - sorted[sorted.len() - 1]).abs() < 1e-3, "{what}");
-            runs.push(open);
+fn a_token_gate_opens_and_closes_as_the_reference_says(subject: &Subject) {
+    let script = subject.script();
+    let policy = |threshold, release| {
+        let gated = InterventionEntry { when: Some("t".into()), ..add("push") };
+        let gate = token_gate("t", threshold, release);
+        subject.policy().vector("t", 1).vector("push", 2).gate(gate).intervene(gated).guard()
+    };
+    let read = scores(subject, &policy(0.0, None), &script, 1);
+    let mut sorted = read.clone();
+    sorted.sort_by(f64::total_cmp);
+    let between = |share: f64| {
+        let index = (sorted.len() as f64 * share) as usize;
+        (sorted[index - 1] + sorted[index]) / 2.0
+    };
+    let (threshold, release) = (between(0.7), between(0.3));
+    let mut runs = Vec::new();
+    for release in [None, Some(release)] {
+        let guard = policy(threshold, release);
+        // Positions at which the gate is open.
+        let mut open = vec![false];
+        for score in &read {
+            let stays = open[open.len() - 1] && *score >= release.unwrap_or(threshold);
+            open.push(stays || *score >= threshold);
         }
-        assert_ne!(runs[0], runs[1], "{}: the release makes a difference", tiny.name());
+        let what = format!("{}, release {release:?}, open {open:?}", subject.name());
+        assert!(open.contains(&true) && open[1..].contains(&false), "{what}");
+        let mut context = subject.guarded(&guard, params());
+        let found = script.run_captured(subject, &mut context);
+        subject.expected(&[&guard], &script, |_, _, position| vec![open[position]]).assert_is(&what, &found);
+        // What is told of it is the highest score, and that it was open.
+        let decision = context.gate_decisions(ONLY)[0].unwrap();
+        assert!(decision.fired && (decision.score.unwrap() - sorted[sorted.len() - 1]).abs() < 1e-3, "{what}");
+        runs.push(open);
     }
+    assert_ne!(runs[0], runs[1], "{}: the release makes a difference", subject.name());
 }
 
-#[test]
-fn a_token_gate_reads_the_positions_that_it_says() {
-    let tiny = Tiny::new(Architecture::Llama);
-    let script = tiny.script();
+fn a_token_gate_reads_the_positions_that_it_says(subject: &Subject) {
+    let script = subject.script();
     for (positions, range) in [
         (Positions::All, 1..script.tokens().len()),
         (Positions::Prompt, 1..script.prompt.len()),
         (Positions::Generated, script.prompt.len() - 1..script.tokens().len()),
     ] {
         let entry = GateEntry { positions: Some(positions), ..token_gate("t", NEVER, None) };
-        let guard = tiny.policy().vector("t", 1).gate(entry).guard();
-        let mut context = tiny.guarded(&guard, params());
+        let guard = subject.policy().vector("t", 1).gate(entry).guard();
+        let mut context = subject.guarded(&guard, params());
         script.run(&mut context).unwrap();
-        let scores = scores(&tiny, &guard, &script, 1);
+        let scores = scores(subject, &guard, &script, 1);
         let highest = scores[range.start - 1..range.end - 1].iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let found = context.gate_decisions(ONLY)[0].unwrap();
         assert!((found.score.unwrap() - highest).abs() < 1e-3 && !found.fired, "{positions:?}: {found:?}, {highest}");
     }
 }
 
-#[test]
-fn a_token_gate_that_blocks_ends_the_sequence_in_the_middle_of_its_answer() {
-    let tiny = Tiny::new(Architecture::Llama);
-    let script = tiny.script();
-    let policy = |threshold| {
+fn a_token_gate_that_blocks_ends_the_sequence_in_the_middle_of_its_answer(subject: &Subject) {
+    let script = subject.script();
+    let policy = |vector, threshold| {
         let entry = GateEntry {
             positions: Some(Positions::Generated),
             on_fire: OnFire::Block,
-            ..token_gate("t", threshold, None)
+            ..token_gate(vector, threshold, None)
         };
-        tiny.policy().vector("t", 1).gate(entry).guard()
+        subject.policy().vector("t", 1).opposite("against", "t").gate(entry).guard()
     };
-    let answer = &scores(&tiny, &policy(NEVER), &script, 1)[script.prompt.len() - 2..];
-    // The first token whose score is above all before it.
-    let at = (1..answer.len()).find(|at| answer[..*at].iter().all(|score| *score < answer[*at])).unwrap();
-    let before = answer[..at].iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let mut context = tiny.guarded(&policy((before + answer[at]) / 2.0), params());
+    // The first token whose score is above all before it, along a direction or against it.
+    let rising = |vector| {
+        let answer = scores(subject, &policy(vector, NEVER), &script, 1).split_off(script.prompt.len() - 2);
+        let at = (1..answer.len()).find(|at| answer[..*at].iter().all(|score| *score < answer[*at]))?;
+        let before = answer[..at].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        Some((at, policy(vector, (before + answer[at]) / 2.0)))
+    };
+    let (at, guard) = rising("t").or_else(|| rising("against")).unwrap();
+    let mut context = subject.guarded(&guard, params());
     prefill(&mut context, ONLY, &script.prompt).unwrap();
     for (offset, token) in script.answer.iter().enumerate().take(at) {
         let outcome = step(&mut context, ONLY, script.prompt.len() + offset, *token);
@@ -120,10 +114,9 @@ fn a_token_gate_that_blocks_ends_the_sequence_in_the_middle_of_its_answer() {
     }
 }
 
-#[test]
-fn a_rule_acts_where_its_gates_say() {
-    let tiny = Tiny::new(Architecture::Llama);
-    let script = tiny.script();
+fn a_rule_acts_where_its_gates_say(subject: &Subject) {
+    let script = subject.script();
+    let plain = subject.unguarded(&script);
     for (rule, table) in [
         ("a and b", [false, false, false, true]),
         ("a or b", [false, true, true, true]),
@@ -134,7 +127,7 @@ fn a_rule_acts_where_its_gates_say() {
         for (index, acts) in table.into_iter().enumerate() {
             let fires = |bit: usize| if index & bit > 0 { -NEVER } else { NEVER };
             let gated = InterventionEntry { when: Some(rule.into()), ..add("push") };
-            let guard = tiny
+            let guard = subject
                 .policy()
                 .vector("a", 0)
                 .vector("b", 1)
@@ -143,17 +136,17 @@ fn a_rule_acts_where_its_gates_say() {
                 .gate(gate("b", Aggregate::Mean, fires(1), OnFire::Steer))
                 .intervene(gated)
                 .guard();
-            let found = script.run(&mut tiny.guarded(&guard, params())).unwrap();
+            let found = script.run_captured(subject, &mut subject.guarded(&guard, params()));
             // Until its gates have decided a rule does not act, whatever it is of them.
             let gates = vec![fires(2) < 0.0, fires(1) < 0.0];
-            let reference = tiny.reference(&guard, &script, |_, kind| match kind {
+            let open = |guard: &Guard, _, position| match script.kind(position) {
                 RowKind::Prompt => dormant(&guard.interventions()[0].when),
                 _ => gates.clone(),
-            });
-            let distance = distance(found.last().unwrap(), reference.logits.last().unwrap());
-            assert!(distance <= TOLERANCE, "`{rule}` of {gates:?}: off by {distance:.1e}");
-            let plain = tiny.unguarded_reference(&script);
-            assert_eq!(reference.logits.last() != plain.logits.last(), acts, "`{rule}` of {gates:?}");
+            };
+            let what = format!("{}: `{rule}` of {gates:?}", subject.name());
+            subject.expected(&[&guard], &script, open).assert_is(&what, &found);
+            let changed = distance(found.1.last().unwrap(), plain.logits.last().unwrap());
+            assert_eq!(changed > 100.0 * TOLERANCE, acts, "{what}: logits change by {changed:.1e}");
         }
     }
 }
@@ -168,34 +161,20 @@ fn dormant(rule: &Option<Rule>) -> Vec<bool> {
     all.into_iter().map(Vec::from).find(|gates| !acts(gates)).unwrap()
 }
 
-#[test]
-fn guards_of_a_stack_act_in_the_order_given() {
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let first = tiny.policy().named("first").vector("v", 1).vector("w", 2).intervene(add("v")).guard();
-        let entry = InterventionEntry { when: Some("g".into()), ..called("back", ablate("v", 3.0)) };
-        let second = tiny.policy().named("second").vector("v", 1).vector("g", 1);
-        let second = second.gate(gate("g", Aggregate::Mean, -NEVER, OnFire::Steer)).intervene(entry).guard();
-        for order in [[&first, &second], [&second, &first]] {
-            let guarded = guard_context(tiny.model.llama(), backend().unwrap(), params(), &order);
-            let mut context = guarded.unwrap();
-            let names: Vec<_> = context.program().gates().iter().map(|gate| gate.name.as_str()).collect();
-            assert_eq!(names, ["second/g"]);
-            assert_eq!(context.program().name(), format!("{} + {}", order[0].name(), order[1].name()));
-            let found = script.run(&mut context).unwrap();
-            let expected = ReferenceModel::new(&tiny.shape).run(&script.tokens(), |layer, position, row| {
-                let kind = script.kind(position);
-                let at = TokenPosition(position as i32);
-                for guard in order {
-                    let open = [kind != RowKind::Prompt];
-                    reference::apply(guard, LayerIndex(layer), at, kind, &open[..guard.gates().len()], row);
-                }
-            });
-            for (position, (found, expected)) in found.iter().zip(&expected.logits).enumerate() {
-                let distance = distance(found, expected);
-                assert!(distance <= TOLERANCE, "{}, position {position}: off by {distance:.1e}", tiny.name());
-            }
-        }
+fn guards_of_a_stack_act_in_the_order_given(subject: &Subject) {
+    let script = subject.script();
+    let first = subject.policy().named("first").vector("v", 1).vector("w", 2).intervene(add("v")).guard();
+    let entry = InterventionEntry { when: Some("g".into()), ..called("back", ablate("v", 3.0)) };
+    let second = subject.policy().named("second").vector("v", 1).vector("g", 1);
+    let second = second.gate(gate("g", Aggregate::Mean, -NEVER, OnFire::Steer)).intervene(entry).guard();
+    for order in [[&first, &second], [&second, &first]] {
+        let mut context = subject.stacked(&order, params());
+        let names: Vec<_> = context.program().gates().iter().map(|gate| gate.name.as_str()).collect();
+        assert_eq!(names, ["second/g"]);
+        assert_eq!(context.program().name(), format!("{} + {}", order[0].name(), order[1].name()));
+        let found = script.run_captured(subject, &mut context);
+        let open = |guard: &Guard, _, position| vec![script.kind(position) != RowKind::Prompt; guard.gates().len()];
+        subject.expected(&order, &script, open).assert_is(subject.name(), &found);
     }
 }
 

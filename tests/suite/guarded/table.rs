@@ -8,6 +8,12 @@ use pilotfish::hook::{
 };
 use pilotfish::program::{Calibration, GateDecision};
 
+on_every_model!(
+    a_table_that_is_looked_up_does_what_the_linked_one_does,
+    a_program_is_swapped_between_decodes,
+    gates_count_as_fired_where_rows_cannot_be_told,
+);
+
 /// A context with a hook that the app keeps.
 pub(super) struct Hooked<'m> {
     // Dropped first: llama.cpp may call the hook until its context is freed.
@@ -26,12 +32,12 @@ impl Drop for OwnedHook {
 }
 
 impl<'m> Hooked<'m> {
-    pub fn new(tiny: &'m Tiny, table: GgmlTable, program: Arc<Program>, params: LlamaContextParams) -> Self {
+    pub fn new(subject: &'m Subject, table: GgmlTable, program: Arc<Program>, params: LlamaContextParams) -> Self {
         let hook = OwnedHook(Box::into_raw(Box::new(Hook::new(table, program))));
         // SAFETY: the hook is freed after the context, and nothing uses it during a decode.
         let params = unsafe { params.with_eval_hook(hook.0) };
         let n_streams = params.n_streams();
-        let context = tiny.plain(params);
+        let context = subject.plain(params);
         let splitting = Splitting { n_streams, n_ubatch: context.n_ubatch() as usize };
         Self { context, hook, splitting }
     }
@@ -73,8 +79,8 @@ impl<'m> Hooked<'m> {
     }
 }
 
-fn compiled(tiny: &Tiny, guard: &Guard) -> Arc<Program> {
-    Arc::new(Program::compile(guard, tiny.model.shape(), Calibration::Required).unwrap())
+fn compiled(subject: &Subject, guard: &Guard) -> Arc<Program> {
+    Arc::new(Program::compile(guard, subject.model.shape(), Calibration::Required).unwrap())
 }
 
 fn decisions(hook: &Hook) -> Vec<Option<GateDecision>> {
@@ -85,47 +91,41 @@ fn captured(rows: Vec<CapturedRow>) -> Vec<Vec<f32>> {
     rows.into_iter().map(|row| row.values).collect()
 }
 
-#[test]
-fn a_table_that_is_looked_up_does_what_the_linked_one_does() {
+fn a_table_that_is_looked_up_does_what_the_linked_one_does(subject: &Subject) {
     // SAFETY: `linked_symbol` gives the functions of those names of the llama.cpp that runs the model, which is never unloaded.
     let looked_up = unsafe { GgmlTable::lookup(linked_symbol) }.unwrap();
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let last = tiny.last_layer();
-        let steers = |vector: &str| gate(vector, Aggregate::Last, -NEVER, OnFire::Steer);
-        let gated = |vector: &str, gate: &str| InterventionEntry {
-            when: Some(gate.into()),
-            positions: Positions::Generated,
-            ..add(vector)
-        };
-        let everywhere = tiny.policy().vector("g", 0).vector("v", 1).vector("w", last);
-        let at_the_end = tiny.policy().vector("g", last).vector("w", last);
-        let guards = [
-            (
-                "several layers",
-                everywhere.gate(steers("g")).intervene(ablate("v", 4.0)).intervene(gated("w", "g")).guard(),
-            ),
-            ("the last layer alone", at_the_end.gate(steers("g")).intervene(gated("w", "g")).guard()),
-        ];
-        let plain = script.run_plain(&mut tiny.plain(params()));
-        for (what, guard) in guards {
-            for n_ubatch in [128, 4] {
-                let what = format!("{}, {what}, micro-batches of {n_ubatch}", tiny.name());
-                let run = |table| {
-                    let params = params().with_n_ubatch(n_ubatch);
-                    let mut hooked = Hooked::new(&tiny, table, compiled(&tiny, &guard), params);
-                    hooked.hook().set_capture(Some(Capture::new([LayerIndex(last)])));
-                    let logits = hooked.run(&script);
-                    let rows = captured(hooked.hook().take_captured());
-                    (logits, rows, decisions(hooked.hook()), hooked.hook().executor_kind())
-                };
-                let (linked, looked_up) = (run(GgmlTable::linked()), run(looked_up));
-                assert_eq!((linked.3, looked_up.3), (ExecutorKind::Host, ExecutorKind::Copy), "{what}");
-                assert_eq!(linked.2, looked_up.2, "{what}: gates");
-                assert!(bits(&linked.1) == bits(&looked_up.1), "{what}: residuals");
-                assert!(bits(&linked.0) == bits(&looked_up.0), "{what}: logits");
-                assert!(looked_up.0.last() != plain.last(), "{what}: nothing was patched");
-            }
+    let script = subject.script();
+    let last = subject.last_layer();
+    let steers = |vector: &str| gate(vector, Aggregate::Last, -NEVER, OnFire::Steer);
+    let gated = |vector: &str, gate: &str| InterventionEntry {
+        when: Some(gate.into()),
+        positions: Positions::Generated,
+        ..add(vector)
+    };
+    let everywhere = subject.policy().vector("g", 0).vector("v", 1).vector("w", last);
+    let at_the_end = subject.policy().vector("g", last).vector("w", last);
+    let guards = [
+        ("several layers", everywhere.gate(steers("g")).intervene(ablate("v", 4.0)).intervene(gated("w", "g")).guard()),
+        ("the last layer alone", at_the_end.gate(steers("g")).intervene(gated("w", "g")).guard()),
+    ];
+    let plain = script.run_plain(&mut subject.plain(params()));
+    for (what, guard) in guards {
+        for n_ubatch in [128, 4] {
+            let what = format!("{}, {what}, micro-batches of {n_ubatch}", subject.name());
+            let run = |table| {
+                let params = params().with_n_ubatch(n_ubatch);
+                let mut hooked = Hooked::new(subject, table, compiled(subject, &guard), params);
+                hooked.hook().set_capture(Some(Capture::new([subject.layer(last)])));
+                let logits = hooked.run(&script);
+                let rows = captured(hooked.hook().take_captured());
+                (logits, rows, decisions(hooked.hook()), hooked.hook().executor_kind())
+            };
+            let (linked, looked_up) = (run(GgmlTable::linked()), run(looked_up));
+            assert_eq!((linked.3, looked_up.3), (ExecutorKind::Host, ExecutorKind::Copy), "{what}");
+            assert_eq!(linked.2, looked_up.2, "{what}: gates");
+            assert!(bits(&linked.1) == bits(&looked_up.1), "{what}: residuals");
+            assert!(bits(&linked.0) == bits(&looked_up.0), "{what}: logits");
+            assert!(looked_up.0.last() != plain.last(), "{what}: nothing was patched");
         }
     }
 }
@@ -152,75 +152,70 @@ fn a_function_that_is_missing_is_named() {
 }
 
 /// The callback is fixed when a context is made; what lies behind it is not.
-#[test]
-fn a_program_is_swapped_between_decodes() {
-    for tiny in Tiny::all() {
-        let script = tiny.script();
-        let blocks = |layer| tiny.policy().vector("g", layer).gate(gate("g", Aggregate::Mean, NEVER, OnFire::Block));
-        let guards = [
-            blocks(0).vector("v", 1).intervene(add("v")).guard(),
-            blocks(2).vector("v", 3).vector("w", 0).intervene(ablate("v", 4.0)).intervene(add("w")).guard(),
-        ];
-        let own = |guard: &Guard| {
-            let mut hooked = Hooked::new(&tiny, GgmlTable::linked(), compiled(&tiny, guard), params());
-            let logits = hooked.run(&script);
-            (logits, decisions(hooked.hook()))
-        };
-        let expected = guards.each_ref().map(own);
-        assert!(bits(&expected[0].0) != bits(&expected[1].0));
+fn a_program_is_swapped_between_decodes(subject: &Subject) {
+    let script = subject.script();
+    let blocks = |layer| subject.policy().vector("g", layer).gate(gate("g", Aggregate::Mean, NEVER, OnFire::Block));
+    let guards = [
+        blocks(0).vector("v", 1).intervene(add("v")).guard(),
+        blocks(2).vector("v", 3).vector("w", 0).intervene(ablate("v", 4.0)).intervene(add("w")).guard(),
+    ];
+    let own = |guard: &Guard| {
+        let mut hooked = Hooked::new(subject, GgmlTable::linked(), compiled(subject, guard), params());
+        let logits = hooked.run(&script);
+        (logits, decisions(hooked.hook()))
+    };
+    let expected = guards.each_ref().map(own);
+    assert!(bits(&expected[0].0) != bits(&expected[1].0));
 
-        let observer = Arc::new(Program::observer(tiny.model.shape()));
-        let mut hooked = Hooked::new(&tiny, GgmlTable::linked(), observer, params());
-        let plain = hooked.run(&script);
-        for swap in [0, 1, 0] {
-            hooked.context.clear_kv_cache();
-            // A live sequence would keep the program that it has.
-            hooked.hook().clear(ONLY);
-            hooked.hook().set_program(compiled(&tiny, &guards[swap]));
-            assert_eq!(decisions(hooked.hook()), [None], "{}: gates are the program's own", tiny.name());
-            assert!(bits(&hooked.run(&script)) == bits(&expected[swap].0), "{}: guard {swap}", tiny.name());
-            assert_eq!(decisions(hooked.hook()), expected[swap].1, "{}: guard {swap}", tiny.name());
-        }
+    let observer = subject.observer();
+    let mut hooked = Hooked::new(subject, GgmlTable::linked(), observer, params());
+    let plain = hooked.run(&script);
+    for swap in [0, 1, 0] {
         hooked.context.clear_kv_cache();
+        // A live sequence would keep the program that it has.
         hooked.hook().clear(ONLY);
-        hooked.hook().set_program(Arc::new(Program::observer(tiny.model.shape())));
-        assert!(bits(&hooked.run(&script)) == bits(&plain), "{}", tiny.name());
+        hooked.hook().set_program(compiled(subject, &guards[swap]));
+        assert_eq!(decisions(hooked.hook()), [None], "{}: gates are the program's own", subject.name());
+        assert!(bits(&hooked.run(&script)) == bits(&expected[swap].0), "{}: guard {swap}", subject.name());
+        assert_eq!(decisions(hooked.hook()), expected[swap].1, "{}: guard {swap}", subject.name());
     }
+    hooked.context.clear_kv_cache();
+    hooked.hook().clear(ONLY);
+    hooked.hook().set_program(subject.observer());
+    assert!(bits(&hooked.run(&script)) == bits(&plain), "{}", subject.name());
 }
 
 /// A table that is looked up can't read positions: in what order llama.cpp takes rows of several streams is then unknown.
-#[test]
-fn gates_count_as_fired_where_rows_cannot_be_told() {
+fn gates_count_as_fired_where_rows_cannot_be_told(subject: &Subject) {
     // SAFETY: as in the test above.
     let looked_up = unsafe { GgmlTable::lookup(linked_symbol) }.unwrap();
-    for tiny in Tiny::all() {
-        let gated = InterventionEntry { when: Some("g".into()), positions: Positions::Generated, ..add("push") };
-        let policy = tiny.policy().vector("g", 1).vector("push", 2);
-        let guard = policy.gate(gate("g", Aggregate::Last, NEVER, OnFire::Steer)).intervene(gated).guard();
-        let params = || params().with_n_seq_max(2).with_kv_unified(false);
-        let script = tiny.script();
-        let rows = |sequence: SequenceId| {
-            let prompt = script.decodes().swap_remove(0).into_iter();
-            prompt.map(move |(token, row)| (token, BatchRow { sequence, ..row })).collect::<Vec<_>>()
-        };
-        let both = [rows(OTHER), rows(ONLY)].concat();
-        let fired = |hook: &Hook| [ONLY, OTHER].map(|sequence| hook.sequences().decision(sequence, 0).unwrap().fired);
+    let gated = InterventionEntry { when: Some("g".into()), positions: Positions::Generated, ..add("push") };
+    let policy = subject.policy().vector("g", 1).vector("push", 2);
+    let guard = policy.gate(gate("g", Aggregate::Last, NEVER, OnFire::Steer)).intervene(gated).guard();
+    let params = || params().with_n_seq_max(2).with_kv_unified(false);
+    let script = subject.script();
+    let rows = |sequence: SequenceId| {
+        let prompt = script.decodes().swap_remove(0).into_iter();
+        prompt.map(move |(token, row)| (token, BatchRow { sequence, ..row })).collect::<Vec<_>>()
+    };
+    let both = [rows(OTHER), rows(ONLY)].concat();
+    let fired = |hook: &Hook| [ONLY, OTHER].map(|sequence| hook.sequences().decision(sequence, 0).unwrap().fired);
 
-        let mut told = Hooked::new(&tiny, GgmlTable::linked(), compiled(&tiny, &guard), params());
-        let expected = told.decode(&both).unwrap();
-        assert_eq!(fired(told.hook()), [false, false], "{}", tiny.name());
+    let mut told = Hooked::new(subject, GgmlTable::linked(), compiled(subject, &guard), params());
+    let expected = told.decode(&both).unwrap();
+    assert_eq!(fired(told.hook()), [false, false], "{}", subject.name());
 
-        let mut hooked = Hooked::new(&tiny, looked_up, compiled(&tiny, &guard), params());
-        // One sequence at a time is certain.
-        let alone = hooked.decode(&rows(ONLY)).unwrap();
-        assert!(!hooked.hook().sequences().decision(ONLY, 0).unwrap().fired, "{}", tiny.name());
-        assert!(distance(&alone, &widened(&expected)) <= TOLERANCE, "{}", tiny.name());
-        hooked.context.clear_kv_cache();
-        hooked.hook().clear_all();
-        let steered = hooked.decode(&both).unwrap();
-        assert_eq!(fired(hooked.hook()), [true, true], "{}", tiny.name());
-        assert!(distance(&steered, &widened(&alone)) > 100.0 * TOLERANCE, "{}: nothing acts", tiny.name());
-    }
+    let mut hooked = Hooked::new(subject, looked_up, compiled(subject, &guard), params());
+    // One sequence at a time is certain.
+    let alone = hooked.decode(&rows(ONLY)).unwrap();
+    assert!(!hooked.hook().sequences().decision(ONLY, 0).unwrap().fired, "{}", subject.name());
+    assert!(distance(&alone, &widened(&expected)) <= subject.tolerance(), "{}", subject.name());
+    hooked.context.clear_kv_cache();
+    hooked.hook().clear_all();
+    let steered = hooked.decode(&both).unwrap();
+    assert_eq!(fired(hooked.hook()), [true, true], "{}", subject.name());
+    let changed = distance(&steered, &widened(&alone));
+    assert!(changed > 2.0 * subject.tolerance(), "{}: logits change by {changed:.1e}", subject.name());
 }
 
 /// A residual that is not what it was when the guard was loaded, by what ggml says of it.
