@@ -2,8 +2,7 @@
 
 use super::{Condition, HookPoint, LowRank, Op, Patch, Program, Rotate, Row, Sequences, Write};
 use crate::guard::OnError;
-use crate::tensor::{LayerIndex, ResidualMut, all_finite, axpy, dot};
-use nalgebra::{DMatrixView, DMatrixViewMut, Dyn};
+use crate::tensor::{LayerIndex, ResidualMut, all_finite, axpy, axpy4, dot};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -42,9 +41,11 @@ pub(crate) struct Group<'a> {
     pub range: Range<usize>,
 }
 
-/// Rows and columns from which a matrix product is worth its packing.
-const GEMM_ROWS: usize = 4;
-const GEMM_RANK: usize = 16;
+/// Rows that are patched together: as many as stay in the cache while a wide patch passes by.
+const BLOCK_ROWS: usize = 32;
+
+/// Columns of `U` that are added to one row before the next: as many as stay in the cache.
+const TILE_COLUMNS: usize = 64;
 
 impl Sequences {
     /// Reads the gates of `layer` from `residual` (`[rows.len(), width]`), then patches it in place, each row by its sequence's program. Returns
@@ -240,75 +241,67 @@ impl Op {
     /// Patches `rows`, `[n, width]`.
     fn apply(&self, rows: &mut [f32], width: usize, scratch: &mut Scratch) {
         match self {
-            Self::LowRank(op) if op.rank() >= GEMM_RANK && rows.len() / width >= GEMM_ROWS => {
-                op.apply_together(rows, width, &mut scratch.projections);
+            Self::LowRank(op) => {
+                let blocks = rows.chunks_mut(BLOCK_ROWS * width);
+                blocks.for_each(|rows| op.apply_rows(rows, width, &mut scratch.projections));
             }
-            Self::LowRank(op) => op.apply_rows(rows, width, &mut scratch.projections),
             Self::Rotate(op) => rows.chunks_exact_mut(width).for_each(|row| op.apply_row(row)),
         }
     }
 }
 
 impl LowRank {
-    /// Patches a few rows, `[n, width]`, each to the same bits as alone: every column is read once, for all of them.
+    /// Patches rows, `[n, width]`, each to the same bits as alone: every column is read once, for all of them.
     fn apply_rows(&self, rows: &mut [f32], width: usize, projections: &mut Vec<f32>) {
-        let n = rows.len() / width;
-        projections.clear();
-        for (v, (offset, response)) in self.read.chunks_exact(width).zip(self.offset.iter().zip(&self.response)) {
-            projections.extend(rows.chunks_exact(width).map(|x| response.at(dot(v, x) + offset)));
-        }
+        let rank = self.rank();
+        projections.resize(rows.len() / width * rank, 0.0);
+        self.project(rows, width, projections);
         if self.keep != 1.0 {
             rows.iter_mut().for_each(|x| *x *= self.keep);
         }
         match &self.write {
             Write::Columns(columns) => {
-                for (u, of_column) in columns.chunks_exact(width).zip(projections.chunks_exact(n)) {
-                    // About half of an autoencoder's hidden units are off.
-                    for (x, p) in rows.chunks_exact_mut(width).zip(of_column).filter(|(_, p)| **p != 0.0) {
-                        axpy(*p, u, x);
+                for (tile, columns) in columns.chunks(TILE_COLUMNS * width).enumerate() {
+                    let first = tile * TILE_COLUMNS;
+                    let of_tile = first..first + columns.len() / width;
+                    for (x, p) in rows.chunks_exact_mut(width).zip(projections.chunks_exact(rank)) {
+                        add_columns(&p[of_tile.clone()], columns, x);
                     }
                 }
             }
-            Write::Scaled(scale) => {
-                for (index, x) in rows.chunks_exact_mut(width).enumerate() {
-                    let own = projections.iter().skip(index).step_by(n);
-                    x.iter_mut().zip(own).for_each(|(x, p)| *x += scale * p);
-                }
-            }
+            Write::Scaled(scale) => rows.iter_mut().zip(&*projections).for_each(|(x, p)| *x += scale * p),
         }
         if let Some(bias) = &self.bias {
             rows.chunks_exact_mut(width).for_each(|row| axpy(1.0, bias, row));
         }
     }
 
-    /// [`apply_rows`](Self::apply_rows) of many rows as two matrix products.
-    fn apply_together(&self, rows: &mut [f32], width: usize, projections: &mut Vec<f32>) {
-        let (n, rank) = (rows.len() / width, self.rank());
-        projections.resize(n * rank, 0.0);
-        let (rows_n, width_n, rank_n) = (Dyn(n), Dyn(width), Dyn(rank));
-        {
-            let read = DMatrixView::from_slice_with_strides_generic(&self.read, rank_n, width_n, width_n, Dyn(1));
-            let x = DMatrixView::from_slice_generic(rows, width_n, rows_n);
-            let mut p = DMatrixViewMut::from_slice_generic(projections, rank_n, rows_n);
-            p.gemm(1.0, &read, &x, 0.0);
-        }
-        for row in projections.chunks_exact_mut(rank) {
-            for (p, (offset, response)) in row.iter_mut().zip(self.offset.iter().zip(&self.response)) {
-                *p = response.at(*p + offset);
+    /// `g(Vx + c)` of each of `rows`, `[n, rank]`.
+    fn project(&self, rows: &[f32], width: usize, projections: &mut [f32]) {
+        let rank = self.rank();
+        for (column, v) in self.read.chunks_exact(width).enumerate() {
+            let (response, offset) = (self.response[column], self.offset[column]);
+            for (row, x) in rows.chunks_exact(width).enumerate() {
+                projections[row * rank + column] = response.at(dot(v, x) + offset);
             }
         }
-        match &self.write {
-            Write::Columns(columns) => {
-                let write = DMatrixView::from_slice_generic(columns, width_n, rank_n);
-                let p = DMatrixView::from_slice_generic(projections, rank_n, rows_n);
-                DMatrixViewMut::from_slice_generic(rows, width_n, rows_n).gemm(1.0, &write, &p, self.keep);
+    }
+}
+
+/// `x += Σ pᵢ uᵢ` over `columns`, `[p.len(), width]`, in their order. About half of an autoencoder's hidden units are off, and their columns are
+/// not read.
+fn add_columns(p: &[f32], columns: &[f32], x: &mut [f32]) {
+    let width = x.len();
+    let mut on = p.iter().copied().zip(columns.chunks_exact(width)).filter(|(p, _)| *p != 0.0);
+    loop {
+        match [on.next(), on.next(), on.next(), on.next()] {
+            [Some((p0, u0)), Some((p1, u1)), Some((p2, u2)), Some((p3, u3))] => {
+                axpy4([p0, p1, p2, p3], [u0, u1, u2, u3], x);
             }
-            Write::Scaled(scale) => {
-                rows.iter_mut().zip(&*projections).for_each(|(x, p)| *x = self.keep * *x + scale * p);
+            rest => {
+                rest.into_iter().flatten().for_each(|(p, u)| axpy(p, u, x));
+                return;
             }
-        }
-        if let Some(bias) = &self.bias {
-            rows.chunks_exact_mut(width).for_each(|row| axpy(1.0, bias, row));
         }
     }
 }
@@ -395,7 +388,9 @@ mod tests {
     #[test]
     fn rows_of_many_sequences_have_the_same_bits_together_and_alone() {
         let columns = (0..3 * WIDTH).map(|i| (i as f32 * 0.9).cos()).collect();
-        for op in [low_rank(Write::Columns(columns), 1.0), low_rank(Write::Scaled(0.6), 0.4)] {
+        let wide = (0..71 * WIDTH).map(|i| (i as f32 * 0.9).cos()).collect();
+        let columns = [columns, wide].map(|columns| low_rank(Write::Columns(columns), 1.0));
+        for op in columns.into_iter().chain([low_rank(Write::Scaled(0.6), 0.4)]) {
             let mut program = Program::clone(&adds_one(OnError::Block, WIDTH));
             program.points[0].patches[0].op = Op::LowRank(op);
             let program = Arc::new(program);

@@ -28,6 +28,21 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
+/// Four [`axpy`]s on one `y`, one after the other, to the same bits: `y` is read and written once.
+///
+/// # Panics
+/// If the lengths differ.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "x86_64+avx"))]
+pub fn axpy4(alpha: [f32; 4], x: [&[f32]; 4], y: &mut [f32]) {
+    for x in x {
+        assert_eq!(x.len(), y.len(), "axpy of {} and {} values", x.len(), y.len());
+    }
+    let [x0, x1, x2, x3] = x;
+    for ((((y, x0), x1), x2), x3) in y.iter_mut().zip(x0).zip(x1).zip(x2).zip(x3) {
+        *y = (((*y + alpha[0] * x0) + alpha[1] * x1) + alpha[2] * x2) + alpha[3] * x3;
+    }
+}
+
 /// `y += alpha · x`, both `[width]`.
 ///
 /// # Panics
@@ -101,6 +116,18 @@ mod tests {
                 let exact = f64::from(*y) + f64::from(alpha) * f64::from(*x);
                 prop_assert!((f64::from(found) - exact).abs() <= 1e-6 * (exact.abs() + f64::from((alpha * x).abs())));
             }
+        }
+
+        #[test]
+        fn axpy4_has_the_bits_of_four_axpys((a, b) in pair(), alpha in -10.0f32..10.0) {
+            let scaled = [1.0, -0.3, 0.7, 3.1].map(|by| b.iter().map(|x| by * x).collect::<Vec<_>>());
+            let each = [0, 1, 2, 3].map(|index| &*scaled[index]);
+            let alpha = [alpha, 1.0 - alpha, 0.1 * alpha, -3.0];
+            let (mut found, mut expected) = (a.clone(), a);
+            axpy4(alpha, each, &mut found);
+            alpha.iter().zip(each).for_each(|(alpha, x)| axpy(*alpha, x, &mut expected));
+            let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&found), bits(&expected));
         }
 
         #[test]

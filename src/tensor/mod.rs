@@ -7,7 +7,7 @@ mod kernels;
 mod residual;
 mod statistics;
 
-pub use kernels::{all_finite, axpy, cosine, dot, norm, unit};
+pub use kernels::{all_finite, axpy, axpy4, cosine, dot, norm, unit};
 pub use residual::{Residual, ResidualMut};
 pub use statistics::{auc, mean_and_deviation, quantile};
 
