@@ -2,6 +2,7 @@
 
 mod allocations;
 mod device;
+mod device_faults;
 mod faults;
 mod gates;
 mod patches;

@@ -13,7 +13,7 @@ const GPU: bool = cfg!(any(feature = "cuda", feature = "metal", feature = "vulka
 
 /// How far what a matrix product gives on a GPU may be from what it should be: it may round its inputs to ten bits there. So do llama.cpp's own,
 /// which make more of any difference before them, and the guard's of a `switch`.
-const TOLERANCE_OF_PRODUCTS: f64 = if GPU { 2e-3 } else { TOLERANCE };
+pub(super) const TOLERANCE_OF_PRODUCTS: f64 = if GPU { 2e-3 } else { TOLERANCE };
 
 /// A tiny model on the GPU, if there is one.
 fn placed(architecture: Architecture) -> Tiny {
@@ -27,7 +27,7 @@ fn placed_with(shape: TinyModel, weights: &Weights) -> Tiny {
     Tiny::load(shape, weights, ModelOptions { gpu_layers, ..Default::default() })
 }
 
-fn all_placed() -> impl Iterator<Item = Tiny> {
+pub(super) fn all_placed() -> impl Iterator<Item = Tiny> {
     Architecture::WITH_RESIDUAL.into_iter().map(placed)
 }
 
@@ -174,7 +174,7 @@ fn batches_of_every_size_agree() {
     }
 }
 
-fn compiled(tiny: &Tiny, guard: &Guard) -> Arc<Program> {
+pub(super) fn compiled(tiny: &Tiny, guard: &Guard) -> Arc<Program> {
     Arc::new(Program::compile(guard, tiny.model.shape(), Calibration::Required).unwrap())
 }
 

@@ -43,6 +43,12 @@ impl<'m> Hooked<'m> {
 
     /// Logits of the last of `rows`.
     fn decode(&mut self, rows: &[(LlamaToken, BatchRow)]) -> Result<Vec<f32>, HookFault> {
+        let (outcome, mut logits) = self.decode_each(rows);
+        outcome.map(|()| logits.pop().unwrap())
+    }
+
+    /// What went wrong first, and the logits of every row that asks for them, whatever went wrong.
+    pub fn decode_each(&mut self, rows: &[(LlamaToken, BatchRow)]) -> (Result<(), HookFault>, Vec<Vec<f32>>) {
         let mut batch = LlamaBatch::new(rows.len(), 1);
         for (token, row) in rows {
             batch.add(*token, row.position.0, &[row.sequence.0], row.output).unwrap();
@@ -51,8 +57,15 @@ impl<'m> Hooked<'m> {
         let splitting = self.splitting;
         self.hook().begin(&rows, &[], splitting);
         self.context.decode(&mut batch).unwrap();
-        self.hook().finish()?;
-        Ok(self.context.get_logits_ith(rows.len() as i32 - 1).to_vec())
+        let outcome = self.hook().finish();
+        let outputs = (0..rows.len()).filter(|index| rows[*index].output);
+        (outcome, outputs.map(|index| self.context.get_logits_ith(index as i32).to_vec()).collect())
+    }
+
+    /// Removes `sequence` from the KV cache, and forgets what is known of it.
+    pub fn forget(&mut self, sequence: SequenceId) {
+        self.context.clear_kv_cache_seq(Some(sequence.0 as u32), None, None).unwrap();
+        self.hook().clear(sequence);
     }
 
     /// Logits of the prompt's last token and of the answer's tokens, as apps ask for them.
