@@ -424,7 +424,8 @@ impl Device {
         // SAFETY: the graph has memory (`hold`), its constants live in the same point, and the residual is where it was made for (`Key`).
         let status = unsafe { (table.compute)(self.backend.raw(), cached.graph.graph) };
         if status != SUCCESS {
-            // Metal's backend computes nothing more after a failure. Other programs' graphs, and later ones, get a new one.
+            // Metal's backend computes nothing more after a failure, of which it tells with the next graph only (`ggml_metal_synchronize`). Other
+            // programs' graphs, and later ones, get a new one.
             // SAFETY: the device is one of the table's llama.cpp, since `self` was made for it.
             if let Some(renewed) = unsafe { Self::new(table, self.raw) } {
                 *self = renewed;
