@@ -1,7 +1,7 @@
 # make demo           the whole story on two real models
 # make demo REBUILD=1 the same, with the guard made from nothing
 # make test           everything CI runs
-# make test-vulkan    the tests on a GPU by Vulkan, or on Vulkan's software driver (Mesa 25's llvmpipe; 22's crashes)
+# make test-vulkan    the tests on a GPU by Vulkan, or on Vulkan's software driver; installs what is missing
 # make test-cuda      the tests on an NVIDIA GPU
 # make bench          ratios of guarded to unguarded speed
 # make setup          install what is missing (cmake, a C++ compiler, libclang)
@@ -33,8 +33,9 @@ test: lint deny models
 # models of its own on the one device.
 GPU_TEST = GGML_OP_OFFLOAD_MIN_BATCH=1000000 CARGO_TARGET_DIR=$(CURDIR)/target/$(1) $(2) $(CARGO) test --features $(1) --test suite -- --test-threads 1
 
-test-vulkan:
-	$(call GPU_TEST,vulkan,GGML_VK_VISIBLE_DEVICES=$(or $(GGML_VK_VISIBLE_DEVICES),0))
+test-vulkan: setup
+	@scripts/setup-vulkan.sh $(TOOLS)/vulkan
+	. $(TOOLS)/vulkan/environment && $(call GPU_TEST,vulkan,GGML_VK_VISIBLE_DEVICES=$(or $(GGML_VK_VISIBLE_DEVICES),0))
 
 test-cuda:
 	$(call GPU_TEST,cuda,)

@@ -17,6 +17,7 @@ macro_rules! on_every_model {
 
 mod allocations;
 mod device;
+mod device_faults;
 mod expected;
 mod fault_sweep;
 mod faults;

@@ -6,6 +6,9 @@
 //! The graphs run on a backend (a stream) made here for the residual's device: llama.cpp too makes one a context, and has synchronised its own
 //! before it shows the tensor, and `ggml_backend_graph_compute` returns when ours is done. The residual is a leaf at its own address,
 //! which the last node of a patch writes.
+//!
+//! A graph is one program's, and its failure ends the sequences of that program alone. Rows of others are as they were: the mask leaves them, and
+//! ggml computes nodes in order and none after one that fails.
 
 mod graph;
 mod handles;
@@ -45,6 +48,8 @@ struct Job {
     mask: Vec<f32>,
     /// `[n_rows]`: 0 where a row is finite. Empty where the scores tell, or nothing was checked.
     check: Vec<f32>,
+    /// What kept a graph of it from being computed.
+    fault: Option<RowFault>,
 }
 
 struct Device {
@@ -57,7 +62,8 @@ struct Device {
 
 /// Memory for what graphs compute on the way, one after the other in the same.
 struct Arena {
-    allocator: Allocator,
+    /// `None` after one has failed, until there is another.
+    allocator: Option<Allocator>,
     /// Changes when the memory moves: graphs from before it point to where it was.
     generation: u64,
 }
@@ -138,11 +144,13 @@ struct Place {
 }
 
 impl DeviceExecutor {
-    /// The programs of `rows` that have a hook point here.
+    /// The programs of `rows` that have a hook point here, and a sequence that has not failed.
     fn find_jobs(&mut self, layer: LayerIndex, rows: &[Row], width: usize, sequences: &Sequences) {
         self.jobs.clear();
         for group in rows.chunk_by(|a, b| a.sequence == b.sequence) {
-            let Some(program) = sequences.program_of_rows(group[0].sequence) else { continue };
+            let sequence = group[0].sequence;
+            let program = sequences.program_of_rows(sequence).filter(|_| !sequences.has_failed(sequence));
+            let Some(program) = program else { continue };
             // Another width is an error of the run, and no graph is made for it.
             if program.point(layer).is_none()
                 || program.width().0 != width
@@ -151,7 +159,7 @@ impl DeviceExecutor {
                 continue;
             }
             let program = Arc::clone(program);
-            self.jobs.push(Job { program, scores: Vec::new(), mask: Vec::new(), check: Vec::new() });
+            self.jobs.push(Job { program, scores: Vec::new(), mask: Vec::new(), check: Vec::new(), fault: None });
         }
     }
 
@@ -205,10 +213,7 @@ impl DeviceExecutor {
             let index = match known {
                 Some(index) => index,
                 None => {
-                    let backend = Backend::new(table, raw)?;
-                    let allocator = Allocator::new(table, &backend)?;
-                    let arena = Arena { allocator, generation: 0 };
-                    self.devices.push(Device { raw, points: Vec::new(), arena, backend });
+                    self.devices.push(Device::new(table, raw)?);
                     self.devices.len() - 1
                 }
             };
@@ -231,33 +236,34 @@ impl DeviceExecutor {
             let Some(point) = job.program.point(layer) else { continue };
             job.mask.resize(point.patches.len() * n_rows, 0.0);
             if !point.readouts.is_empty() {
-                device.run(place, job, layer, residual, Task::Read)?;
+                device.run(place, job, layer, residual, Task::Read);
             }
         }
         failed.clear();
         let width = place.shape[1];
         sequences.each_group(layer, rows, width, failed, |sequences, group| {
             jobs.iter_mut().filter(|job| Arc::ptr_eq(&job.program, group.program)).try_for_each(|job| {
+                job.sound()?;
                 job.read(sequences, &group)?;
                 job.decide(sequences, &group, n_rows);
                 Ok(())
             })
         })?;
-        let mut checked = false;
+        let mut told = false;
         for job in &mut *jobs {
             let Some(point) = job.program.point(layer) else { continue };
             let is_last = job.program.points().last().is_some_and(|last| last.layer == layer);
             if job.mask.contains(&1.0) {
-                device.run(place, job, layer, residual, Task::Patch)?;
+                device.run(place, job, layer, residual, Task::Patch);
             } else if point.readouts.is_empty() && is_last {
-                device.run(place, job, layer, residual, Task::Check)?;
+                device.run(place, job, layer, residual, Task::Check);
             }
-            checked |= !job.check.is_empty();
+            told |= job.fault.is_some() || !job.check.is_empty();
         }
-        if checked {
+        if told {
             sequences.each_group(layer, rows, width, failed, |_, group| {
                 let mut jobs = jobs.iter().filter(|job| Arc::ptr_eq(&job.program, group.program));
-                jobs.try_for_each(|job| job.checked(&group))
+                jobs.try_for_each(|job| job.sound().and_then(|()| job.checked(&group)))
             })?;
         }
         for range in failed.drain(..) {
@@ -269,6 +275,11 @@ impl DeviceExecutor {
 }
 
 impl Job {
+    /// A graph that failed has read nothing and checked nothing, and its patches may be there in part.
+    fn sound(&self) -> Result<(), RowFault> {
+        self.fault.clone().map_or(Ok(()), Err)
+    }
+
     /// Gives the gates of a group of rows their scores.
     fn read(&self, sequences: &mut Sequences, group: &Group<'_>) -> Result<(), RowFault> {
         let readouts = &group.point.readouts;
@@ -304,6 +315,15 @@ impl Job {
 }
 
 impl Device {
+    /// # Safety
+    /// `raw` must be a device of the table's llama.cpp.
+    unsafe fn new(table: &'static DeviceTable, raw: *mut RawDevice) -> Option<Self> {
+        // SAFETY: guaranteed by the caller.
+        let backend = unsafe { Backend::new(table, raw)? };
+        let allocator = Some(Allocator::new(table, &backend)?);
+        Some(Self { raw, points: Vec::new(), arena: Arena { allocator, generation: 0 }, backend })
+    }
+
     /// The graph for `task`, made if there is none yet: its indices among the points and their graphs.
     fn graph(
         &mut self,
@@ -366,8 +386,15 @@ impl Device {
         Ok([index, point.graphs.len() - 1])
     }
 
-    /// Runs the graph of `job` for `task` and takes what it gives.
-    fn run(
+    /// Runs the graph of `job` for `task` and takes what it gives, or notes in the job what went wrong.
+    fn run(&mut self, place: Place, job: &mut Job, layer: LayerIndex, residual: &Tensor<'_>, task: Task) {
+        if let Err(fault) = self.compute(place, job, layer, residual, task) {
+            tracing::warn!(%layer, %fault, "the guard's graph was not computed");
+            job.fault = Some(fault);
+        }
+    }
+
+    fn compute(
         &mut self,
         place: Place,
         job: &mut Job,
@@ -397,6 +424,12 @@ impl Device {
         // SAFETY: the graph has memory (`hold`), its constants live in the same point, and the residual is where it was made for (`Key`).
         let status = unsafe { (table.compute)(self.backend.raw(), cached.graph.graph) };
         if status != SUCCESS {
+            // Metal's backend computes nothing more after a failure, of which it tells with the next graph only (`ggml_metal_synchronize`). Other
+            // programs' graphs, and later ones, get a new one.
+            // SAFETY: the device is one of the table's llama.cpp, since `self` was made for it.
+            if let Some(renewed) = unsafe { Self::new(table, self.raw) } {
+                *self = renewed;
+            }
             return Err(failed(format!("computing the guard's graph ended with ggml's status {status}")));
         }
         let n_readouts = job.program.point(layer).map_or(0, |point| point.readouts.len());
@@ -415,13 +448,20 @@ impl Device {
 impl Arena {
     /// Gives `graph` memory, until the generation that is returned ends.
     fn hold(&mut self, table: &'static DeviceTable, backend: &Backend, graph: &Graph) -> Option<u64> {
-        let before = self.allocator.size();
+        let allocator = match &mut self.allocator {
+            Some(allocator) => allocator,
+            none => none.insert(Allocator::new(table, backend)?),
+        };
+        let before = allocator.size();
         // SAFETY: allocator and graph are valid, and nothing is being computed.
-        if unsafe { !(table.allocator_allocate)(self.allocator.raw(), graph.graph) } {
+        if unsafe { !(table.allocator_allocate)(allocator.raw(), graph.graph) } {
+            // It has laid the graph out in memory that it did not get. Asked again, it would take that for done and write through a null pointer
+            // (`ggml_gallocr_needs_realloc`).
+            self.allocator = None;
             self.generation += 1;
             return None;
         }
-        let size = self.allocator.size();
+        let size = allocator.size();
         // SAFETY: the backend is valid.
         let max_size = unsafe { (table.backend_max_size)(backend.raw()) };
         // It only ever grows, and in one piece as long as a piece may be so large. In several it may have moved at any time.

@@ -13,7 +13,7 @@ on_every_model!(placed: a_patch_on_a_device_is_as_exact_as_its_operation, what_d
 
 /// How far what a matrix product gives on a GPU may be from what it should be: it may round its inputs to ten bits there. So do llama.cpp's own,
 /// which make more of any difference before them, and the guard's of a `switch`.
-const TOLERANCE_OF_PRODUCTS: f64 = if GPU { 2e-3 } else { TOLERANCE };
+pub(super) const TOLERANCE_OF_PRODUCTS: f64 = if GPU { 2e-3 } else { TOLERANCE };
 
 /// `guard` on the device where the model is.
 fn guarded_there<'t>(tiny: &'t Subject, guard: &Guard) -> GuardedContext<'t> {
@@ -152,7 +152,7 @@ fn batches_of_every_size_agree() {
     }
 }
 
-fn compiled(tiny: &Subject, guard: &Guard) -> Arc<Program> {
+pub(super) fn compiled(tiny: &Subject, guard: &Guard) -> Arc<Program> {
     Arc::new(Program::compile(guard, tiny.model.shape(), Calibration::Required).unwrap())
 }
 

@@ -49,12 +49,12 @@ impl<'m> Hooked<'m> {
 
     /// Logits of the last of `rows`.
     fn decode(&mut self, rows: &[(LlamaToken, BatchRow)]) -> Result<Vec<f32>, HookFault> {
-        self.decode_each(rows)?;
-        Ok(self.context.get_logits_ith(rows.len() as i32 - 1).to_vec())
+        let (outcome, mut logits) = self.decode_each(rows);
+        outcome.map(|()| logits.pop().unwrap())
     }
 
-    /// Decodes `rows`, and says what went wrong first.
-    fn decode_each(&mut self, rows: &[(LlamaToken, BatchRow)]) -> Result<(), HookFault> {
+    /// What went wrong first, and the logits of every row that asks for them, whatever went wrong.
+    pub fn decode_each(&mut self, rows: &[(LlamaToken, BatchRow)]) -> (Result<(), HookFault>, Vec<Vec<f32>>) {
         let mut batch = LlamaBatch::new(rows.len(), 1);
         for (token, row) in rows {
             batch.add(*token, row.position.0, &[row.sequence.0], row.output).unwrap();
@@ -63,7 +63,15 @@ impl<'m> Hooked<'m> {
         let splitting = self.splitting;
         self.hook().begin(&rows, &[], splitting);
         self.context.decode(&mut batch).unwrap();
-        self.hook().finish()
+        let outcome = self.hook().finish();
+        let outputs = (0..rows.len()).filter(|index| rows[*index].output);
+        (outcome, outputs.map(|index| self.context.get_logits_ith(index as i32).to_vec()).collect())
+    }
+
+    /// Removes `sequence` from the KV cache, and forgets what is known of it.
+    pub fn forget(&mut self, sequence: SequenceId) {
+        self.context.clear_kv_cache_seq(Some(sequence.0 as u32), None, None).unwrap();
+        self.hook().clear(sequence);
     }
 
     /// Logits of the prompt's last token and of the answer's tokens, as apps ask for them.
@@ -317,15 +325,17 @@ mod shapes {
                 let what = format!("{}: {lie:?}", tiny.name());
                 let mut hooked = hooked();
                 LIE.set(Some(lie));
-                let outcome = hooked.decode_each(&both);
+                let (outcome, logits) = hooked.decode_each(&both);
                 LIE.set(None);
                 let Err(HookFault::Residual { layer: LayerIndex(LAYER), .. }) = &outcome else {
                     panic!("{what}: {outcome:?}")
                 };
                 assert_eq!(hooked.hook().fault_of(ONLY), outcome.as_ref().err(), "{what}");
                 assert_eq!(hooked.hook().fault_of(OTHER), None, "{what}");
-                let logits = hooked.context.get_logits_ith(both.len() as i32 - 1).to_vec();
-                assert!(bits(&[logits]) == bits(std::slice::from_ref(&expected)), "{what}: the other's logits");
+                assert!(
+                    bits(&logits[logits.len() - 1..]) == bits(std::slice::from_ref(&expected)),
+                    "{what}: the other's"
+                );
                 // What is started in its place is guarded as ever.
                 hooked.context.clear_kv_cache();
                 hooked.hook().clear_all();
