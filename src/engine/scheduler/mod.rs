@@ -325,7 +325,7 @@ impl<'model> Scheduler<'model> {
         while self.slots.iter().any(|slot| slot.running.is_none()) {
             let Some((id, request, program)) = self.waiting.pop_front() else { break };
             let (slot, reused) = self.prepare(&request.prompt, program)?;
-            let sampler = request.sampling.sampler(self.model.llama().n_vocab());
+            let sampler = request.sampling.sampler(self.model.llama().n_vocab(), self.options.n_ctx);
             let text = TextStream::new(&request.stop);
             self.slots[slot].given = self.n_steps;
             let (next, tokens, row, joined, answering) = (None, 0, None, Instant::now(), None);

@@ -253,9 +253,12 @@ fn sampling_is_by_its_seed_and_each_sequence_has_its_own() {
     let biased = Sampling { logit_bias: vec![(token, 1e4)], ..Default::default() };
     let text = Calls::new(&tiny, OPTIONS).answer(Request { sampling: biased, ..request(1) }).text;
     assert_eq!(text, " shark".repeat(16));
-    let once = Sampling { presence_penalty: 1e6, penalty_last_n: -1, ..Default::default() };
-    let seen = Calls::new(&tiny, OPTIONS).answer(Request { sampling: once, ..Request::new(tiny.script().prompt, 8) });
-    assert!(seen.summary.unwrap().tokens > 1);
+    for penalty_last_n in [-1, i32::MAX] {
+        let bias = vec![(token, 1e4)];
+        let once = Sampling { logit_bias: bias, presence_penalty: 1e6, penalty_last_n, ..Default::default() };
+        let seen = Calls::new(&tiny, OPTIONS).answer(Request { sampling: once, ..request(1) });
+        assert!(seen.summary.as_ref().unwrap().tokens > 1 && seen.text.matches(" shark").count() == 1, "{seen:?}");
+    }
 }
 
 /// What a request has of another one's reading, and that its answer is as if it had read all itself.
