@@ -85,16 +85,25 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     let sampling = Sampling { temperature: arguments.temperature, seed: arguments.seed, ..Default::default() };
     let mut answers = Answers { json: arguments.json, ..Default::default() };
     let mut submitted = 0;
+    let mut refused = None;
     loop {
         // No sooner than it can run: what is wrong with a prompt is told after the answers before it.
-        while submitted < prompts.len() && scheduler.load().0 + scheduler.load().1 < parallel as usize {
-            let prompt = || format!("prompt {submitted}");
-            let tokens = model.prompt_tokens(&prompts[submitted]).with_context(prompt)?;
-            let sampling = sampling.clone();
-            let request =
-                Request { sampling, stop: arguments.stop.clone(), ..Request::new(tokens, arguments.max_tokens) };
-            answers.indices.insert(scheduler.submit(request).with_context(prompt)?, submitted);
-            submitted += 1;
+        while refused.is_none()
+            && submitted < prompts.len()
+            && scheduler.load().0 + scheduler.load().1 < parallel as usize
+        {
+            let request = model.prompt_tokens(&prompts[submitted]).map(|tokens| Request {
+                sampling: sampling.clone(),
+                stop: arguments.stop.clone(),
+                ..Request::new(tokens, arguments.max_tokens)
+            });
+            match request.and_then(|request| scheduler.submit(request)) {
+                Ok(id) => {
+                    answers.indices.insert(id, submitted);
+                    submitted += 1;
+                }
+                Err(error) => refused = Some(error),
+            }
         }
         let mut outcome = Ok(());
         let busy = scheduler.step(|event| {
@@ -103,8 +112,10 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
             }
         })?;
         outcome?;
-        if !busy && submitted == prompts.len() {
-            return Ok(answers.outcome);
+        match refused.take_if(|_| !busy) {
+            Some(error) => return Err(error).with_context(|| format!("prompt {submitted}")),
+            None if !busy && submitted == prompts.len() => return Ok(answers.outcome),
+            None => {}
         }
     }
 }

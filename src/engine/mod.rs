@@ -59,6 +59,8 @@ pub enum EngineError {
     PromptTooLong { found: usize, capacity: usize },
     #[error("the prompt has no tokens")]
     EmptyPrompt,
+    #[error("the model has no token {token}: its vocabulary has {n_vocab}")]
+    NoToken { token: i32, n_vocab: i32 },
     #[error("{capacity} requests wait already: try again later")]
     QueueFull { capacity: usize },
     #[error(

@@ -44,8 +44,8 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// llama.cpp's chain for one sequence of a model with `n_vocab` tokens.
-    pub(super) fn sampler(&self, n_vocab: i32) -> LlamaSampler {
+    /// llama.cpp's chain for one sequence, of up to `n_tokens` tokens, of a model with `n_vocab`.
+    pub(super) fn sampler(&self, n_vocab: i32, n_tokens: u32) -> LlamaSampler {
         let mut chain = Vec::new();
         if !self.logit_bias.is_empty() {
             let biases: Vec<_> =
@@ -53,14 +53,11 @@ impl Sampling {
             chain.push(LlamaSampler::logit_bias(n_vocab, &biases));
         }
         if self.repeat_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0 {
-            let Self { penalty_last_n, repeat_penalty, frequency_penalty, presence_penalty, .. } = *self;
-            chain.push(LlamaSampler::penalties(
-                n_vocab,
-                penalty_last_n,
-                repeat_penalty,
-                frequency_penalty,
-                presence_penalty,
-            ));
+            let Self { repeat_penalty, frequency_penalty, presence_penalty, .. } = *self;
+            // llama.cpp takes a negative number for none, and has memory for as many as it is told.
+            let all = i32::try_from(n_tokens).unwrap_or(i32::MAX);
+            let last_n = if self.penalty_last_n < 0 { all } else { self.penalty_last_n.min(all) };
+            chain.push(LlamaSampler::penalties(n_vocab, last_n, repeat_penalty, frequency_penalty, presence_penalty));
         }
         if self.temperature <= 0.0 {
             chain.push(LlamaSampler::greedy());

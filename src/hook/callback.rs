@@ -188,6 +188,11 @@ impl Hook {
         &mut self.tainted
     }
 
+    /// Whether `sequence` is one of the [`tainted`](Self::tainted).
+    pub fn is_tainted(&self, sequence: SequenceId) -> bool {
+        self.tainted.contains(&sequence)
+    }
+
     /// Says that the model has become another: see [`Sequences::forget_rows`].
     pub fn forget_rows(&mut self) {
         self.sequences.forget_rows();

@@ -249,6 +249,10 @@ impl<'model> GuardedContext<'model> {
     /// How many tokens of `sequence`, from its first, a new prompt that begins with them may have from it, under the same program: see
     /// [`resume`](Self::resume). Tokens of an answer are among them where the program has treated them as it would in a prompt.
     pub fn reusable(&self, sequence: SequenceId) -> usize {
+        // Cells that are cut off keep their values, and a copy of a stream has them too.
+        if self.hook.as_ref().is_tainted(sequence) {
+            return 0;
+        }
         // A cache that forgets (a sliding window that is not kept whole) has no beginning any more.
         let there = match self.context.kv_cache_seq_pos_min(sequence.0) {
             0 => usize::try_from(self.context.kv_cache_seq_pos_max(sequence.0) + 1).unwrap_or(0),

@@ -26,7 +26,7 @@ pub struct Sequences {
     shared: Option<Arc<Program>>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct SequenceState {
     pub program: Arc<Program>,
     gates: Vec<GateState>,
@@ -179,10 +179,10 @@ impl Sequences {
         if n_rows > self.reusable(from) {
             return false;
         }
-        let Some(mut state) = self.states.get(&from).cloned() else { return false };
-        state.trail.as_prompt(n_rows);
-        state.gates.fill(UNREAD);
-        state.fault = None;
+        let Some(program) = self.program(from).map(Arc::clone) else { return false };
+        let mut state = self.state_for(program);
+        let Some(source) = self.states.get(&from) else { return false };
+        state.trail.extend_as_prompt(&source.trail, n_rows);
         for row in 0..n_rows {
             let position = TokenPosition(i32::try_from(row).unwrap_or(i32::MAX));
             let read = Row { sequence: Some(to), position, kind: RowKind::Prompt, index: row };
@@ -197,8 +197,12 @@ impl Sequences {
 
     /// Prepares `sequence` for a further prompt (another turn): projections are gathered anew, and a gate that has fired stays fired.
     pub fn begin_prompt(&mut self, sequence: SequenceId) {
-        let states = self.states.get_mut(&sequence).into_iter();
-        states.flat_map(|state| &mut state.gates).for_each(GateState::begin_prompt);
+        let Some(state) = self.states.get_mut(&sequence) else { return };
+        // What acted on rows up to here is told by decisions that are forgotten now.
+        if !state.treats_answers_as_prompts() {
+            state.trail.close_after_prompt();
+        }
+        state.gates.iter_mut().for_each(GateState::begin_prompt);
     }
 
     /// Fires every gate of the decode's sequences, whatever it reads: where it is uncertain which rows are whose.
@@ -325,5 +329,26 @@ fn holds(rule: &Rule, standing: impl Fn(usize) -> Standing) -> bool {
         Truth::True => true,
         Truth::False => false,
         Truth::Unknown => !undecided.get(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program::ModelShape;
+    use crate::tensor::HiddenSize;
+
+    #[test]
+    fn what_is_resumed_time_and_again_takes_no_more_memory() {
+        let shape = ModelShape { n_embd: HiddenSize(4), n_layer: 2 };
+        let mut sequences = Sequences::new(Arc::new(Program::observer(shape)));
+        let [a, b] = [0, 1].map(SequenceId);
+        sequences.begin((0..3).map(|at| (a, TokenPosition(at), RowKind::Prompt)));
+        sequences.finish(a, true);
+        for _ in 0..9 {
+            assert!(sequences.resume(a, b, 2) && sequences.resume(a, a, 3));
+        }
+        assert_eq!(sequences.reusable(b), 2);
+        assert!(sequences.spare.len() <= 1, "{}", sequences.spare.len());
     }
 }

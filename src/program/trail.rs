@@ -5,7 +5,7 @@ use super::gates::RowKind;
 use crate::tensor::TokenPosition;
 
 /// Rows of one sequence, in the order of their positions.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Trail {
     n_gates: usize,
     /// Projections, `[n_rows + n_pending, n_gates]`; NaN where a gate read nothing.
@@ -85,10 +85,16 @@ impl Trail {
         self.first_other = self.first_other.filter(|first| *first < n_rows);
     }
 
-    /// The first `n_rows` rows, which are known, as a prompt's.
-    pub fn as_prompt(&mut self, n_rows: usize) {
-        self.keep(n_rows);
-        (self.first_other, self.closed) = (None, false);
+    /// Says that no row after those of the prompt can be told.
+    pub fn close_after_prompt(&mut self) {
+        self.keep(self.n_prompt());
+        self.closed = true;
+    }
+
+    /// Takes the first `n_rows` rows of `other`, which are known, as a prompt's. It has none of its own yet.
+    pub fn extend_as_prompt(&mut self, other: &Self, n_rows: usize) {
+        self.projections.extend_from_slice(&other.projections[..n_rows * other.n_gates]);
+        self.n_rows = n_rows;
     }
 
     /// Rows that are known.
@@ -174,9 +180,11 @@ mod tests {
 
     #[test]
     fn as_a_prompt_it_goes_on() {
-        let mut trail = begun();
-        decode(&mut trail, &[(9, RowKind::Generated)], true);
-        trail.as_prompt(3);
+        let mut other = begun();
+        decode(&mut other, &[(9, RowKind::Generated)], true);
+        let mut trail = Trail::default();
+        trail.restart(2, 8);
+        trail.extend_as_prompt(&other, 3);
         decode(&mut trail, &[(3, RowKind::Prompt), (4, RowKind::PromptEnd)], true);
         assert_eq!((trail.n_rows(), trail.n_prompt()), (5, 4));
         trail.close();

@@ -150,6 +150,22 @@ fn score_and_run_print_a_line_of_json_a_prompt() {
     assert!(stopped.iter().zip(&ran).any(|(stopped, ran)| stopped["text"] != ran["text"]), "{stopped:?}");
 }
 
+/// What is wrong with a prompt is told after the answers before it, however many are answered at once.
+#[test]
+fn a_prompt_that_is_too_long_takes_no_answer_before_it_along() {
+    let fixture = Fixture::new(&["--intervene", "add"]);
+    let prompts = fixture.folder.path().join("prompts.txt");
+    std::fs::write(&prompts, format!("shark\nthe sea\n{}\nbird\n", "the sea ".repeat(200))).unwrap();
+    let run = ["run", "--model", fixture.model(), "--prompts", prompts.to_str().unwrap(), "--max-tokens", "6"];
+    let run = |n: &str| pilotfish(&[&run[..], &["--context", "200", "--parallel", n]].concat());
+    let alone = run("1");
+    assert!(alone.code == 2 && alone.stderr.contains("prompt 2") && !alone.stdout.is_empty(), "{alone:?}");
+    for n in ["2", "4"] {
+        let found = run(n);
+        assert_eq!((found.code, found.stdout, found.stderr), (2, alone.stdout.clone(), alone.stderr.clone()), "{n}");
+    }
+}
+
 #[test]
 fn a_gate_that_blocks_ends_the_answer_before_it_begins_and_exits_1() {
     let fixture = Fixture::new(&["--on-fire", "block", "--message", "No sharks here."]);

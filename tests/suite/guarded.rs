@@ -25,6 +25,7 @@ mod gates;
 mod patches;
 #[path = "../support/reference_model.rs"]
 mod reference_model;
+mod reuse;
 mod rows;
 mod scheduler;
 mod scheduler_shapes;

@@ -219,10 +219,15 @@ impl<'model> Scheduler<'model> {
     /// Puts `request` in the queue. It joins at one of the next steps.
     ///
     /// # Errors
-    /// The prompt is empty or leaves no room for an answer, its program is for a model of another shape, or the queue is full.
+    /// The prompt is empty, has a token that the model has not, or leaves no room for an answer, its program is for a model of another shape, or the queue is full.
     pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
         if request.prompt.is_empty() {
             return Err(EngineError::EmptyPrompt);
+        }
+        // llama.cpp refuses a whole batch for one.
+        let n_vocab = self.model.llama().n_vocab();
+        if let Some(token) = request.prompt.iter().find(|token| !(0..n_vocab).contains(&token.0)) {
+            return Err(EngineError::NoToken { token: token.0, n_vocab });
         }
         let (found, capacity) = (request.prompt.len(), self.options.n_ctx as usize);
         if found > capacity {
@@ -320,7 +325,7 @@ impl<'model> Scheduler<'model> {
         while self.slots.iter().any(|slot| slot.running.is_none()) {
             let Some((id, request, program)) = self.waiting.pop_front() else { break };
             let (slot, reused) = self.prepare(&request.prompt, program)?;
-            let sampler = request.sampling.sampler(self.model.llama().n_vocab());
+            let sampler = request.sampling.sampler(self.model.llama().n_vocab(), self.options.n_ctx);
             let text = TextStream::new(&request.stop);
             self.slots[slot].given = self.n_steps;
             let (next, tokens, row, joined, answering) = (None, 0, None, Instant::now(), None);

@@ -140,6 +140,24 @@ fn the_end_of_its_room_is_the_end_of_an_answer() {
     assert!(matches!(none.end(), End::Length) && none.text.is_empty(), "{none:?}");
 }
 
+/// llama.cpp refuses the whole batch, and with it what others asked.
+#[test]
+fn a_prompt_of_tokens_that_there_are_not_is_refused_alone() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let request = || Request::new(tiny.script().prompt, 8);
+    let expected = Calls::new(&tiny, OPTIONS).answer(request());
+    let mut calls = Calls::new(&tiny, OPTIONS);
+    let sane = calls.scheduler.submit(request()).unwrap();
+    calls.step();
+    for odd in [-1, i32::MIN, tiny.model.llama().n_vocab(), i32::MAX] {
+        let prompt = [tiny.script().prompt, vec![LlamaToken(odd)]].concat();
+        let found = calls.scheduler.submit(Request::new(prompt, 8));
+        assert!(matches!(found, Err(EngineError::NoToken { token, .. }) if token == odd), "{found:?}");
+    }
+    calls.finish();
+    assert_eq!(calls.seen[&sane].told(), expected.told());
+}
+
 #[test]
 fn a_queue_has_an_end_and_cancelling_makes_room() {
     let tiny = Tiny::new(Architecture::Llama);
@@ -235,9 +253,12 @@ fn sampling_is_by_its_seed_and_each_sequence_has_its_own() {
     let biased = Sampling { logit_bias: vec![(token, 1e4)], ..Default::default() };
     let text = Calls::new(&tiny, OPTIONS).answer(Request { sampling: biased, ..request(1) }).text;
     assert_eq!(text, " shark".repeat(16));
-    let once = Sampling { presence_penalty: 1e6, penalty_last_n: -1, ..Default::default() };
-    let seen = Calls::new(&tiny, OPTIONS).answer(Request { sampling: once, ..Request::new(tiny.script().prompt, 8) });
-    assert!(seen.summary.unwrap().tokens > 1);
+    for penalty_last_n in [-1, i32::MAX] {
+        let bias = vec![(token, 1e4)];
+        let once = Sampling { logit_bias: bias, presence_penalty: 1e6, penalty_last_n, ..Default::default() };
+        let seen = Calls::new(&tiny, OPTIONS).answer(Request { sampling: once, ..request(1) });
+        assert!(seen.summary.as_ref().unwrap().tokens > 1 && seen.text.matches(" shark").count() == 1, "{seen:?}");
+    }
 }
 
 /// What a request has of another one's reading, and that its answer is as if it had read all itself.
