@@ -9,8 +9,7 @@ use super::{prompts, table::table};
 use anyhow::{Context, bail, ensure};
 use pilotfish::engine::{GuardOptions, Model, Session, SessionOptions, probe_of};
 use pilotfish::guard::manifest::{
-    FORMAT, GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, TargetEntry,
-    TensorsEntry, VectorEntry,
+    GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, VectorEntry,
 };
 use pilotfish::guard::{
     Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Readout, Source,
@@ -415,19 +414,11 @@ fn build_to(
     let probe = (target_layer.0 < last_layer)
         .then(|| probe_of(target, PROBE_PROMPT, &name, target_layer, &in_target))
         .transpose()?;
-    let manifest = Manifest {
-        format: FORMAT,
-        name: policy.name,
+    let mut manifest = Manifest {
         description: policy.description,
         on_error: policy.on_error,
         message: policy.message,
-        target: TargetEntry {
-            architecture: target.identity().architecture.clone(),
-            fingerprint: target.identity().fingerprint,
-            probe,
-        },
         source,
-        tensors: TensorsEntry::default(),
         vectors: vec![VectorEntry {
             name: name.clone(),
             layer,
@@ -464,8 +455,9 @@ fn build_to(
                 ..intervention
             })
             .collect(),
-        results: Vec::new(),
+        ..Manifest::new(policy.name, target.identity())
     };
+    manifest.target.probe = probe;
     let guard = write_guard(output, &manifest, &[(tensor, values)], &mapping_files)?;
     eprintln!("wrote guard `{}` to {}", guard.name(), output.display());
     Ok(())

@@ -1,7 +1,7 @@
 //! The manifest as it is written: TOML and nothing else checked. [`Guard`](super::Guard) is what it becomes.
 
 use super::error::{GuardError, Location, shown};
-use super::{Digest, Fingerprint, MAX_MANIFEST_BYTES, location};
+use super::{Digest, Fingerprint, MAX_MANIFEST_BYTES, ModelIdentity, location};
 use crate::steering::VectorKind;
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,31 @@ pub struct Manifest {
     pub interventions: Vec<InterventionEntry>,
     #[serde(default, rename = "result", skip_serializing_if = "Vec::is_empty")]
     pub results: Vec<MeasuredResult>,
+}
+
+impl Manifest {
+    /// A guard for `target` that does nothing yet.
+    pub fn new(name: impl Into<String>, target: &ModelIdentity) -> Self {
+        Self {
+            format: FORMAT,
+            name: name.into(),
+            description: String::new(),
+            on_error: OnError::default(),
+            message: None,
+            target: TargetEntry {
+                architecture: target.architecture.clone(),
+                fingerprint: target.fingerprint,
+                probe: None,
+            },
+            source: None,
+            tensors: TensorsEntry::default(),
+            vectors: Vec::new(),
+            mappings: Vec::new(),
+            gates: Vec::new(),
+            interventions: Vec::new(),
+            results: Vec::new(),
+        }
+    }
 }
 
 /// What a run-time fault means for the sequence that it meets.

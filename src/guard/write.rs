@@ -1,8 +1,6 @@
 use super::error::{GuardError, shown};
 use super::folder::{Files, Folder, MappingFiles};
-use super::manifest::{
-    FORMAT, InterventionEntry, InterventionName, Manifest, OnError, TargetEntry, TensorsEntry, VectorEntry,
-};
+use super::manifest::{InterventionEntry, InterventionName, Manifest, VectorEntry};
 use super::tensors::{self, TensorData};
 use super::validate::{self, check_file_name};
 use super::{Digest, Guard, MANIFEST_FILE, MAPPING_SUFFIX, ModelIdentity};
@@ -94,21 +92,8 @@ pub fn from_control_vector(
         "" => String::new(),
         hint => format!(" made for `{}`", shown(hint)),
     };
-    let manifest = Manifest {
-        format: FORMAT,
-        name: name.to_owned(),
-        description: format!("A llama.cpp control vector{made_for}, imported for {}", shown(&target.name)),
-        on_error: OnError::default(),
-        message: None,
-        target: TargetEntry { architecture: target.architecture.clone(), fingerprint: target.fingerprint, probe: None },
-        source: None,
-        tensors: TensorsEntry::default(),
-        vectors,
-        mappings: Vec::new(),
-        gates: Vec::new(),
-        interventions,
-        results: Vec::new(),
-    };
+    let description = format!("A llama.cpp control vector{made_for}, imported for {}", shown(&target.name));
+    let manifest = Manifest { description, vectors, interventions, ..Manifest::new(name, target) };
     (manifest, tensors)
 }
 

@@ -42,8 +42,7 @@ use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::token::LlamaToken;
 use pilotfish::engine::{Model, ModelOptions, backend, guard_context};
 use pilotfish::guard::manifest::{
-    FORMAT, GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, TargetEntry,
-    TensorsEntry, VectorEntry,
+    GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, VectorEntry,
 };
 use pilotfish::guard::{
     Aggregate, Digest, Guard, Manifest, MappingFile, OnError, OnFire, Positions, Readout, write_guard,
@@ -199,26 +198,8 @@ struct Policy<'t> {
 
 impl<'t> Policy<'t> {
     fn new(subject: &'t Subject) -> Self {
-        let identity = subject.model.identity();
-        let manifest = Manifest {
-            format: FORMAT,
-            name: "tested".into(),
-            description: String::new(),
-            on_error: OnError::Block,
-            message: Some("not this".into()),
-            target: TargetEntry {
-                architecture: identity.architecture.clone(),
-                fingerprint: identity.fingerprint,
-                probe: None,
-            },
-            source: None,
-            tensors: TensorsEntry::default(),
-            vectors: Vec::new(),
-            mappings: Vec::new(),
-            gates: Vec::new(),
-            interventions: Vec::new(),
-            results: Vec::new(),
-        };
+        let message = Some("not this".into());
+        let manifest = Manifest { message, ..Manifest::new("tested", subject.model.identity()) };
         Self { subject, manifest, layers: BTreeMap::new(), tensors: Vec::new(), mappings: Vec::new() }
     }
 

@@ -3,11 +3,10 @@
 use crate::cli::args::{MadeGuardArgument, PointsArgument};
 use pilotfish::engine::Model;
 use pilotfish::guard::manifest::{
-    FORMAT, GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, TargetEntry,
-    TensorsEntry, VectorEntry,
+    GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, VectorEntry,
 };
 use pilotfish::guard::{
-    Aggregate, Digest, Guard, GuardError, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Readout, write_guard,
+    Aggregate, Digest, Guard, GuardError, MAPPING_SUFFIX, Manifest, MappingFile, OnFire, Readout, write_guard,
 };
 use pilotfish::mapping::{
     AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, MappingError, MappingQuality, Standardization,
@@ -39,25 +38,7 @@ pub fn guard(model: &Model, what: MadeGuardArgument, layers: &[LayerIndex], fold
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let width = model.shape().n_embd.0;
     let identity = model.identity();
-    let mut manifest = Manifest {
-        format: FORMAT,
-        name: "made-for-timing".into(),
-        description: String::new(),
-        on_error: OnError::Block,
-        message: None,
-        target: TargetEntry {
-            architecture: identity.architecture.clone(),
-            fingerprint: identity.fingerprint,
-            probe: None,
-        },
-        source: None,
-        tensors: TensorsEntry::default(),
-        vectors: Vec::new(),
-        mappings: Vec::new(),
-        gates: Vec::new(),
-        interventions: Vec::new(),
-        results: Vec::new(),
-    };
+    let mut manifest = Manifest::new("made-for-timing", identity);
     let mut maps = MappingFile {
         source: identity.clone(),
         target: identity.clone(),
