@@ -77,14 +77,7 @@ fn an_executor_that_fails_leaves_the_model_unguarded_where_the_guard_says_pass(s
 #[test]
 fn a_residual_that_is_not_finite_is_a_fault() {
     for architecture in Architecture::WITH_RESIDUAL {
-        let shape = TinyModel::new(architecture);
-        let sound = Tiny::new(architecture);
-        let (poisoned, other) = (sound.tokens(" shark")[1], sound.tokens(" sea")[1]);
-        assert_ne!(poisoned, other);
-        let mut weights = shape.weights();
-        let embedding = weights.get_mut("token_embd.weight").unwrap();
-        embedding.values[poisoned.0 as usize * embedding.shape[0]] = f32::INFINITY;
-        let tiny = Tiny::with_weights(shape, &weights);
+        let (tiny, poisoned, other) = Tiny::poisoned(architecture);
         let reads = |on_error| {
             let policy = tiny.policy().vector("g", LAYER).gate(gate("g", Aggregate::Last, NEVER, OnFire::Block));
             policy.on_error(on_error).guard()

@@ -146,13 +146,7 @@ fn any_requests_are_answered_as_if_read_anew() {
 #[test]
 fn cells_of_a_request_that_went_wrong_are_not_shared() {
     for architecture in Architecture::WITH_RESIDUAL {
-        let shape = TinyModel::new(architecture);
-        let sound = Tiny::new(architecture);
-        let (poisoned, other) = (sound.tokens(" shark")[1], sound.tokens(" sea")[1]);
-        let mut weights = shape.weights();
-        let embedding = weights.get_mut("token_embd.weight").unwrap();
-        embedding.values[poisoned.0 as usize * embedding.shape[0]] = f32::INFINITY;
-        let tiny = Tiny::with_weights(shape, &weights);
+        let (tiny, poisoned, other) = Tiny::poisoned(architecture);
         let policy = tiny.policy().vector("g", 0).gate(gate("g", Aggregate::Max, NEVER, OnFire::Steer));
         let program = stacked(&tiny, &[&policy.on_error(OnError::Pass).guard()]);
         let shared = [tiny.tokens("")[0]; 32];

@@ -382,13 +382,7 @@ fn a_patch_that_overflows_ends_its_sequence_alone(subject: &Subject) {
 #[test]
 fn a_fault_of_one_sequence_ends_that_one_alone() {
     for architecture in Architecture::WITH_RESIDUAL {
-        let shape = TinyModel::new(architecture);
-        let sound = Tiny::new(architecture);
-        let (poisoned, other) = (sound.tokens(" shark")[1], sound.tokens(" sea")[1]);
-        let mut weights = shape.weights();
-        let embedding = weights.get_mut("token_embd.weight").unwrap();
-        embedding.values[poisoned.0 as usize * embedding.shape[0]] = f32::INFINITY;
-        let tiny = Tiny::with_weights(shape, &weights);
+        let (tiny, poisoned, other) = Tiny::poisoned(architecture);
         let pass = tiny.policy().vector("v", LAYER).intervene(add("v")).on_error(OnError::Pass).guard();
         let block = tiny.policy().named("strict").vector("v", LAYER).intervene(add("v")).guard();
         let start = tiny.tokens("")[0];
@@ -433,13 +427,7 @@ fn a_fault_of_one_sequence_ends_that_one_alone() {
 #[test]
 fn a_fault_leaves_nothing_behind_in_the_cache() {
     for architecture in Architecture::WITH_RESIDUAL {
-        let shape = TinyModel::new(architecture);
-        let sound = Tiny::new(architecture);
-        let (poisoned, other) = (sound.tokens(" shark")[1], sound.tokens(" sea")[1]);
-        let mut weights = shape.weights();
-        let embedding = weights.get_mut("token_embd.weight").unwrap();
-        embedding.values[poisoned.0 as usize * embedding.shape[0]] = f32::INFINITY;
-        let tiny = Tiny::with_weights(shape, &weights);
+        let (tiny, poisoned, other) = Tiny::poisoned(architecture);
         // Late, so that layers before it have filled their cells.
         let guard = |on_error| {
             let policy = tiny.policy().vector("v", tiny.last_layer()).intervene(add("v"));

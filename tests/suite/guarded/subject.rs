@@ -181,6 +181,18 @@ impl Tiny {
         Self::load(shape, weights, &ModelOptions::default())
     }
 
+    /// A model in which the embedding of one token is infinite: that token, and one that is not.
+    pub fn poisoned(architecture: Architecture) -> (Self, LlamaToken, LlamaToken) {
+        let sound = Self::new(architecture);
+        let (poisoned, other) = (sound.tokens(" shark")[1], sound.tokens(" sea")[1]);
+        assert_ne!(poisoned, other);
+        let shape = TinyModel::new(architecture);
+        let mut weights = shape.weights();
+        let embedding = weights.get_mut("token_embd.weight").unwrap();
+        embedding.values[poisoned.0 as usize * embedding.shape[0]] = f32::INFINITY;
+        (Self::with_weights(shape, &weights), poisoned, other)
+    }
+
     /// On the GPU, if there is one.
     pub fn placed(shape: TinyModel, weights: &Weights) -> Self {
         let gpu_layers = if GPU { 99 } else { 0 };
