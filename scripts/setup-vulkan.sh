@@ -7,6 +7,8 @@
 #
 # usage: setup-vulkan.sh FOLDER
 set -eu
+# shellcheck source=install.sh
+. "$(dirname "$0")/install.sh"
 
 folder=$1
 mkdir -p "$folder"
@@ -43,17 +45,8 @@ has_driver || missing="$missing mesa-vulkan-drivers"
 command -v vulkaninfo >/dev/null 2>&1 || missing="$missing vulkan-tools"
 
 if [ -n "$missing" ]; then
-    echo "Tests on Vulkan need what this machine does not have:$missing" >&2
-    if ! command -v apt-get >/dev/null 2>&1; then
-        echo "Install them by hand with this system's package manager, then try again." >&2
-        exit 2
-    fi
-    sudo=""
-    [ "$(id -u)" = 0 ] || sudo=sudo
-    echo "Installing now. By hand it is: $sudo apt-get install -y$missing" >&2
-    $sudo apt-get update -q >&2
     # shellcheck disable=SC2086 # a list of package names
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -q $missing >&2
+    install_missing "Tests on Vulkan need" $missing
 fi
 
 is_debian_12() { grep -q '^VERSION_CODENAME=bookworm$' /etc/os-release 2>/dev/null; }

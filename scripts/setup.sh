@@ -1,6 +1,8 @@
 #!/bin/sh
 # Installs what compiling llama.cpp needs and this machine lacks. Says what it does; does nothing where nothing is missing.
 set -eu
+# shellcheck source=install.sh
+. "$(dirname "$0")/install.sh"
 
 missing=""
 command -v cmake >/dev/null 2>&1 || missing="$missing cmake"
@@ -20,21 +22,13 @@ has_libclang() {
 has_libclang || missing="$missing libclang-dev"
 
 if [ -n "$missing" ]; then
-    echo "Compiling llama.cpp needs what this machine does not have:$missing" >&2
     if [ "$(uname)" = Darwin ]; then
+        echo "Compiling llama.cpp needs what this machine does not have:$missing" >&2
         echo "Install it by hand: xcode-select --install && brew install cmake llvm" >&2
         exit 2
     fi
-    if ! command -v apt-get >/dev/null 2>&1; then
-        echo "Install them by hand with this system's package manager, then try again." >&2
-        exit 2
-    fi
-    sudo=""
-    [ "$(id -u)" = 0 ] || sudo=sudo
-    echo "Installing now. By hand it is: $sudo apt-get install -y$missing" >&2
-    $sudo apt-get update -q >&2
     # shellcheck disable=SC2086 # a list of package names
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -q $missing >&2
+    install_missing "Compiling llama.cpp needs" $missing
 fi
 
 if ! command -v cargo >/dev/null 2>&1; then
