@@ -88,10 +88,8 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     let mut refused = None;
     loop {
         // No sooner than it can run: what is wrong with a prompt is told after the answers before it.
-        while refused.is_none()
-            && submitted < prompts.len()
-            && scheduler.load().0 + scheduler.load().1 < parallel as usize
-        {
+        let can_run = |(running, waiting)| running + waiting < parallel as usize;
+        while refused.is_none() && submitted < prompts.len() && can_run(scheduler.load()) {
             let request = model.prompt_tokens(&prompts[submitted]).map(|tokens| Request {
                 sampling: sampling.clone(),
                 stop: arguments.stop.clone(),

@@ -59,7 +59,6 @@ impl<'model> ParallelSampler<'model> {
     /// # Errors
     /// llama.cpp can't decode.
     pub fn round(&mut self, seed: u32) -> Result<Vec<String>, EngineError> {
-        let cache = |error: &dyn std::fmt::Display| ContextError::Cache(error.to_string());
         let vocab = self.model.llama().vocab();
         self.context.clear_kv_cache();
         self.batch.clear();
@@ -72,7 +71,7 @@ impl<'model> ParallelSampler<'model> {
         let mut slots = Vec::with_capacity(self.width);
         for index in 0..self.width as u32 {
             let sequence = index as i32 + 1;
-            self.context.copy_kv_cache_seq(0, sequence, None, None).map_err(|error| cache(&error))?;
+            self.context.copy_kv_cache_seq(0, sequence, None, None).map_err(ContextError::from)?;
             let seed = seed.wrapping_add(index);
             let mut sampler = LlamaSampler::chain_simple([LlamaSampler::temp(1.0), LlamaSampler::dist(seed)]);
             let next = sampler.sample(&self.context, self.start.len() as i32 - 1);

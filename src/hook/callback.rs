@@ -182,13 +182,13 @@ impl Hook {
         can
     }
 
-    /// Sequences that something went wrong with since their cells were made zero: until then what is no number may lie there, cleared or not, and
-    /// llama.cpp's attention multiplies cells that it masks by 0. Who makes cells zero takes the sequence off.
-    pub fn tainted(&mut self) -> &mut Vec<SequenceId> {
-        &mut self.tainted
+    /// Says that the cells of such sequences hold numbers alone: they were overwritten, not only cleared.
+    pub fn scrubbed(&mut self, sequence: impl Fn(SequenceId) -> bool) {
+        self.tainted.retain(|tainted| !sequence(*tainted));
     }
 
-    /// Whether `sequence` is one of the [`tainted`](Self::tainted).
+    /// Whether something has gone wrong with `sequence` since its cells were [scrubbed](Self::scrubbed): what is no number may lie there, cleared
+    /// or not, and llama.cpp's attention multiplies cells that it masks by 0.
     pub fn is_tainted(&self, sequence: SequenceId) -> bool {
         self.tainted.contains(&sequence)
     }

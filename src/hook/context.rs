@@ -93,6 +93,12 @@ pub enum ContextError {
     NotReusable { sequence: SequenceId, asked: usize, reusable: usize },
 }
 
+impl From<KvCacheConversionError> for ContextError {
+    fn from(error: KvCacheConversionError) -> Self {
+        Self::Cache(error.to_string())
+    }
+}
+
 impl<'model> GuardedContext<'model> {
     /// Makes a context of `model` that runs `program`, and proves with a dry run of one token that every hook point fires.
     ///
@@ -178,7 +184,7 @@ impl<'model> GuardedContext<'model> {
     }
 
     /// The program of sequences to come.
-    pub fn program(&self) -> &Program {
+    pub fn program(&self) -> &Arc<Program> {
         self.hook.as_ref().program()
     }
 
@@ -209,7 +215,7 @@ impl<'model> GuardedContext<'model> {
     pub fn clear(&mut self) {
         self.context.clear_kv_cache();
         self.hook.as_mut().clear_all();
-        self.hook.as_mut().tainted().clear();
+        self.hook.as_mut().scrubbed(|_| true);
     }
 
     /// Removes `sequence` from the KV cache and forgets its gates, and what went wrong with it.
@@ -218,11 +224,10 @@ impl<'model> GuardedContext<'model> {
     /// llama.cpp can't remove it.
     pub fn clear_sequence(&mut self, sequence: SequenceId) -> Result<(), ContextError> {
         let id = u32::try_from(sequence.0).map_err(|_| ContextError::Cache(format!("no sequence {sequence}")))?;
-        let cache = |error: &dyn std::fmt::Display| ContextError::Cache(error.to_string());
-        self.context.clear_kv_cache_seq(Some(id), None, None).map_err(|error| cache(&error))?;
+        self.context.clear_kv_cache_seq(Some(id), None, None)?;
         self.hook.as_mut().clear(sequence);
-        if self.hook.as_mut().tainted().contains(&sequence) {
-            self.scrub(sequence).map_err(|error| cache(&error))?;
+        if self.hook.as_ref().is_tainted(sequence) {
+            self.scrub(sequence)?;
         }
         Ok(())
     }
@@ -231,16 +236,15 @@ impl<'model> GuardedContext<'model> {
     /// and its attention may multiply them by 0, which leaves NaN of whatever comes to lie in the same stream.
     fn scrub(&mut self, sequence: SequenceId) -> Result<(), KvCacheConversionError> {
         let n_streams = self.splitting.n_streams as i32;
-        let others = (0..n_streams).map(SequenceId).find(|other| !self.hook.as_mut().tainted().contains(other));
+        let sane = (0..n_streams).map(SequenceId).find(|other| !self.hook.as_ref().is_tainted(*other));
         if self.hook.as_ref().sequences().is_empty() {
             // Nobody's cells are lost.
-            self.context.clear_kv_cache();
-            self.hook.as_mut().tainted().clear();
-        } else if let Some(sane) = others.filter(|_| n_streams > 1) {
+            self.clear();
+        } else if let Some(sane) = sane.filter(|_| n_streams > 1) {
             // A copy takes the whole stream, the cells of no sequence too.
             self.context.copy_kv_cache_seq(sane.0, sequence.0, None, None)?;
             self.context.clear_kv_cache_seq(Some(sequence.0.unsigned_abs()), None, None)?;
-            self.hook.as_mut().tainted().retain(|tainted| *tainted != sequence);
+            self.hook.as_mut().scrubbed(|tainted| tainted == sequence);
         }
         // In one stream with others it stays, until they are gone: they have it in their attention as it is.
         Ok(())
@@ -274,20 +278,16 @@ impl<'model> GuardedContext<'model> {
         if n_tokens > reusable || !self.hook.as_mut().resume(from, to, n_tokens) {
             return Err(refused(reusable));
         }
-        let cache = |error: &dyn std::fmt::Display| ContextError::Cache(error.to_string());
         if from != to {
-            self.context.clear_kv_cache_seq(Some(id), None, None).map_err(|error| cache(&error))?;
+            self.context.clear_kv_cache_seq(Some(id), None, None)?;
             // The whole of it: between two KV streams llama.cpp copies nothing less.
-            self.context.copy_kv_cache_seq(from.0, to.0, None, None).map_err(|error| cache(&error))?;
+            self.context.copy_kv_cache_seq(from.0, to.0, None, None)?;
         }
-        match self.context.clear_kv_cache_seq(Some(id), Some(at), None) {
-            Ok(true) => Ok(()),
-            Ok(false) => {
-                self.clear_sequence(to)?;
-                Err(cache(&format!("sequence {to} can't be cut at token {n_tokens}")))
-            }
-            Err(error) => Err(cache(&error)),
+        if self.context.clear_kv_cache_seq(Some(id), Some(at), None)? {
+            return Ok(());
         }
+        self.clear_sequence(to)?;
+        Err(ContextError::Cache(format!("sequence {to} can't be cut at token {n_tokens}")))
     }
 
     /// Prepares `sequence` for another turn's prompt: its gates read anew, and one that has fired stays fired.

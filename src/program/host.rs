@@ -172,7 +172,11 @@ impl Sequences {
                 next += 1;
                 continue;
             };
-            let same = |row: &&Row| self.patching(row, layer).is_some_and(|other| Arc::ptr_eq(other, &program));
+            let same = |row: &&Row| {
+                // Most often: a prompt.
+                row.sequence == rows[start].sequence
+                    || self.patching(row, layer).is_some_and(|other| Arc::ptr_eq(other, &program))
+            };
             next += rows[start..].iter().take_while(same).count();
             let (rows, values) = (&rows[start..next], residual.rows_mut(start..next));
             let patches = program.point(layer).map(|point| &*point.patches).unwrap_or_default();

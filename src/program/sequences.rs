@@ -170,7 +170,7 @@ impl Sequences {
 
     /// Makes nothing [reusable](Self::reusable) of what has been read up to now: what reads it has become another model.
     pub fn forget_rows(&mut self) {
-        self.states.values_mut().for_each(|state| state.trail.close());
+        self.states.values_mut().for_each(|state| state.trail.close_at(0));
     }
 
     /// Makes of `to` a new sequence under the program of `from` whose prompt begins with the first `n_rows` rows of `from`, its gates as they
@@ -200,7 +200,7 @@ impl Sequences {
         let Some(state) = self.states.get_mut(&sequence) else { return };
         // What acted on rows up to here is told by decisions that are forgotten now.
         if !state.treats_answers_as_prompts() {
-            state.trail.close_after_prompt();
+            state.trail.close_at(state.trail.n_prompt());
         }
         state.gates.iter_mut().for_each(GateState::begin_prompt);
     }

@@ -67,14 +67,13 @@ impl Trail {
             self.n_rows += self.n_pending;
             self.n_pending = 0;
         } else {
-            self.keep(self.n_rows);
-            self.closed = true;
+            self.close_at(self.n_rows);
         }
     }
 
-    /// Says that none of its rows can be told.
-    pub fn close(&mut self) {
-        self.keep(0);
+    /// Says that no row from number `n_rows` on can be told.
+    pub fn close_at(&mut self, n_rows: usize) {
+        self.keep(n_rows);
         self.closed = true;
     }
 
@@ -83,12 +82,6 @@ impl Trail {
         self.projections.truncate(n_rows * self.n_gates);
         (self.n_rows, self.n_pending) = (n_rows, 0);
         self.first_other = self.first_other.filter(|first| *first < n_rows);
-    }
-
-    /// Says that no row after those of the prompt can be told.
-    pub fn close_after_prompt(&mut self) {
-        self.keep(self.n_prompt());
-        self.closed = true;
     }
 
     /// Takes the first `n_rows` rows of `other`, which are known, as a prompt's. It has none of its own yet.
@@ -187,7 +180,7 @@ mod tests {
         trail.extend_as_prompt(&other, 3);
         decode(&mut trail, &[(3, RowKind::Prompt), (4, RowKind::PromptEnd)], true);
         assert_eq!((trail.n_rows(), trail.n_prompt()), (5, 4));
-        trail.close();
+        trail.close_at(0);
         decode(&mut trail, &[(0, RowKind::Prompt)], true);
         assert_eq!(trail.n_rows(), 0);
     }

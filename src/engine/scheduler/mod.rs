@@ -128,7 +128,6 @@ pub struct Scheduler<'model> {
     context: GuardedContext<'model>,
     batch: GuardedBatch,
     options: SchedulerOptions,
-    program: Arc<Program>,
     waiting: VecDeque<(RequestId, Request, Arc<Program>)>,
     /// One a sequence.
     slots: Vec<Slot>,
@@ -190,11 +189,11 @@ impl<'model> Scheduler<'model> {
         check_shape(model, &program)?;
         let params = context_params(options.n_ctx.saturating_mul(n), options.n_batch);
         let params = params.with_n_seq_max(n).with_kv_unified(false);
-        let context = GuardedContext::new(model.llama(), backend()?, params, Arc::clone(&program))?;
+        let context = GuardedContext::new(model.llama(), backend()?, params, program)?;
         let batch = GuardedBatch::new(options.n_batch as usize);
         let slots = (0..n).map(|_| Slot::default()).collect();
         let waiting = VecDeque::new();
-        Ok(Self { model, context, batch, options, program, waiting, slots, next_id: 0, n_steps: 0 })
+        Ok(Self { model, context, batch, options, waiting, slots, next_id: 0, n_steps: 0 })
     }
 
     /// Takes `program` for requests to come. Those that wait or run keep theirs.
@@ -203,23 +202,25 @@ impl<'model> Scheduler<'model> {
     /// A program for a model of another shape.
     pub fn set_program(&mut self, program: Arc<Program>) -> Result<(), EngineError> {
         check_shape(self.model, &program)?;
+        let old = Arc::clone(self.context.program());
+        if Arc::ptr_eq(&old, &program) {
+            return Ok(());
+        }
         // What ran under the old one is of no more use, and would keep it in memory.
         for slot in 0..self.slots.len() {
-            let sequence = SequenceId(slot as i32);
-            let is_old = self.context.program_of(sequence).is_some_and(|old| Arc::ptr_eq(old, &self.program));
-            if self.slots[slot].running.is_none() && is_old && !Arc::ptr_eq(&program, &self.program) {
+            if self.slots[slot].running.is_none() && self.runs(slot, &old) {
                 self.forget(slot)?;
             }
         }
-        self.context.set_program(Arc::clone(&program));
-        self.program = program;
+        self.context.set_program(program);
         Ok(())
     }
 
     /// Puts `request` in the queue. It joins at one of the next steps.
     ///
     /// # Errors
-    /// The prompt is empty, has a token that the model has not, or leaves no room for an answer, its program is for a model of another shape, or the queue is full.
+    /// The prompt is empty, has a token that the model has not, or is longer than a sequence's room, its program is for a model of another shape,
+    /// or the queue is full.
     pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
         if request.prompt.is_empty() {
             return Err(EngineError::EmptyPrompt);
@@ -236,7 +237,7 @@ impl<'model> Scheduler<'model> {
         if self.waiting.len() >= self.options.queue {
             return Err(EngineError::QueueFull { capacity: self.options.queue });
         }
-        let program = request.program.clone().unwrap_or_else(|| Arc::clone(&self.program));
+        let program = request.program.clone().unwrap_or_else(|| Arc::clone(self.context.program()));
         check_shape(self.model, &program)?;
         let id = RequestId(self.next_id);
         self.next_id += 1;
@@ -337,21 +338,18 @@ impl<'model> Scheduler<'model> {
 
     /// Makes a free sequence ready for `prompt` under `program`: which, and how many tokens of the prompt it has.
     fn prepare(&mut self, prompt: &[LlamaToken], program: Arc<Program>) -> Result<(usize, usize), EngineError> {
-        let free = |slots: &[Slot], slot: usize| slots[slot].running.is_none();
+        let free = |slot: usize| self.slots[slot].running.is_none();
         let shared = (0..self.slots.len()).map(|slot| (self.shared(slot, prompt, &program), slot));
         // Of equals a free one, which needs no copy.
-        let (shared, source) = shared.max_by_key(|(n, slot)| (*n, free(&self.slots, *slot))).unwrap_or_default();
+        let (shared, source) = shared.max_by_key(|(n, slot)| (*n, free(*slot))).unwrap_or_default();
         let oldest = |but: Option<usize>| {
-            let others = (0..self.slots.len()).filter(|slot| Some(*slot) != but && free(&self.slots, *slot));
+            let others = (0..self.slots.len()).filter(|slot| Some(*slot) != but && free(*slot));
             others.min_by_key(|slot| self.slots[*slot].given)
         };
         // A text that goes on takes its own sequence along; one that only begins alike leaves the other where it is, if it can.
-        let goes_on = free(&self.slots, source) && 2 * shared >= self.slots[source].tokens.len();
-        let target = match oldest(Some(source)) {
-            Some(other) if !goes_on => other,
-            _ if free(&self.slots, source) => source,
-            other => other.unwrap_or(source),
-        };
+        let goes_on = free(source) && 2 * shared >= self.slots[source].tokens.len();
+        // Where the source runs, there is another that is free.
+        let target = oldest(Some(source)).filter(|_| !goes_on).unwrap_or(source);
         let (from, to) = (SequenceId(source as i32), SequenceId(target as i32));
         if shared >= if from == to { 1 } else { MIN_COPIED } {
             match self.context.resume(from, to, shared) {
@@ -364,8 +362,7 @@ impl<'model> Scheduler<'model> {
                 Err(error) => tracing::debug!(%error, "a prefix is not used again"),
             }
         }
-        // Where nothing is shared, the oldest.
-        let target = if from == to { oldest(None).unwrap_or(target) } else { target };
+        let target = oldest(None).unwrap_or(target);
         self.forget(target)?;
         self.context.assign(SequenceId(target as i32), program);
         Ok((target, 0))
@@ -373,13 +370,16 @@ impl<'model> Scheduler<'model> {
 
     /// Tokens of `prompt` that a sequence has already, as they would be read under `program`. The last is always to be read: logits come of it.
     fn shared(&self, slot: usize, prompt: &[LlamaToken], program: &Arc<Program>) -> usize {
-        let sequence = SequenceId(slot as i32);
-        let same = self.context.program_of(sequence).is_some_and(|other| Arc::ptr_eq(other, program));
-        if !self.options.reuse_prefixes || !same {
+        if !self.options.reuse_prefixes || !self.runs(slot, program) {
             return 0;
         }
         let alike = self.slots[slot].tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        alike.min(prompt.len() - 1).min(self.context.reusable(sequence))
+        alike.min(prompt.len() - 1).min(self.context.reusable(SequenceId(slot as i32)))
+    }
+
+    /// Whether the sequence runs under `program`, this very one, or did last.
+    fn runs(&self, slot: usize, program: &Arc<Program>) -> bool {
+        self.context.program_of(SequenceId(slot as i32)).is_some_and(|own| Arc::ptr_eq(own, program))
     }
 
     /// Empties a sequence.
