@@ -36,6 +36,7 @@
 //!
 //! - `engine` (default): llama.cpp through llama-cpp-2. Without it there is no C++ in the build, and what remains is guard files,
 //!   programs, mappings, [`synthetic`] models and a [`hook`] whose ggml functions are looked up at run time.
+//! - `learn` (default): making guards and measuring them: [`learn`], [`eval`]. An app that runs guards can do without.
 //! - `cli` (default): the `pilotfish` command, and [`models`], its downloads.
 //! - `cuda`, `metal`, `vulkan`, `dynamic-backends`: forwarded to llama-cpp-2.
 #![cfg_attr(not(feature = "engine"), allow(rustdoc::broken_intra_doc_links))]
@@ -44,12 +45,12 @@
 
 #[cfg(feature = "engine")]
 pub mod engine;
-#[cfg(feature = "engine")]
+#[cfg(feature = "learn")]
 pub mod eval;
 pub mod guard;
 #[allow(unsafe_code)]
 pub mod hook;
-#[cfg(feature = "engine")]
+#[cfg(feature = "learn")]
 pub mod learn;
 pub mod mapping;
 #[cfg(feature = "cli")]
