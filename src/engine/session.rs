@@ -91,6 +91,38 @@ impl<'model> Session<'model> {
         ended.into_iter().next().map_or(Ok(n_rows - 1), |(_, error)| Err(error.into()))
     }
 
+    /// Forgets what came before, reads `prompt`, feeds `answer` to it as if the model had written it, and shows `each` the logits, `[n_vocab]`, that
+    /// predict each token of `answer`, with that token's index: what a guard does to an answer, without sampling one.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill), and prompt and answer together too long.
+    pub fn forced(
+        &mut self,
+        prompt: &[LlamaToken],
+        answer: &[LlamaToken],
+        mut each: impl FnMut(usize, &[f32]),
+    ) -> Result<(), EngineError> {
+        let found = prompt.len() + answer.len();
+        if found > self.n_ctx {
+            return Err(EngineError::PromptTooLong { found, capacity: self.n_ctx });
+        }
+        let last = self.prefill(prompt)?;
+        let Some((_, fed)) = answer.split_last() else { return Ok(()) };
+        each(0, self.logits(last));
+        for (chunk, tokens) in fed.chunks(BATCH).enumerate() {
+            let start = chunk * BATCH;
+            let rows = tokens.iter().enumerate().map(|(offset, token)| {
+                let position = prompt.len() + start + offset;
+                (*token, row(ONLY, position, RowKind::Generated))
+            });
+            self.decode(rows)?;
+            for offset in 0..tokens.len() {
+                each(start + offset + 1, self.logits(offset as i32));
+            }
+        }
+        Ok(())
+    }
+
     /// Logits of the row `index` of the last decode, `[n_vocab]`.
     pub fn logits(&self, index: i32) -> &[f32] {
         self.context.llama().get_logits_ith(index)

@@ -9,7 +9,7 @@ mod statistics;
 
 pub use kernels::{all_finite, axpy, axpy4, cosine, dot, norm, unit};
 pub use residual::{Residual, ResidualMut};
-pub use statistics::{auc, mean_and_deviation, quantile};
+pub use statistics::{auc, kl_divergence, log_softmax, mean_and_deviation, quantile};
 
 use serde::{Deserialize, Serialize};
 use std::fmt;

@@ -34,6 +34,23 @@ pub fn quantile(values: &[f64], q: f64) -> f64 {
     low + (high - low) * at.fract()
 }
 
+/// Logarithms of the softmax of `logits`, in `f64`.
+pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let highest = f64::from(highest);
+    let total: f64 = logits.iter().map(|logit| (f64::from(*logit) - highest).exp()).sum();
+    let shift = highest + total.ln();
+    logits.iter().map(|logit| f64::from(*logit) - shift).collect()
+}
+
+/// Kullback–Leibler divergence `KL(p ‖ q) = Σ p ln(p / q)` of the softmax of two rows of logits, `[n]` each, in nats.
+pub fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
+    debug_assert_eq!(p.len(), q.len());
+    let (p, q) = (log_softmax(p), log_softmax(q));
+    // A sum of rounded terms may fall below zero by their rounding.
+    p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,6 +70,18 @@ mod tests {
         assert!(auc(&[], &[1.0]).is_nan());
         assert_eq!(quantile(&[4.0, 1.0, 3.0, 2.0], 0.5), 2.5);
         assert_eq!(quantile(&[1.0, 2.0], 1.0), 2.0);
+    }
+
+    #[test]
+    fn divergence_of_known_distributions() {
+        let logits = |shares: [f64; 2]| shares.map(|share| share.ln() as f32);
+        // ½ ln(½ / ¼) + ½ ln(½ / ¾)
+        let expected = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
+        assert!((kl_divergence(&logits([0.5, 0.5]), &logits([0.25, 0.75])) - expected).abs() < 1e-6);
+        // Softmax does not see a common shift, however large.
+        assert!(kl_divergence(&[1.0, 2.0, 3.0], &[1001.0, 1002.0, 1003.0]) < 1e-12);
+        let total: f64 = log_softmax(&[-700.0, 0.0, 88.0]).iter().map(|log| log.exp()).sum();
+        assert!((total - 1.0).abs() < 1e-12);
     }
 
     proptest! {
