@@ -1,5 +1,5 @@
 use super::args::{
-    CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method, TokensArgument,
+    CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method,
 };
 use super::models::{load, load_named};
 use super::progress::Bar;
@@ -8,9 +8,9 @@ use super::{Outcome, guard, prompts};
 use anyhow::{Context, ensure};
 use pilotfish::engine::Model;
 use pilotfish::guard::{MAPPING_SUFFIX, MappingFile, VectorFile, edit, replace_manifest};
-use pilotfish::learn::{self, Classes, ContrastMethod, ContrastOptions, CorpusOptions, MapOptions};
+use pilotfish::learn::{self, ContrastMethod, ContrastOptions, CorpusOptions, MapOptions};
 use pilotfish::mapping::RidgeOptions;
-use pilotfish::steering::PromptTokens;
+use pilotfish::steering::SteeringVector;
 use pilotfish::tensor::LayerIndex;
 use std::io::Write;
 use std::path::Path;
@@ -18,44 +18,77 @@ use std::path::Path;
 pub fn extract(arguments: ExtractArguments) -> anyhow::Result<Outcome> {
     let method = match arguments.method {
         Method::Mean => ContrastMethod::DifferenceOfMeans,
+        Method::Pca => ContrastMethod::PrincipalDifference,
         Method::Lda => ContrastMethod::LinearDiscriminant { shrinkage: arguments.shrinkage },
+        Method::Logistic => ContrastMethod::LogisticRegression { penalty: arguments.penalty },
     };
-    let tokens = match arguments.tokens {
-        TokensArgument::Last => PromptTokens::Last,
-        TokensArgument::Mean => PromptTokens::Mean,
-    };
-    let positive = prompts::read(&arguments.positive)?;
-    let negative = prompts::read(&arguments.negative)?;
+    let contrasts = prompts::read_contrasts(&arguments.positive, &arguments.negative)?;
+    let classes: Vec<_> = contrasts.iter().map(prompts::Contrasted::classes).collect();
     let model = load(&arguments.model)?;
     let layers = match arguments.layers {
         // At the last layer llama.cpp keeps only rows with logits.
         Layers::Auto => {
-            let without = u32::from(tokens == PromptTokens::Mean);
+            let without = u32::from(arguments.tokens.need_every_token());
             (0..model.shape().n_layer.saturating_sub(without)).map(LayerIndex).collect()
         }
         Layers::Chosen(layers) => layers,
     };
+    let options = ContrastOptions {
+        method,
+        tokens: arguments.tokens,
+        weights: arguments.weights,
+        resamples: arguments.resamples,
+        seed: arguments.seed,
+    };
     let found = {
         let bar = Bar::new("reading prompts");
-        let step = &mut |done, total| bar.at(done, total);
-        let options = ContrastOptions { method, tokens };
-        let classes = Classes { positive: &positive, negative: &negative };
-        learn::contrast(&model, &layers, &arguments.name, classes, options, step)?
+        learn::contrast(&model, &layers, &arguments.name, &classes, &options, &mut |done, total| bar.at(done, total))?
     };
-    let file = VectorFile { model: model.identity().clone(), vectors: found.vectors.clone() };
+    let file = VectorFile { model: model.identity().clone(), vectors: found.vectors };
     write(&arguments.output, &file.to_bytes()?)?;
     eprintln!("wrote {} vectors to {}", file.vectors.len(), arguments.output.display());
-    let rows = found.vectors.iter().zip(&found.separation).map(|(vector, (layer, separation))| {
+    writeln!(std::io::stdout().lock(), "{}", qualities(&file.vectors))?;
+    Ok(Outcome::Done)
+}
+
+/// What is known of each vector; the layer that tells held-out prompts apart best is marked.
+fn qualities(vectors: &[SteeringVector]) -> comfy_table::Table {
+    let best = best_layer(vectors);
+    let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.3}"));
+    let rows = vectors.iter().filter_map(|vector| Some((vector, vector.quality.as_ref()?))).map(|(vector, quality)| {
+        let sets: Vec<_> = quality.auc.iter().map(|auc| format!("{auc:.3}")).collect();
+        let mark = if Some(vector.layer) == best { " *" } else { "" };
         [
-            layer.to_string(),
-            format!("{separation:.3}"),
-            format!("{:.3e}", pilotfish::tensor::norm(&vector.values)),
+            format!("{}{mark}", vector.layer),
+            sets.join(", "),
+            number(quality.stability.map(|stability| stability.mean_cosine)),
+            number(quality.cosine_before),
+            number(quality.cosine_after),
+            format!("{:.3e}", quality.norm),
             format!("{:.2}", vector.mean_norm),
         ]
     });
-    let header = ["layer", "AUC, held out", "norm of the vector", "mean norm of the residual"];
-    writeln!(std::io::stdout().lock(), "{}", table(header, rows))?;
-    Ok(Outcome::Done)
+    let header = [
+        "layer (* best)",
+        "AUC, held out",
+        "stability",
+        "cosine to the layer before",
+        "to the one after",
+        "norm of the vector",
+        "mean norm of the residual",
+    ];
+    table(header, rows)
+}
+
+/// The layer whose vector has the highest cross-validated AUC; the first of several.
+pub fn best_layer(vectors: &[SteeringVector]) -> Option<LayerIndex> {
+    let rated = vectors.iter().filter_map(|vector| Some((vector.layer, vector.quality.as_ref()?.mean_auc())));
+    rated
+        .fold(None, |best: Option<(LayerIndex, f64)>, (layer, auc)| match best {
+            Some((_, highest)) if highest >= auc => best,
+            _ => Some((layer, auc)),
+        })
+        .map(|(layer, _)| layer)
 }
 
 pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {

@@ -22,7 +22,7 @@ pub use identity::identity_of;
 pub use lock_step::LockStep;
 pub use model::{Model, ModelOptions, backend};
 pub use parallel::ParallelSampler;
-pub use prompt::{PromptLayout, PromptTemplate};
+pub use prompt::{PromptLayout, PromptTemplate, tokens_spelling};
 pub use sampling::Sampling;
 pub use scheduler::Scheduler;
 pub use session::{GateReading, Session, SessionOptions};

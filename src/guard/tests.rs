@@ -3,7 +3,7 @@
 use super::manifest::{InterventionEntry, InterventionName, TargetEntry, TensorsEntry, VectorEntry};
 use super::*;
 use crate::mapping::{AffineMap, FitQuality, Standardization};
-use crate::steering::{ControlVector, ExtractionMethod, PromptTokens, SteeringVector};
+use crate::steering::{ControlVector, ExtractionMethod, PromptTokens, Stability, SteeringVector, VectorQuality};
 use crate::tensor::norm;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -920,11 +920,35 @@ fn vector_file() -> VectorFile {
         mean_norm,
         n_positive: 200,
         n_negative: 199,
+        quality: None,
     };
     VectorFile {
         model: identity("smollm2 \"135M\"", "llama", SOURCE),
         vectors: vec![vector("harm", 24, &HARM, 0.1 + 0.2), vector("harm.x", 7, &REFUSAL, 3.2292338679946637e299)],
     }
+}
+
+/// Files older than the quality record, and files with it.
+#[test]
+fn a_vectors_quality_travels_with_it_and_may_be_missing() {
+    let mut file = vector_file();
+    let plain = file.to_bytes().unwrap();
+    assert!(!String::from_utf8_lossy(&plain).contains("quality"));
+    file.vectors[0].tokens = PromptTokens::Matching("|prod|".into());
+    file.vectors[0].quality = Some(VectorQuality {
+        auc: vec![0.91, 0.73],
+        stability: Some(Stability { mean_cosine: 0.9, resamples: 20, seed: 7 }),
+        norm: 1.5,
+        cosine_before: None,
+        cosine_after: Some(0.25),
+        regularization: Some(0.1),
+    });
+    let bytes = file.to_bytes().unwrap();
+    let read = VectorFile::from_bytes("v", &bytes).unwrap();
+    assert_eq!(read.to_bytes().unwrap(), bytes);
+    assert!(read.vectors.contains(&file.vectors[0]));
+    file.vectors[0].quality.as_mut().unwrap().auc[1] = f64::NAN;
+    assert!(file.to_bytes().unwrap_err().to_string().contains("finite"));
 }
 
 #[test]
@@ -1016,7 +1040,7 @@ fn a_self_describing_file_says_all_and_nothing_else() {
         (
             r#"{\"method\":\"lda\""#,
             r#"{\"method\":\"magic\""#,
-            "`v`: metadata key `harm.24`: unknown variant `magic`, expected one of `mean`, `lda`, `imported` at line 1 column 17",
+            "`v`: metadata key `harm.24`: unknown variant `magic`, expected one of `mean`, `pca`, `lda`, `logistic`, `imported` at line 1 column 17",
         ),
         (
             r#""harm.24":{"#,
@@ -1391,6 +1415,7 @@ proptest! {
                 mean_norm,
                 n_positive: usize::MAX,
                 n_negative: 0,
+                quality: None,
             })
             .collect();
         vectors.sort_by_key(|vector| vector.layer.to_string());

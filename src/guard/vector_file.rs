@@ -2,7 +2,7 @@ use super::error::{GuardError, shown};
 use super::tensors::{self, TensorData, TensorFile};
 use super::validate::check_name;
 use super::{MAX_WIDTH, ModelIdentity};
-use crate::steering::{ExtractionMethod, PromptTokens, SteeringVector};
+use crate::steering::{ExtractionMethod, PromptTokens, SteeringVector, VectorQuality};
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -28,6 +28,8 @@ struct Description {
     mean_norm: f64,
     n_positive: usize,
     n_negative: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    quality: Option<VectorQuality>,
 }
 
 impl VectorFile {
@@ -50,17 +52,19 @@ impl VectorFile {
                 let found = format!("{} in vector `{tensor}`", vector.values.len());
                 return Err(GuardError::value(format!("1 to {MAX_WIDTH} values"), found));
             }
-            let finite = vector.mean_norm.is_finite() && vector.values.iter().all(|value| value.is_finite());
+            let mut figures = vector.quality.iter().flat_map(VectorQuality::numbers).chain([vector.mean_norm]);
+            let finite = figures.all(f64::is_finite) && vector.values.iter().all(|value| value.is_finite());
             if !finite {
                 let found = format!("one that is not in vector `{tensor}`");
                 return Err(GuardError::value("finite values", found));
             }
             let description = Description {
                 method: vector.method,
-                tokens: vector.tokens,
+                tokens: vector.tokens.clone(),
                 mean_norm: vector.mean_norm,
                 n_positive: vector.n_positive,
                 n_negative: vector.n_negative,
+                quality: vector.quality.clone(),
             };
             let description = serde_json::to_string(&description).expect("finite numbers are JSON");
             metadata.insert(tensor.clone(), description);
@@ -96,9 +100,19 @@ impl VectorFile {
                 file: shown(file),
                 reason: format!("expected tensors named `NAME.LAYER`, found `{}`", shown(&tensor)),
             })?;
-            let Description { method, tokens, mean_norm, n_positive, n_negative } = described.json(&tensor)?;
+            let Description { method, tokens, mean_norm, n_positive, n_negative, quality } = described.json(&tensor)?;
             let values = tensors.direction(&tensor)?;
-            vectors.push(SteeringVector { name, layer, values, method, tokens, mean_norm, n_positive, n_negative });
+            vectors.push(SteeringVector {
+                name,
+                layer,
+                values,
+                method,
+                tokens,
+                mean_norm,
+                n_positive,
+                n_negative,
+                quality,
+            });
         }
         described.finish()?;
         Ok(Self { model, vectors })

@@ -4,24 +4,30 @@
 //! [`mapping`](crate::mapping), the running of models in [`engine`](crate::engine); this room brings the two together and never
 //! touches a file.
 
+mod activations;
 mod calibrate;
 mod choose;
 mod corpus;
 mod extract;
 mod map;
 mod recentre;
+mod separation;
 mod threads;
 
+pub use activations::prompt_activations;
 pub use calibrate::{Calibrated, calibrate};
 pub use choose::separation_by_map;
 pub use corpus::{CorpusOptions, sample_corpus};
-pub use extract::{Contrast, ContrastMethod, ContrastOptions, contrast, contrast_of, prompt_activations};
+pub use extract::{
+    ClassActivations, Contrast, ContrastMethod, ContrastOptions, class_activations, contrast, contrast_of,
+    contrast_of_sets,
+};
 pub use map::{MapOptions, Mapped, map};
 pub use recentre::benign_means;
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;
-use crate::steering::SteeringError;
+use crate::steering::{PromptTokens, SteeringError};
 use crate::tensor::LayerIndex;
 
 /// Why a guard's part could not be learnt.
@@ -38,8 +44,10 @@ pub enum LearnError {
     TooFewPrompts { what: &'static str, needed: usize, found: usize },
     #[error("the two tokenizers share no token ends in the corpus of {documents} documents: is it text?")]
     NoPairs { documents: usize },
-    #[error("prompt {index} has no token but its first, which is left out, so there is nothing to take the mean of")]
-    NothingToAverage { index: usize },
+    #[error("prompt {index} has no such tokens as `{tokens}` but perhaps its first, which is left out")]
+    NoSuchToken { tokens: PromptTokens, index: usize },
+    #[error("there are {found} weights for {sets} contrast sets")]
+    Weights { sets: usize, found: usize },
     #[error("gate `{gate}` read nothing from prompt {index}")]
     NothingRead { gate: String, index: usize },
     #[error("gate `{gate}`: the {found} benign prompts all score alike, so there is no scale to set a threshold on")]
