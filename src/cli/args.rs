@@ -179,6 +179,19 @@ pub struct ExtractArguments {
     /// Seed of the resamples
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Steer with each vector too, by this many standard deviations of negative prompts' projections: how much likelier answers to positive
+    /// prompts begin with `--effect-tokens`, and how far answers to negative ones move. The best layer is marked
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    pub sweep: Option<f64>,
+    /// With `--sweep`: how an answer begins that shows the effect, by its first token. May be given several times
+    #[arg(long, value_name = "TEXT", default_values = ["I", " I", "Sorry", " Sorry"], requires = "sweep")]
+    pub effect_tokens: Vec<String>,
+    /// With `--sweep`: the most that answers to negative prompts may move, in nats
+    #[arg(long, value_name = "NATS", default_value_t = 0.5, requires = "sweep")]
+    pub sweep_kl: f64,
+    /// With `--sweep`: prompts of either class to measure with
+    #[arg(long, value_name = "N", default_value_t = 24, requires = "sweep")]
+    pub sweep_prompts: usize,
     /// Name of the vectors
     #[arg(long, default_value = "direction")]
     pub name: String,
@@ -431,16 +444,31 @@ pub enum OnErrorArgument {
 
 #[derive(Debug, Args)]
 pub struct CalibrateArguments {
+    /// A GGUF file, or a name from `pilotfish models list`. The figures are kept for its quantization
+    #[arg(long, value_name = "M", required_unless_present = "operating_point")]
+    pub model: Option<String>,
     #[command(flatten)]
-    pub model: ModelArguments,
+    pub load: LoadArguments,
     #[arg(long, value_name = "DIR")]
     pub guard: PathBuf,
     /// Benign prompts
+    #[arg(long, value_name = "F", required_unless_present = "operating_point")]
+    pub benign: Option<PathBuf>,
+    /// Prompts that should fire: what share of them each threshold catches
     #[arg(long, value_name = "F")]
-    pub benign: PathBuf,
+    pub positive: Option<PathBuf>,
     /// Share of benign prompts that may fire
     #[arg(long, default_value_t = 0.05, value_name = "SHARE")]
     pub false_positive_rate: f64,
+    /// Be this sure, as 0.95, that no greater share of all such prompts fires, and not just of those at hand
+    #[arg(long, value_name = "SHARE")]
+    pub confidence: Option<f64>,
+    /// Set the strength of every `add` to this many standard deviations of benign projections along its vector
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    pub strength_sd: Option<f64>,
+    /// Measure nothing; take the thresholds of this share of benign prompts from the table of an earlier calibration
+    #[arg(long = "use", value_name = "SHARE", conflicts_with_all = ["model", "benign", "positive", "confidence", "strength_sd"])]
+    pub operating_point: Option<f64>,
 }
 
 #[derive(Debug, Args)]

@@ -454,6 +454,7 @@ fn build_to(
                 mean: None,
                 deviation: None,
                 on_fire: policy.on_fire,
+                calibrations: Vec::new(),
             })
             .collect(),
         interventions: policy

@@ -2,7 +2,7 @@
 
 use super::activations::ActivationReader;
 use super::model::{Model, backend, shape_of};
-use super::{EngineError, PromptTemplate, identity_of};
+use super::{EngineError, PromptTemplate, identity_of, quantization_of};
 use crate::guard::{Guard, Probe};
 use crate::hook::GuardedContext;
 use crate::program::{Calibration, Program};
@@ -10,6 +10,7 @@ use crate::tensor::{self, LayerIndex};
 use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// How strictly a guard is held against the model.
@@ -64,13 +65,34 @@ pub fn program_for(
             });
         }
     }
-    let program = Program::stack(guards, shape_of(model), options.calibration)?;
+    let calibrated = match options.calibration {
+        Calibration::Required => calibrated_for(model, guards),
+        Calibration::Ignored => guards.iter().map(|guard| Cow::Borrowed(*guard)).collect(),
+    };
+    let calibrated: Vec<&Guard> = calibrated.iter().map(AsRef::as_ref).collect();
+    let program = Program::stack(&calibrated, shape_of(model), options.calibration)?;
     for guard in guards.iter().filter(|_| options.probe) {
         if let Some(probe) = &guard.target().probe {
             check_probe(model, backend, guard, probe)?;
         }
     }
     Ok(program)
+}
+
+/// The guards with their figures for the quantization that is loaded.
+fn calibrated_for<'a>(model: &LlamaModel, guards: &[&'a Guard]) -> Vec<Cow<'a, Guard>> {
+    let quantization = quantization_of(model);
+    let one = |guard: &&'a Guard| {
+        let (calibrated, without) = guard.calibrated_for(&quantization);
+        for gate in without {
+            tracing::warn!(
+                "guard `{}`: gate `{gate}` is not calibrated on {quantization}, so its default figures are used; run `pilotfish calibrate`",
+                guard.name()
+            );
+        }
+        calibrated
+    };
+    guards.iter().map(one).collect()
 }
 
 fn check_probe(model: &LlamaModel, backend: &LlamaBackend, guard: &Guard, probe: &Probe) -> Result<(), EngineError> {

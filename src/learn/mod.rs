@@ -10,12 +10,15 @@ mod choose;
 mod corpus;
 mod extract;
 mod map;
+mod operating;
 mod recentre;
 mod separation;
+mod strength;
+mod sweep;
 mod threads;
 
 pub use activations::prompt_activations;
-pub use calibrate::{Calibrated, calibrate};
+pub use calibrate::{Calibrated, CalibrationOptions, calibrate};
 pub use choose::separation_by_map;
 pub use corpus::{CorpusOptions, sample_corpus};
 pub use extract::{
@@ -23,7 +26,10 @@ pub use extract::{
     contrast_of_sets,
 };
 pub use map::{MapOptions, Mapped, map};
-pub use recentre::benign_means;
+pub use operating::clopper_pearson;
+pub use recentre::{BenignProjection, benign_projections};
+pub use strength::{StrengthOptions, StrengthSearch, TriedStrength, search_strength};
+pub use sweep::{FirstTokens, SweptLayer, adding, best_of_sweep, sweep};
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;
@@ -50,7 +56,7 @@ pub enum LearnError {
     Weights { sets: usize, found: usize },
     #[error("gate `{gate}` read nothing from prompt {index}")]
     NothingRead { gate: String, index: usize },
-    #[error("gate `{gate}`: the {found} benign prompts all score alike, so there is no scale to set a threshold on")]
+    #[error("`{gate}`: the {found} benign prompts all score alike, so there is no scale to measure others by")]
     NoSpread { gate: String, found: usize },
     #[error("sampling from the model gave {found} usable documents after {tries} tries, {wanted} were asked for")]
     Corpus { found: usize, wanted: usize, tries: usize },

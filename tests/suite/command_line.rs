@@ -46,7 +46,15 @@ const SPOILED: &[Spoil] = &[
         |f| f.edit_manifest("[target]\n", "[target]\nquantisation = \"Q4\"\n"),
         &["guard.toml", "quantisation"],
     ),
-    ("a gate is not calibrated", |f| f.edit_manifest("deviation = ", "# deviation = "), &["deviation", "calibrate"]),
+    (
+        "a gate is not calibrated",
+        |f| {
+            // The gate's own, which comes before those of single quantizations.
+            let text = std::fs::read_to_string(f.manifest()).unwrap();
+            std::fs::write(f.manifest(), text.replacen("deviation = ", "# deviation = ", 1)).unwrap();
+        },
+        &["deviation", "calibrate"],
+    ),
     ("it is no TOML", |f| f.edit_manifest("[target]", "[target"), &["guard.toml:6", "unclosed"]),
     ("the format is another", |f| f.edit_manifest("format = 1", "format = 2"), &["format"]),
     ("the manifest is not there", |f| std::fs::remove_file(f.manifest()).unwrap(), &["guard.toml"]),

@@ -6,9 +6,11 @@ mod command_line;
 #[path = "../support/counting_allocator.rs"]
 mod counting_allocator;
 mod guarded;
+mod learning;
 #[path = "../support/raw_llama.rs"]
 mod raw_llama;
 mod real;
+mod reference;
 mod support;
 mod synthetic;
 #[path = "../support/tiny_model.rs"]
