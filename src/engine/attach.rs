@@ -10,7 +10,6 @@ use crate::tensor::{self, LayerIndex};
 use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
-use std::borrow::Cow;
 use std::sync::Arc;
 
 /// How strictly a guard is held against the model.
@@ -65,34 +64,27 @@ pub fn program_for(
             });
         }
     }
-    let calibrated = match options.calibration {
-        Calibration::Required => calibrated_for(model, guards),
-        Calibration::Ignored => guards.iter().map(|guard| Cow::Borrowed(*guard)).collect(),
-    };
-    let calibrated: Vec<&Guard> = calibrated.iter().map(AsRef::as_ref).collect();
+    let quantization = quantization_of(model);
+    let of_this_file: Vec<_> = guards.iter().map(|guard| guard.calibrated_for(&quantization)).collect();
+    let calibrated: Vec<&Guard> = of_this_file.iter().map(|(guard, _)| guard.as_ref()).collect();
     let program = Program::stack(&calibrated, shape_of(model), options.calibration)?;
     for guard in guards.iter().filter(|_| options.probe) {
         if let Some(probe) = &guard.target().probe {
             check_probe(model, backend, guard, probe)?;
         }
     }
-    Ok(program)
-}
-
-/// The guards with their figures for the quantization that is loaded.
-fn calibrated_for<'a>(model: &LlamaModel, guards: &[&'a Guard]) -> Vec<Cow<'a, Guard>> {
-    let quantization = quantization_of(model);
-    let one = |guard: &&'a Guard| {
-        let (calibrated, without) = guard.calibrated_for(&quantization);
-        for gate in without {
-            tracing::warn!(
-                "guard `{}`: gate `{gate}` is not calibrated on {quantization}, so its default figures are used; run `pilotfish calibrate`",
-                guard.name()
-            );
+    // Of the right model only: what is another one has its error.
+    if options.calibration == Calibration::Required {
+        for (guard, without) in &of_this_file {
+            for gate in without {
+                tracing::warn!(
+                    "guard `{}`: gate `{gate}` is not calibrated on {quantization}, so its default figures are used; run `pilotfish calibrate`",
+                    guard.name()
+                );
+            }
         }
-        calibrated
-    };
-    guards.iter().map(one).collect()
+    }
+    Ok(program)
 }
 
 fn check_probe(model: &LlamaModel, backend: &LlamaBackend, guard: &Guard, probe: &Probe) -> Result<(), EngineError> {

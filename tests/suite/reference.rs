@@ -114,7 +114,7 @@ fn ridge(rng: &mut ChaCha8Rng, answers: &mut Answers) -> Value {
     let options = RidgeOptions { lambdas: vec![PENALTY], ..Default::default() };
     let source_rows = Residual::new(&source, WIDTHS.0).unwrap();
     let fit = SourceFit::new(source_rows, &documents, &options).unwrap();
-    let (map, _) = fit.fit(LayerIndex(0), LayerIndex(0), Residual::new(&target, WIDTHS.1).unwrap()).unwrap();
+    let (map, _) = fit.fit(Residual::new(&target, WIDTHS.1).unwrap(), LayerIndex(0), LayerIndex(0)).unwrap();
     answers.insert("ridge".into(), wide(map.weight()));
     answers.insert("ridge direction".into(), wide(&map.apply_direction(&direction)));
     json!({
