@@ -223,7 +223,7 @@ fn auc_of(vector: &SteeringVector) -> f64 {
 fn compare_neighbours(vectors: &mut [SteeringVector]) {
     let cosine_to = |vectors: &[SteeringVector], of: usize, layer: Option<u32>| {
         let other = vectors.iter().find(|other| Some(other.layer.0) == layer)?;
-        Some(f64::from(cosine(&vectors[of].values, &other.values)))
+        Some(cosine(&vectors[of].values, &other.values))
     };
     for index in 0..vectors.len() {
         let layer = vectors[index].layer.0;

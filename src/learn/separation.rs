@@ -95,7 +95,7 @@ pub(super) fn stability(
         let parts: Vec<Part> = sets.iter().map(&mut part).collect();
         let resampled: Vec<_> = parts.iter().map(|part| part.set(whole.len())).collect();
         if let Ok(found) = method.extract(&resampled) {
-            total += f64::from(cosine(&found.values, whole));
+            total += cosine(&found.values, whole);
             counted += 1;
         }
     }
