@@ -3,9 +3,9 @@ use super::solve::{gram, product, solve};
 use super::{ContrastSet, Extracted, ExtractionMethod, SteeringError};
 use faer::{Mat, MatRef};
 
-/// On the harmful and harmless prompts of the shipped guard, every kind of harm in turn left out, no penalty from 0.01 to 0.3 was better by more
-/// than chance.
-pub const DEFAULT_PENALTY: f64 = 0.1;
+/// In five-fold cross-validation on SmolLM2-135M (layers 12, 16 and 20, mean over the prompt, 110 harmful prompts of the shipped guard against 118
+/// harmless and 53 alarming ones) every penalty from 0.003 to 0.3 is within 0.007 of every other, and 1 is worse by up to 0.022.
+pub const DEFAULT_PENALTY: f64 = 0.03;
 
 /// Newton's method has the gradient at rounding after six to ten.
 const MOST_ITERATIONS: usize = 100;
