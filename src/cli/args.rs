@@ -163,9 +163,14 @@ pub struct ExtractArguments {
     pub layers: Layers,
     #[arg(long, value_enum, default_value_t = Method::Mean)]
     pub method: Method,
-    /// Tokens of a prompt to read: the `last`, the `mean` of all, the last but one (`-2`) and so on, or `matching=TEXT`, the mean of those
-    /// that spell a text. All but `last` leave out the model's last layer
-    #[arg(long, default_value = "last", allow_hyphen_values = true, value_name = "last|mean|-N|matching=TEXT")]
+    /// Tokens of a prompt to read: the `last`, the `mean` of all, the last but one (`-2`) and so on; or the mean of those that spell a text
+    /// (`matching=TEXT`), or that stand behind its last occurrence (`after=TEXT`). All but `last` leave out the model's last layer
+    #[arg(
+        long,
+        default_value = "last",
+        allow_hyphen_values = true,
+        value_name = "last|mean|-N|matching=TEXT|after=TEXT"
+    )]
     pub tokens: PromptTokens,
     /// With `lda`: how much of the covariance to take as if dimensions were independent, above 0 up to 1
     #[arg(long, default_value_t = pilotfish::steering::DEFAULT_SHRINKAGE, value_name = "GAMMA")]

@@ -49,5 +49,9 @@ fn rows_of(model: &Model, ids: &[llama_cpp_2::token::LlamaToken], tokens: &Promp
         PromptTokens::Matching(text) => {
             tokens_spelling(model.llama(), ids, text).into_iter().filter_map(|token| token.checked_sub(1)).collect()
         }
+        // The row of the token behind the last one is that one's index.
+        PromptTokens::After(text) => {
+            tokens_spelling(model.llama(), ids, text).last().map_or_else(Vec::new, |last| (*last..n_rows).collect())
+        }
     }
 }

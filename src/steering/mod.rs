@@ -136,7 +136,9 @@ impl FromStr for ExtractionMethod {
 pub enum SteeringError {
     #[error("unknown extraction method `{found}`, expected `mean`, `pca`, `lda`, `logistic` or `imported`")]
     UnknownMethod { found: String },
-    #[error("`{found}` are no tokens of a prompt, expected `last`, `mean`, `-2` (the last but one) or `matching=TEXT`")]
+    #[error(
+        "`{found}` are no tokens of a prompt, expected `last`, `mean`, `-2` (the last but one), `matching=TEXT` or `after=TEXT`"
+    )]
     UnknownTokens { found: String },
 
     #[error("there are no prompts to compare")]

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 /// Which tokens of a prompt a vector was made from: how a gate on it should read.
 ///
-/// Written `last`, `mean`, `-2` (the last but one) and so on, or `matching=TEXT`, on the command line and in files.
+/// Written `last`, `mean`, `-2` (the last but one) and so on, `matching=TEXT` or `after=TEXT`, on the command line and in files.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum PromptTokens {
@@ -18,9 +18,12 @@ pub enum PromptTokens {
     FromEnd(u32),
     /// The mean over the tokens that spell this text, wherever it stands in the prompt (arXiv 2503.04429, appendix A).
     Matching(String),
+    /// The mean over the tokens behind the last place where this text stands: of an answer, with what stands before answers.
+    After(String),
 }
 
 const MATCHING: &str = "matching=";
+const AFTER: &str = "after=";
 
 impl PromptTokens {
     /// Whether every token of a prompt has to be read, and not the last alone.
@@ -36,6 +39,7 @@ impl fmt::Display for PromptTokens {
             Self::Mean => f.write_str("mean"),
             Self::FromEnd(n) => write!(f, "-{n}"),
             Self::Matching(text) => write!(f, "{MATCHING}{text}"),
+            Self::After(text) => write!(f, "{AFTER}{text}"),
         }
     }
 }
@@ -45,8 +49,10 @@ impl FromStr for PromptTokens {
 
     fn from_str(text: &str) -> Result<Self, SteeringError> {
         let unknown = || SteeringError::UnknownTokens { found: text.to_owned() };
-        if let Some(spelt) = text.strip_prefix(MATCHING) {
-            return if spelt.is_empty() { Err(unknown()) } else { Ok(Self::Matching(spelt.to_owned())) };
+        for (prefix, tokens) in [(MATCHING, Self::Matching as fn(String) -> Self), (AFTER, Self::After)] {
+            if let Some(spelt) = text.strip_prefix(prefix) {
+                return if spelt.is_empty() { Err(unknown()) } else { Ok(tokens(spelt.to_owned())) };
+            }
         }
         match text {
             "last" => Ok(Self::Last),
@@ -86,6 +92,7 @@ mod tests {
             (PromptTokens::Mean, "mean"),
             (PromptTokens::FromEnd(2), "-2"),
             (matching, "matching=|prod| = x"),
+            (PromptTokens::After("Response:".into()), "after=Response:"),
         ] {
             assert_eq!(tokens.to_string(), text);
             assert_eq!(text.parse(), Ok(tokens.clone()));
@@ -93,7 +100,7 @@ mod tests {
             assert_eq!(serde_json::from_value::<PromptTokens>(text.into()).unwrap(), tokens);
         }
         assert_eq!("-1".parse(), Ok(PromptTokens::Last));
-        for wrong in ["", "first", "0", "2", "-0", "--2", "-+2", "-99999999999", "matching="] {
+        for wrong in ["", "first", "0", "2", "-0", "--2", "-+2", "-99999999999", "matching=", "after="] {
             let error = wrong.parse::<PromptTokens>().unwrap_err().to_string();
             assert!(error.contains(&format!("`{wrong}`")) && error.contains("matching=TEXT"), "{error}");
         }
