@@ -1,5 +1,6 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::learn::AutoencoderOptions;
 use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
 use pilotfish::tensor::LayerIndex;
 use std::num::NonZeroU32;
@@ -255,9 +256,14 @@ pub struct MapArguments {
     /// Documents that `self` writes
     #[arg(long, default_value_t = 400, value_name = "N")]
     pub documents: usize,
-    /// Seed of the corpus and of the held-out split
+    /// Documents to set aside, on which the target's residuals are replaced by mapped ones to see what becomes of its output
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub replacement: usize,
+    /// Seed of the corpus, of the held-out split and of a training
     #[arg(long, default_value_t = 0)]
     pub seed: u32,
+    #[command(flatten)]
+    pub training: TrainingArguments,
     #[command(flatten)]
     pub load: LoadArguments,
     /// Where to write the mapping
@@ -269,6 +275,35 @@ pub struct MapArguments {
 pub enum MappingKindArgument {
     /// Standardised ridge regression
     Affine,
+    /// Two layers with a ReLU between, trained on standardised rows
+    Autoencoder,
+}
+
+/// Of `--kind autoencoder`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Training of an autoencoder")]
+pub struct TrainingArguments {
+    /// Hidden width; the geometric mean of the two models' unless given
+    #[arg(long, value_name = "N")]
+    pub hidden: Option<usize>,
+    /// Of AdamW
+    #[arg(long, default_value_t = AutoencoderOptions::default().learning_rate, value_name = "X")]
+    pub learning_rate: f64,
+    /// Of AdamW
+    #[arg(long, default_value_t = AutoencoderOptions::default().weight_decay, value_name = "X")]
+    pub weight_decay: f64,
+    /// Rows a step takes
+    #[arg(long, default_value_t = AutoencoderOptions::default().batch_size, value_name = "N")]
+    pub batch_size: usize,
+    /// Passes over the rows at most
+    #[arg(long, default_value_t = AutoencoderOptions::default().epochs, value_name = "N")]
+    pub epochs: usize,
+    /// Epochs after which to stop if held-out documents are predicted no better
+    #[arg(long, default_value_t = AutoencoderOptions::default().patience, value_name = "N")]
+    pub patience: usize,
+    /// Go on from the checkpoints beside the output, as if training had never stopped
+    #[arg(long)]
+    pub resume: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -13,11 +13,11 @@ use pilotfish::guard::manifest::{
 };
 use pilotfish::guard::{
     Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Readout, Source,
-    VectorFile, carry, from_control_vector, write_guard,
+    VectorFile, carry, class_mean_tensors, from_control_vector, write_guard,
 };
 use pilotfish::hook::ExecutorKind;
 use pilotfish::learn::{self, Classes};
-use pilotfish::mapping::AffineMap;
+use pilotfish::mapping::{AffineMap, MapQuality, MappingQuality, ResidualMap};
 use pilotfish::program::Calibration;
 use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind};
 use pilotfish::tensor::{LayerIndex, norm};
@@ -185,9 +185,11 @@ fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::
             format!("{:.2}", norm(&vector.direction)),
             text(vector.mapped_from.as_ref().map(|from| {
                 // The regression that carried it.
-                let unexplained = match (vector.kind, from.quality.backward) {
-                    (VectorKind::Discriminant, Some(backward)) => backward.fraction_unexplained,
-                    _ => from.quality.fraction_unexplained,
+                let unexplained = match (vector.kind, from.quality) {
+                    (VectorKind::Discriminant, MapQuality::Affine(MappingQuality { backward: Some(backward), .. })) => {
+                        backward.fraction_unexplained
+                    }
+                    (_, quality) => quality.fraction_unexplained(),
                 };
                 format!("layer {} by `{}`, {unexplained:.2} unexplained", from.layer, from.mapping)
             })),
@@ -361,21 +363,15 @@ fn build_to(
         VectorKind::Direction if mapping.is_some() && !policy.baked => Readout::Standardized,
         VectorKind::Direction | VectorKind::Discriminant => Readout::Projection,
     });
-    let (vector, map) = choose(target, &file, mapping.as_ref(), readout, tokens, choice)?;
+    let maps = mapping.as_ref().map(MappingFile::maps).unwrap_or_default();
+    ensure!(mapping.is_none() || !maps.is_empty(), "the mapping has no pairs of layers");
+    let (vector, map) = choose(target, &file, &maps, readout, tokens, choice)?;
 
     let name = vector.name.clone();
     let (mut mappings, mut mapping_files) = (Vec::new(), Vec::new());
     let carried = match (&mapping, map) {
         (Some(mapping), Some(map)) if !policy.baked => {
             // Only the pair that is used, and only the way it is used: a guard is to be small.
-            let (map, mut quality) =
-                mapping.pair(map.source_layer(), map.target_layer()).expect("the chosen pair").clone();
-            let map = if kind == VectorKind::Direction {
-                quality.backward = None;
-                map.without_backward()
-            } else {
-                map
-            };
             let pair_name = format!(
                 "{}-{}-to-{}-{}",
                 mapping.source.name,
@@ -384,11 +380,12 @@ fn build_to(
                 map.target_layer()
             );
             let (source_layer, target_layer) = (map.source_layer(), map.target_layer());
-            let bytes = MappingFile { pairs: vec![(map, quality)], ..mapping.clone() }.to_bytes()?;
+            let (mapping_kind, only) = only_pair(mapping, map, kind);
+            let bytes = only.to_bytes()?;
             mappings.push(MappingEntry {
                 name: pair_name.clone(),
                 sha256: Digest::of(&bytes),
-                kind: MappingKind::Affine,
+                kind: mapping_kind,
                 source_layer,
                 target_layer,
             });
@@ -398,15 +395,19 @@ fn build_to(
         _ => None,
     };
     let in_target = match map {
-        Some(map) => carry(map, kind, &vector.values).with_context(|| {
-            format!("the mapping can carry directions only, and `{vectors_label}` has discriminants: make it anew with `pilotfish map`")
-        })?,
+        Some(map) => carry(map, kind, &vector.values, vector.class_means.as_ref())
+            .with_context(|| format!("the mapping can't carry vector `{name}` of `{vectors_label}`"))?,
         None => vector.values.clone(),
     };
     let target_layer = map.map_or(vector.layer, |map| map.target_layer());
     let (layer, values) =
         if carried.is_some() { (vector.layer, vector.values.clone()) } else { (target_layer, in_target.clone()) };
     let tensor = format!("{name}.{layer}");
+    let mut tensors = vec![(tensor.clone(), values)];
+    // What is carried is the difference of the two: the vector alone would not do.
+    if let (Some(ResidualMap::Autoencoder(_)), Some(_), Some(means)) = (map, &carried, &vector.class_means) {
+        tensors.extend(class_mean_tensors(&tensor).into_iter().zip([means.positive.clone(), means.negative.clone()]));
+    }
 
     let source = map.map(|_| Source { model: file.model.name.clone(), fingerprint: file.model.fingerprint });
     let last_layer = target.shape().n_layer - 1;
@@ -458,26 +459,46 @@ fn build_to(
         ..Manifest::new(policy.name, target.identity())
     };
     manifest.target.probe = probe;
-    let guard = write_guard(output, &manifest, &[(tensor, values)], &mapping_files)?;
+    let guard = write_guard(output, &manifest, &tensors, &mapping_files)?;
     eprintln!("wrote guard `{}` to {}", guard.name(), output.display());
     Ok(())
+}
+
+/// The file with `map` alone, and of it only what carries vectors of `kind`.
+fn only_pair(mapping: &MappingFile, map: &ResidualMap, kind: VectorKind) -> (MappingKind, MappingFile) {
+    let is_it = |source, target| source == map.source_layer() && target == map.target_layer();
+    let mut only = mapping.clone();
+    only.pairs.retain(|(pair, _)| is_it(pair.source_layer(), pair.target_layer()));
+    only.autoencoders.retain(|(pair, _)| is_it(pair.source_layer(), pair.target_layer()));
+    only.replacements.retain(|(source, target), _| is_it(*source, *target));
+    if kind == VectorKind::Direction {
+        let forward = |(map, quality): (AffineMap, MappingQuality)| {
+            (map.without_backward(), MappingQuality { backward: None, ..quality })
+        };
+        only.pairs = only.pairs.into_iter().map(forward).collect();
+    }
+    let mapping_kind = match map {
+        ResidualMap::Affine(_) => MappingKind::Affine,
+        ResidualMap::Autoencoder(_) => MappingKind::Autoencoder,
+    };
+    (mapping_kind, only)
 }
 
 fn choose<'a>(
     target: &Model,
     file: &'a VectorFile,
-    mapping: Option<&'a MappingFile>,
+    maps: &'a [(ResidualMap, MapQuality)],
     readout: Readout,
     tokens: PromptTokens,
     choice: LayerChoice<'_>,
-) -> anyhow::Result<(&'a SteeringVector, Option<&'a AffineMap>)> {
+) -> anyhow::Result<(&'a SteeringVector, Option<&'a ResidualMap>)> {
     let vector_at = |layer: LayerIndex| {
         file.vectors.iter().find(|vector| vector.layer == layer).with_context(|| {
             let layers: Vec<_> = file.vectors.iter().map(|vector| vector.layer.to_string()).collect();
             format!("there is no vector of layer {layer}; there are {}", layers.join(", "))
         })
     };
-    let Some(mapping) = mapping else {
+    if maps.is_empty() {
         return match choice {
             LayerChoice::Given(layer) => {
                 let layer = layer.parse().map(LayerIndex);
@@ -489,13 +510,13 @@ fn choose<'a>(
                 several => bail!("there are vectors of {} layers: choose one with `--layer`", several.len()),
             },
         };
-    };
+    }
     // Best first, by held-out variance explained.
-    let mut pairs: Vec<_> = mapping.pairs.iter().collect();
-    pairs.sort_by(|a, b| a.1.fraction_unexplained.total_cmp(&b.1.fraction_unexplained));
+    let mut pairs: Vec<_> = maps.iter().collect();
+    pairs.sort_by(|a, b| a.1.fraction_unexplained().total_cmp(&b.1.fraction_unexplained()));
     pairs.retain(|(map, _)| vector_at(map.source_layer()).is_ok());
     ensure!(!pairs.is_empty(), "the mapping has no pair from a layer that there is a vector of");
-    let maps: Vec<&AffineMap> = pairs.iter().map(|(map, _)| map).collect();
+    let maps: Vec<&ResidualMap> = pairs.iter().map(|(map, _)| map).collect();
     let map = match choice {
         LayerChoice::Best => maps[0],
         LayerChoice::Given(pair) => {
@@ -519,7 +540,7 @@ fn choose<'a>(
             };
             let mut rated: Vec<_> = maps.iter().zip(separations).filter_map(|(map, auc)| Some((*map, auc?))).collect();
             rated.sort_by(|a, b| b.1.total_cmp(&a.1));
-            let row = |(map, auc): &(&AffineMap, f64)| {
+            let row = |(map, auc): &(&ResidualMap, f64)| {
                 [format!("{} → {}", map.source_layer(), map.target_layer()), format!("{auc:.3}")]
             };
             eprintln!("{}", table(["layers", "AUC on the prompts given"], rated.iter().map(row)));

@@ -1,7 +1,7 @@
 use super::EngineError;
 use super::model::{Model, backend, context_params, shape_of};
-use crate::hook::{GuardedBatch, GuardedContext};
-use crate::program::{ModelShape, Program, RowKind};
+use crate::hook::{CaptureRows, GuardedBatch, GuardedContext};
+use crate::program::{ModelShape, Program};
 use crate::tensor::{LayerIndex, Residual, SequenceId, TokenPosition};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
@@ -54,8 +54,7 @@ impl<'model> ActivationReader<'model> {
         }
         let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
         let params = context_params(size, size);
-        let mut context = GuardedContext::new(model, backend, params, Arc::new(Program::observer(shape)))?;
-        context.capture(layers.iter().copied());
+        let context = GuardedContext::new(model, backend, params, Arc::new(Program::observer(shape)))?;
         Ok(Self { context, shape, layers, batch: GuardedBatch::new(size as usize), capacity: size as usize })
     }
 
@@ -92,6 +91,8 @@ impl<'model> ActivationReader<'model> {
         }
         self.context.clear();
         self.batch.clear();
+        let which = if only_last { CaptureRows::PromptEnds } else { CaptureRows::AfterFirst };
+        self.context.capture_rows(self.layers.iter().copied(), which);
         if only_last {
             self.batch.add_prompt(ONLY, TokenPosition(0), tokens)
         } else {
@@ -103,15 +104,10 @@ impl<'model> ActivationReader<'model> {
 
         let mut read = Activations { width: self.shape.n_embd.0, ..Default::default() };
         for captured in self.context.take_captured() {
-            let wanted =
-                if only_last { captured.row.kind == RowKind::PromptEnd } else { !captured.row.position.is_sink() };
-            if !wanted {
-                continue;
-            }
             if captured.layer == self.layers[0] {
-                read.positions.push(captured.row.position);
+                read.positions = captured.rows.iter().map(|row| row.position).collect();
             }
-            read.layers.entry(captured.layer).or_default().extend_from_slice(&captured.values);
+            read.layers.insert(captured.layer, captured.values);
         }
         Ok(read)
     }

@@ -3,10 +3,10 @@ use super::manifest::MappingKind;
 use super::tensors::{self, TensorData, TensorFile};
 use super::{MAX_WIDTH, ModelIdentity};
 use crate::mapping::{
-    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, FitQuality, MappingError, MappingQuality,
-    ResidualMap, Standardization,
+    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, FitQuality, MapQuality, MappingError,
+    MappingQuality, ReplacementQuality, ResidualMap, Standardization,
 };
-use crate::steering::VectorKind;
+use crate::steering::{ClassMeans, VectorKind};
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -31,6 +31,8 @@ pub struct MappingFile {
     pub pairs: Vec<(AffineMap, MappingQuality)>,
     /// In the same order. A pair of layers has a map of one kind.
     pub autoencoders: Vec<(Autoencoder, AutoencoderQuality)>,
+    /// Of pairs of layers of which it was measured.
+    pub replacements: BTreeMap<(LayerIndex, LayerIndex), ReplacementQuality>,
 }
 
 /// What the metadata says of a pair of layers.
@@ -48,6 +50,18 @@ struct AutoencoderDescription {
     cosine: f64,
     n_train: usize,
     n_heldout: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    replacement: Option<ReplacementDescription>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReplacementDescription {
+    kl: f64,
+    kl_mean_ablation: f64,
+    replaced: f64,
+    n_tokens: usize,
+    n_documents: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,6 +74,8 @@ struct AffineDescription {
     n_heldout: usize,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     backward: Option<BackwardDescription>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    replacement: Option<ReplacementDescription>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -81,6 +97,21 @@ impl MappingFile {
         self.autoencoders.iter().find(|(map, _)| map.source_layer() == source && map.target_layer() == target)
     }
 
+    /// The map of that kind from `source` to `target`, with its quality.
+    pub fn map_with_quality(
+        &self,
+        kind: MappingKind,
+        source: LayerIndex,
+        target: LayerIndex,
+    ) -> Option<(ResidualMap, MapQuality)> {
+        let map = self.map(kind, source, target)?;
+        let quality = match kind {
+            MappingKind::Affine => MapQuality::Affine(self.pair(source, target)?.1),
+            MappingKind::Autoencoder => MapQuality::Autoencoder(self.autoencoder(source, target)?.1),
+        };
+        Some((map, quality))
+    }
+
     /// The map of that kind from `source` to `target`.
     pub fn map(&self, kind: MappingKind, source: LayerIndex, target: LayerIndex) -> Option<ResidualMap> {
         match kind {
@@ -89,6 +120,31 @@ impl MappingFile {
                 self.autoencoder(source, target).map(|(map, _)| ResidualMap::Autoencoder(map.clone()))
             }
         }
+    }
+
+    /// Every map with its quality: the affine ones, then the autoencoders.
+    pub fn maps(&self) -> Vec<(ResidualMap, MapQuality)> {
+        let affine = self.pairs.iter().cloned();
+        let affine = affine.map(|(map, quality)| (ResidualMap::Affine(map), MapQuality::Affine(quality)));
+        let autoencoders = self.autoencoders.iter().cloned();
+        affine
+            .chain(autoencoders.map(|(map, quality)| (ResidualMap::Autoencoder(map), MapQuality::Autoencoder(quality))))
+            .collect()
+    }
+
+    /// As the metadata has it.
+    fn replacement(
+        &self,
+        source: LayerIndex,
+        target: LayerIndex,
+    ) -> Result<Option<ReplacementDescription>, GuardError> {
+        let Some(measured) = self.replacements.get(&(source, target)) else { return Ok(None) };
+        let ReplacementQuality { kl, kl_mean_ablation, replaced, n_tokens, n_documents } = *measured;
+        if ![kl, kl_mean_ablation, replaced].iter().all(|figure| figure.is_finite()) {
+            let found = format!("others in the replacement of the pair {source}-{target}");
+            return Err(GuardError::value("finite quality figures", found));
+        }
+        Ok(Some(ReplacementDescription { kl, kl_mean_ablation, replaced, n_tokens, n_documents }))
     }
 
     /// Source and target layer of each affine map.
@@ -138,6 +194,7 @@ impl MappingFile {
                     fraction_unexplained,
                     cosine,
                 }),
+                replacement: self.replacement(map.source_layer(), map.target_layer())?,
             });
             if metadata.insert(pair.clone(), json(&description)).is_some() {
                 return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
@@ -163,7 +220,8 @@ impl MappingFile {
             if !(fraction_unexplained.is_finite() && cosine.is_finite()) {
                 return Err(GuardError::value("finite quality figures", format!("others for the pair {pair}")));
             }
-            let description = AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout };
+            let replacement = self.replacement(map.source_layer(), map.target_layer())?;
+            let description = AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout, replacement };
             if metadata.insert(pair.clone(), json(&Description::Autoencoder(description))).is_some() {
                 return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
             }
@@ -197,9 +255,10 @@ impl MappingFile {
         let corpus = described.text("corpus")?.to_owned();
         let seed = described.parsed("seed")?;
         let (mut pairs, mut autoencoders, mut expected) = (Vec::new(), Vec::new(), 0);
+        let mut replacements = BTreeMap::new();
         for key in described.keys() {
             let layers = layers_of(&key).ok_or_else(|| described.problem(&key, "unknown".to_owned()))?;
-            match described.json(&key)? {
+            let replacement = match described.json(&key)? {
                 Description::Affine(AffineDescription {
                     lambda,
                     fraction_unexplained,
@@ -207,6 +266,7 @@ impl MappingFile {
                     n_train,
                     n_heldout,
                     backward,
+                    replacement,
                 }) => {
                     let backward = backward.map(|BackwardDescription { lambda, fraction_unexplained, cosine }| {
                         FitQuality { lambda, fraction_unexplained, cosine }
@@ -214,13 +274,21 @@ impl MappingFile {
                     let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout, backward };
                     expected += 5 + usize::from(backward.is_some());
                     pairs.push((read_affine(file, &tensors, &key, layers, backward.is_some())?, quality));
+                    replacement
                 }
                 Description::Autoencoder(description) => {
-                    let AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout } = description;
+                    let AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout, replacement } =
+                        description;
                     let quality = AutoencoderQuality { fraction_unexplained, cosine, n_train, n_heldout };
                     expected += 8;
                     autoencoders.push((read_autoencoder(file, &tensors, &key, layers)?, quality));
+                    replacement
                 }
+            };
+            if let Some(measured) = replacement {
+                let ReplacementDescription { kl, kl_mean_ablation, replaced, n_tokens, n_documents } = measured;
+                let measured = ReplacementQuality { kl, kl_mean_ablation, replaced, n_tokens, n_documents };
+                replacements.insert(layers, measured);
             }
         }
         // Every pair has read all of its own, and no two share any.
@@ -231,17 +299,50 @@ impl MappingFile {
         }
         pairs.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
         autoencoders.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
-        Ok(Self { source, target, corpus, seed, pairs, autoencoders })
+        Ok(Self { source, target, corpus, seed, pairs, autoencoders, replacements })
     }
 }
 
-/// A vector of the map's source as one of its target: a direction is pushed forward, a discriminant pulled back. `None` for a discriminant
-/// where the map has no [`backward`](AffineMap::backward) weight.
-pub fn carry(map: &AffineMap, kind: VectorKind, values: &[f32]) -> Option<Vec<f32>> {
-    match kind {
-        VectorKind::Direction => Some(map.apply_direction(values)),
-        VectorKind::Discriminant => map.pull_back(values),
+/// A vector of the map's source as one of its target. An affine map pushes a direction forward and pulls a discriminant back. An autoencoder,
+/// which is not linear, carries the direction between two classes as `f(h₊) − f(h₋)`, `h±` the classes' means, and never as `f(v)` (arXiv
+/// 2503.04429, App. D): `v` is no residual, so the autoencoder has learnt nothing of it.
+///
+/// # Errors
+/// A map and a vector that do not go together.
+pub fn carry(
+    map: &ResidualMap,
+    kind: VectorKind,
+    values: &[f32],
+    class_means: Option<&ClassMeans>,
+) -> Result<Vec<f32>, CarryError> {
+    match (map, kind) {
+        (ResidualMap::Affine(map), VectorKind::Direction) => Ok(map.apply_direction(values)),
+        (ResidualMap::Affine(map), VectorKind::Discriminant) => map.pull_back(values).ok_or(CarryError::NoBackward),
+        (ResidualMap::Autoencoder(map), VectorKind::Direction) => {
+            let ClassMeans { positive, negative } = class_means.ok_or(CarryError::NoClassMeans)?;
+            let mapped = |mean: &[f32]| map.apply(&mean.iter().map(|value| f64::from(*value)).collect::<Vec<_>>());
+            Ok(mapped(positive).iter().zip(mapped(negative)).map(|(p, n)| (p - n) as f32).collect())
+        }
+        (ResidualMap::Autoencoder(_), VectorKind::Discriminant) => Err(CarryError::Discriminant),
     }
+}
+
+/// Why a map can't carry a vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CarryError {
+    #[error(
+        "it is a discriminant, and the mapping can carry directions only: make the mapping anew with `pilotfish map`"
+    )]
+    NoBackward,
+    #[error(
+        "an autoencoder carries the means of its classes, which are not there: make the vector anew with `pilotfish extract`"
+    )]
+    NoClassMeans,
+    #[error(
+        "it is a discriminant, which an autoencoder can't carry: take an affine mapping, or a direction (`--method mean`)"
+    )]
+    Discriminant,
 }
 
 fn json(value: &impl Serialize) -> String {

@@ -26,12 +26,12 @@ pub use digest::Digest;
 pub use error::{GuardError, Location};
 pub use identity::{Fingerprint, ModelIdentity};
 pub use manifest::{Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source};
-pub use mapping_file::{MappingFile, carry};
+pub use mapping_file::{CarryError, MappingFile, carry};
 pub use rule::{Rule, Truth};
-pub use vector_file::VectorFile;
+pub use vector_file::{VectorFile, class_mean_tensors};
 pub use write::{from_control_vector, replace_manifest, write_guard};
 
-use crate::mapping::{MappingQuality, ResidualMap, Standardization};
+use crate::mapping::{MapQuality, ResidualMap, Standardization};
 use crate::steering::VectorKind;
 use crate::tensor::LayerIndex;
 use folder::{Folder, InMemory};
@@ -102,7 +102,7 @@ pub struct MappedFrom {
     pub layer: LayerIndex,
     /// The mapping's name in the manifest.
     pub mapping: String,
-    pub quality: MappingQuality,
+    pub quality: MapQuality,
     /// Of the target's residual, as the mapping knows it.
     pub target: Standardization,
 }

@@ -118,6 +118,7 @@ fn mapping_file() -> MappingFile {
         seed: u64::MAX,
         pairs: vec![map(24, 8, 1.0), both_ways(map(24, 10, 4.0))],
         autoencoders: vec![],
+        replacements: Default::default(),
     }
 }
 
@@ -177,7 +178,7 @@ fn everything_said_is_in_the_guard() {
     assert_eq!(harm.layer, LayerIndex(10));
     assert_eq!(harm.direction, map(24, 10, 4.0).0.apply_direction(&HARM));
     let from = harm.mapped_from.as_ref().unwrap();
-    assert_eq!((from.layer, from.mapping.as_str(), from.quality.n_train), (LayerIndex(24), "small-to-large", 80));
+    assert_eq!((from.layer, from.mapping.as_str(), from.quality.n_train()), (LayerIndex(24), "small-to-large", 80));
     assert_eq!((harm.method.as_deref(), harm.mean_norm), (Some("mean"), Some(31.5)));
     assert_eq!((refusal.layer, refusal.direction.as_slice()), (LayerIndex(8), REFUSAL.as_slice()));
     assert_eq!(refusal.mapped_from, None);
@@ -920,6 +921,7 @@ fn vector_file() -> VectorFile {
         mean_norm,
         n_positive: 200,
         n_negative: 199,
+        class_means: None,
     };
     VectorFile {
         model: identity("smollm2 \"135M\"", "llama", SOURCE),
@@ -940,6 +942,26 @@ fn a_vector_file_comes_back_and_its_bytes_are_one() {
     }
     // Golden: nothing may change these bytes but a new format.
     assert_eq!(Digest::of(&bytes).to_string(), "701068765c3f357149f3beeea599c78dbb6d37d4d4e6c638cd9b77b6e054bdd2");
+}
+
+#[test]
+fn class_means_come_back_and_are_there_in_pairs() {
+    let means = ClassMeans { positive: vec![2.0, 0.0], negative: vec![0.5, 2.0] };
+    let mut file = vector_file();
+    file.vectors[0].class_means = Some(means.clone());
+    let bytes = file.to_bytes().unwrap();
+    assert_eq!(VectorFile::from_bytes("v", &bytes).unwrap(), file);
+    let renamed = |from: &str, to: &str| {
+        let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+        let mut bytes = bytes.clone();
+        bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
+        VectorFile::from_bytes("v", &bytes).unwrap_err().to_string()
+    };
+    let alone = renamed("harm.24.positive", "harm.23.positive");
+    assert!(alone.starts_with("v: there is no tensor `harm.24.positive`"), "{alone}");
+    file.vectors[0].class_means = Some(ClassMeans { positive: vec![1.0], ..means });
+    let expected = "expected 2 values in the class means of vector `harm.24`, found 1";
+    assert_eq!(file.to_bytes().unwrap_err().to_string(), expected);
 }
 
 #[test]
@@ -1391,6 +1413,7 @@ proptest! {
                 mean_norm,
                 n_positive: usize::MAX,
                 n_negative: 0,
+                class_means: None,
             })
             .collect();
         vectors.sort_by_key(|vector| vector.layer.to_string());

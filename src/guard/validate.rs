@@ -9,9 +9,9 @@ use super::manifest::{
 use super::tensors::TensorFile;
 use super::{
     Calibration, Digest, Gate, GateScope, Guard, GuardVector, Intervention, InterventionKind, MAX_ENTRIES, MappedFrom,
-    MappingFile, Positions, Probe, Rule, SwitchMap, Target, carry, location, rule,
+    MappingFile, Positions, Probe, Rule, SwitchMap, Target, carry, class_mean_tensors, location, rule,
 };
-use crate::steering::VectorKind;
+use crate::steering::{ClassMeans, VectorKind};
 use crate::tensor::norm;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -199,13 +199,10 @@ impl<F: Files> Check<'_, F> {
             let expected = format!("{}, the source layer of mapping `{name}`", mapping.source_layer);
             return Err(GuardError::value(expected, entry.layer)).at(at("layer"));
         }
-        if mapping.kind == MappingKind::Autoencoder {
-            let what = "a vector carried by an `autoencoder` mapping";
-            return Err(GuardError::Unsupported { what }).at(at("mapping"));
-        }
+        let (source_layer, target_layer) = (mapping.source_layer, mapping.target_layer);
         let pair = mappings
             .get(&mapping.sha256)
-            .and_then(|(_, file)| file.pair(mapping.source_layer, mapping.target_layer))
+            .and_then(|(_, file)| file.map_with_quality(mapping.kind, source_layer, target_layer))
             .ok_or_else(|| self.no_mapping(mapping.sha256));
         let (map, quality) = pair.at(at("mapping"))?;
         if values.len() != map.source_width() {
@@ -213,15 +210,19 @@ impl<F: Files> Check<'_, F> {
             let (expected, found) = (map.source_width(), values.len());
             return Err(GuardError::MappingWidth { vector, mapping, expected, found }).at(at("tensor"));
         }
-        let direction = carry(map, entry.kind, &values)
-            .ok_or_else(|| GuardError::NoBackward { vector: entry.name.clone(), mapping: name.clone() });
+        let class_means = class_means(tensors, &entry.tensor, values.len()).at(at("tensor"))?;
+        let direction = carry(&map, entry.kind, &values, class_means.as_ref()).map_err(|reason| GuardError::Carry {
+            vector: entry.name.clone(),
+            mapping: name.clone(),
+            reason,
+        });
         let direction = direction.at(at("mapping"))?;
         let problem = match norm(&direction) {
             length if !length.is_finite() || direction.iter().any(|value| !value.is_finite()) => "too large for `f32`",
             0.0 => "zero, so it has no direction",
             _ => {
                 let (layer, mapping, target) = (entry.layer, name.clone(), map.target().clone());
-                let from = MappedFrom { layer, mapping, quality: *quality, target };
+                let from = MappedFrom { layer, mapping, quality, target };
                 return Ok(vector(map.target_layer(), direction, Some(from)));
             }
         };
@@ -387,6 +388,17 @@ impl<F: Files> Check<'_, F> {
         };
         self.manifest.interventions.iter().enumerate().map(intervention).collect()
     }
+}
+
+/// Of the vector in `tensor`, of `width` values, where the file has them.
+fn class_means(tensors: &TensorFile<'_>, tensor: &str, width: usize) -> Result<Option<ClassMeans>, GuardError> {
+    let [positive, negative] = class_mean_tensors(tensor);
+    let names = tensors.names();
+    if !names.contains(&positive) && !names.contains(&negative) {
+        return Ok(None);
+    }
+    let read = |name: &str| tensors.shaped(name, &[width]);
+    Ok(Some(ClassMeans { positive: read(&positive)?, negative: read(&negative)? }))
 }
 
 /// Mapping files by sha256, with their names.

@@ -1,7 +1,7 @@
 use super::{Classes, LearnError, Progress, prompt_activations};
 use crate::engine::Model;
 use crate::guard::{Readout, carry};
-use crate::mapping::AffineMap;
+use crate::mapping::ResidualMap;
 use crate::steering::{PromptTokens, SteeringVector};
 use crate::tensor::{LayerIndex, auc, dot};
 
@@ -17,7 +17,7 @@ use crate::tensor::{LayerIndex, auc, dot};
 pub fn separation_by_map(
     model: &Model,
     vectors: &[SteeringVector],
-    maps: &[&AffineMap],
+    maps: &[&ResidualMap],
     readout: Readout,
     tokens: PromptTokens,
     Classes { positive, negative }: Classes<'_>,
@@ -34,7 +34,8 @@ pub fn separation_by_map(
         .iter()
         .map(|map| {
             let vector = vectors.iter().find(|vector| vector.layer == map.source_layer())?;
-            let mut mapped = carry(map, vector.method.kind(), &vector.values)?;
+            let means = vector.class_means.as_ref();
+            let mut mapped = carry(map, vector.method.kind(), &vector.values, means).ok()?;
             if readout == Readout::Standardized {
                 mapped = map.target().readout(&mapped);
             }

@@ -27,10 +27,11 @@ pub struct Mapped {
 }
 
 /// Residuals of both models on the same tokens of the same documents.
-struct Paired {
-    source: Activations,
-    target: Activations,
-    documents: Vec<u32>,
+pub(super) struct Paired {
+    pub source: Activations,
+    pub target: Activations,
+    /// Which document each row is from.
+    pub documents: Vec<u32>,
 }
 
 /// Longest document, in tokens with its template.
@@ -51,7 +52,7 @@ pub fn map(
     options: &MapOptions,
     progress: Progress<'_>,
 ) -> Result<Mapped, LearnError> {
-    let paired = read_pairs(source, target, documents, options, progress)?;
+    let paired = read_pairs(source, target, documents, &options.layers, progress)?;
     let mut groups = BTreeMap::<LayerIndex, Vec<LayerIndex>>::new();
     for (source_layer, target_layer) in &options.layers {
         groups.entry(*source_layer).or_default().push(*target_layer);
@@ -142,18 +143,18 @@ impl Paired {
     }
 }
 
-fn read_pairs(
+pub(super) fn read_pairs(
     source: &Model,
     target: &Model,
     documents: &[String],
-    options: &MapOptions,
+    layers: &[(LayerIndex, LayerIndex)],
     progress: Progress<'_>,
 ) -> Result<Paired, LearnError> {
-    let layers = |of: fn(&(LayerIndex, LayerIndex)) -> LayerIndex| -> Vec<LayerIndex> {
-        options.layers.iter().map(of).collect::<BTreeSet<_>>().into_iter().collect()
+    let side = |of: fn(&(LayerIndex, LayerIndex)) -> LayerIndex| -> Vec<LayerIndex> {
+        layers.iter().map(of).collect::<BTreeSet<_>>().into_iter().collect()
     };
-    let mut source_reader = ActivationReader::of(source, layers(|pair| pair.0), CAPACITY)?;
-    let mut target_reader = ActivationReader::of(target, layers(|pair| pair.1), CAPACITY)?;
+    let mut source_reader = ActivationReader::of(source, side(|pair| pair.0), CAPACITY)?;
+    let mut target_reader = ActivationReader::of(target, side(|pair| pair.1), CAPACITY)?;
     let mut paired = Paired { source: Activations::default(), target: Activations::default(), documents: Vec::new() };
     for (index, document) in documents.iter().enumerate() {
         let source_layout = source.template().layout(source.llama(), document)?;
@@ -173,7 +174,7 @@ fn read_pairs(
 }
 
 /// Which rows of the two models' activations belong together. Rows start at the second token, since the first is left out.
-fn pair_rows(source: &PromptLayout, target: &PromptLayout) -> Vec<(usize, usize)> {
+pub(super) fn pair_rows(source: &PromptLayout, target: &PromptLayout) -> Vec<(usize, usize)> {
     let inside = |layout: &PromptLayout| -> (Vec<usize>, Vec<usize>) {
         let tokens = layout.ends.iter().enumerate().skip(1);
         tokens.filter_map(|(token, end)| Some((token - 1, (*end)?))).unzip()

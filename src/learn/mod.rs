@@ -4,20 +4,27 @@
 //! [`mapping`](crate::mapping), the running of models in [`engine`](crate::engine); this room brings the two together and never
 //! touches a file.
 
+mod autoencoder;
 mod calibrate;
 mod choose;
 mod corpus;
 mod extract;
 mod map;
 mod recentre;
+mod replacement;
 mod threads;
 
+pub use autoencoder::{
+    AutoencoderOptions, AutoencoderTrainer, Epoch, LayerPair, MappedByAutoencoder, PairedRows, TrainingError,
+    TrainingWatch, map_by_autoencoder,
+};
 pub use calibrate::{Calibrated, calibrate};
 pub use choose::separation_by_map;
-pub use corpus::{CorpusOptions, sample_corpus};
+pub use corpus::{CorpusOptions, sample_corpus, set_aside};
 pub use extract::{Contrast, ContrastMethod, ContrastOptions, contrast, contrast_of, prompt_activations};
 pub use map::{MapOptions, Mapped, map};
 pub use recentre::benign_means;
+pub use replacement::replacement;
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;
@@ -34,6 +41,10 @@ pub enum LearnError {
     Steering { layer: LayerIndex, source: SteeringError },
     #[error("mapping layer {source_layer} to {target_layer}: {source}")]
     Mapping { source_layer: LayerIndex, target_layer: LayerIndex, source: MappingError },
+    #[error("autoencoder of layer {source_layer} to {target_layer}: {source}")]
+    Training { source_layer: LayerIndex, target_layer: LayerIndex, source: TrainingError },
+    #[error("the training's checkpoint: {0}")]
+    Checkpoint(std::io::Error),
     #[error("{what} needs at least {needed} prompts, found {found}")]
     TooFewPrompts { what: &'static str, needed: usize, found: usize },
     #[error("the two tokenizers share no token ends in the corpus of {documents} documents: is it text?")]

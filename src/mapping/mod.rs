@@ -10,11 +10,15 @@
 mod affine;
 mod align;
 mod autoencoder;
+mod residual_map;
 mod ridge;
 
 pub use affine::{AffineMap, Standardization};
 pub use align::align_tokens;
-pub use autoencoder::{Autoencoder, AutoencoderQuality, AutoencoderWeights, ResidualMap};
+pub use autoencoder::{Autoencoder, AutoencoderQuality, AutoencoderWeights};
+pub use residual_map::{MapQuality, ReplacementQuality, ResidualMap};
+#[cfg(feature = "learn")]
+pub(crate) use ridge::Split;
 pub use ridge::{FitQuality, MappingQuality, RidgeOptions, SourceFit};
 
 /// Why a mapping could not be fitted or made.

@@ -271,14 +271,14 @@ struct Judged {
 
 /// Which rows are trained on: whole documents.
 #[derive(Debug, Clone)]
-struct Split {
+pub(crate) struct Split {
     /// Indices of all rows, those of training documents first.
-    order: Vec<usize>,
+    pub(crate) order: Vec<usize>,
     n_train: usize,
 }
 
 impl Split {
-    fn new(documents: &[u32], heldout_fraction: f64, seed: u64) -> Result<Self, MappingError> {
+    pub(crate) fn new(documents: &[u32], heldout_fraction: f64, seed: u64) -> Result<Self, MappingError> {
         let mut shuffled: Vec<u32> = documents.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
         if shuffled.len() < 2 {
             return Err(MappingError::TooFewDocuments { expected: 2, found: shuffled.len() });
@@ -296,11 +296,11 @@ impl Split {
         Ok(Self { order, n_train })
     }
 
-    fn train(&self) -> Range<usize> {
+    pub(crate) fn train(&self) -> Range<usize> {
         0..self.n_train
     }
 
-    fn heldout(&self) -> Range<usize> {
+    pub(crate) fn heldout(&self) -> Range<usize> {
         self.n_train..self.order.len()
     }
 }

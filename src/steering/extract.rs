@@ -1,4 +1,4 @@
-use super::{ExtractionMethod, PromptTokens, SteeringError, SteeringVector};
+use super::{ClassMeans, ExtractionMethod, PromptTokens, SteeringError, SteeringVector};
 use crate::tensor::{LayerIndex, Residual, norm};
 
 /// A direction before it has a name and a place.
@@ -11,13 +11,25 @@ pub struct Extracted {
     pub mean_norm: f64,
     pub n_positive: usize,
     pub n_negative: usize,
+    pub class_means: ClassMeans,
 }
 
 impl Extracted {
     /// The steering vector `name` at `layer`, the layer whose residual the rows were, made from those `tokens` of prompts.
     pub fn named(self, name: impl Into<String>, layer: LayerIndex, tokens: PromptTokens) -> SteeringVector {
-        let Self { values, method, mean_norm, n_positive, n_negative } = self;
-        SteeringVector { name: name.into(), layer, values, method, tokens, mean_norm, n_positive, n_negative }
+        let Self { values, method, mean_norm, n_positive, n_negative, class_means } = self;
+        let class_means = Some(class_means);
+        SteeringVector {
+            name: name.into(),
+            layer,
+            values,
+            method,
+            tokens,
+            mean_norm,
+            n_positive,
+            n_negative,
+            class_means,
+        }
     }
 }
 
@@ -52,7 +64,12 @@ pub(super) fn extracted(
     }
     let (n_positive, n_negative) = (positive.n_rows(), negative.n_rows());
     let norms: f64 = positive.rows().chain(negative.rows()).map(norm).sum();
-    Ok(Extracted { values, method, mean_norm: norms / (n_positive + n_negative) as f64, n_positive, n_negative })
+    let mean_norm = norms / (n_positive + n_negative) as f64;
+    let (positive, negative) = class_means(positive, negative)?;
+    // A mean of finite `f32`s is one.
+    let rounded = |mean: Vec<f64>| mean.into_iter().map(|value| value as f32).collect();
+    let class_means = ClassMeans { positive: rounded(positive), negative: rounded(negative) };
+    Ok(Extracted { values, method, mean_norm, n_positive, n_negative, class_means })
 }
 
 /// Both classes' means, `[width]`, once the rows are known to be comparable.
@@ -96,6 +113,7 @@ mod tests {
         let extracted = difference_of_means(rows(&[3.0, 4.0, 0.0, 0.0, 6.0, 8.0], 2), rows(&[1.0, 0.0], 2)).unwrap();
         assert_eq!(extracted.values, [2.0, 4.0]);
         assert_eq!(extracted.mean_norm, (5.0 + 0.0 + 10.0 + 1.0) / 4.0);
+        assert_eq!(extracted.class_means, ClassMeans { positive: vec![3.0, 4.0], negative: vec![1.0, 0.0] });
         let vector = extracted.named("harm", LayerIndex(24), PromptTokens::Last);
         assert_eq!((vector.n_positive, vector.n_negative, vector.layer), (3, 1, LayerIndex(24)));
         assert_eq!(vector.method, ExtractionMethod::DifferenceOfMeans);

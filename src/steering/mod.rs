@@ -33,6 +33,17 @@ pub struct SteeringVector {
     pub n_positive: usize,
     /// Rows of the negative class; 0 where imported.
     pub n_negative: usize,
+    /// Between which the vector lies; `None` where imported, or found before they were kept.
+    pub class_means: Option<ClassMeans>,
+}
+
+/// Mean residual of each class: what a map that is not linear carries in place of their difference.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClassMeans {
+    /// `[width]`
+    pub positive: Vec<f32>,
+    /// `[width]`
+    pub negative: Vec<f32>,
 }
 
 /// How a steering vector was found.

@@ -258,6 +258,7 @@ impl<'t> Policy<'t> {
             seed: 0,
             pairs: Vec::new(),
             autoencoders: Vec::new(),
+            replacements: Default::default(),
         };
         let (fraction_unexplained, cosine, n_train, n_heldout) = (0.5, 0.5, 1, 1);
         match kind {

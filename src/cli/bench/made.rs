@@ -46,6 +46,7 @@ pub fn guard(model: &Model, what: MadeGuardArgument, layers: &[LayerIndex], fold
         seed: 0,
         pairs: Vec::new(),
         autoencoders: Vec::new(),
+        replacements: Default::default(),
     };
     let mut tensors = Vec::new();
     for layer in layers {
