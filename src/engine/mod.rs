@@ -32,7 +32,7 @@ pub use session::{GateReading, Session, SessionOptions};
 use crate::guard::GuardError;
 use crate::hook::ContextError;
 use crate::program::CompileError;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, TokenPosition};
 use std::path::PathBuf;
 
 /// Why a model could not be loaded, guarded or run.
@@ -69,6 +69,8 @@ pub enum EngineError {
         "layer {layer} is not a hook point of every token: llama.cpp keeps only rows with logits at the last of the model's layers (0 to {last})"
     )]
     NotEveryToken { layer: LayerIndex, last: u32 },
+    #[error("the prompt has {n_tokens} tokens, so there is nothing at position {}", .position.0)]
+    NoPosition { position: TokenPosition, n_tokens: usize },
     #[error("the model has layers 0 to {last}, so there is no layer {layer}")]
     NoLayer { layer: LayerIndex, last: u32 },
     #[error(transparent)]

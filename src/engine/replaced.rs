@@ -11,6 +11,7 @@ pub struct ReplacedReader<'model> {
     context: GuardedContext<'model>,
     batch: GuardedBatch,
     capacity: usize,
+    n_layer: u32,
 }
 
 const ONLY: SequenceId = SequenceId(0);
@@ -20,11 +21,16 @@ impl<'model> ReplacedReader<'model> {
     ///
     /// # Errors
     /// llama.cpp can't make the context.
-    pub fn new(model: &'model Model, capacity: usize) -> Result<Self, EngineError> {
+    pub fn of(model: &'model Model, capacity: usize) -> Result<Self, EngineError> {
         let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
         let observer = Arc::new(Program::observer(model.shape()));
         let context = GuardedContext::new(model.llama(), backend()?, context_params(size, size), observer)?;
-        Ok(Self { context, batch: GuardedBatch::new(size as usize), capacity: size as usize })
+        Ok(Self {
+            context,
+            batch: GuardedBatch::new(size as usize),
+            capacity: size as usize,
+            n_layer: model.shape().n_layer,
+        })
     }
 
     /// Reads `tokens` with `rows`, `[n, n_embd]`, in place of the residual after `layer` of the tokens at `positions`, `[n]`, and shows `each` the
@@ -47,6 +53,9 @@ impl<'model> ReplacedReader<'model> {
         if tokens.len() > self.capacity {
             return Err(EngineError::PromptTooLong { found: tokens.len(), capacity: self.capacity });
         }
+        if let Some((layer, positions, _)) = &replaced {
+            self.check(tokens.len(), *layer, positions)?;
+        }
         let replacement = replaced.map(|(layer, positions, rows)| {
             Replacement::new(layer, positions.iter().map(|position| (ONLY, *position)), rows)
         });
@@ -58,10 +67,22 @@ impl<'model> ReplacedReader<'model> {
             let row = BatchRow { sequence: ONLY, position: TokenPosition(index as i32), kind, output: true };
             self.batch.add(*token, row).map_err(ContextError::from)?;
         }
-        self.context.decode(&mut self.batch)?;
+        let decoded = self.context.decode(&mut self.batch);
+        self.context.replace(None);
+        decoded?;
         for index in 0..tokens.len() {
             each(index, self.context.get_logits_ith(index as i32));
         }
         Ok(())
+    }
+
+    fn check(&self, n_tokens: usize, layer: LayerIndex, positions: &[TokenPosition]) -> Result<(), EngineError> {
+        if layer.0 >= self.n_layer {
+            return Err(EngineError::NoLayer { layer, last: self.n_layer - 1 });
+        }
+        match positions.iter().find(|position| usize::try_from(position.0).map_or(true, |at| at >= n_tokens)) {
+            Some(position) => Err(EngineError::NoPosition { position: *position, n_tokens }),
+            None => Ok(()),
+        }
     }
 }

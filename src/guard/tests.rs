@@ -2,8 +2,11 @@
 
 use super::manifest::{InterventionEntry, InterventionName, TargetEntry, TensorsEntry, VectorEntry};
 use super::*;
-use crate::mapping::{AffineMap, FitQuality, Standardization};
-use crate::steering::{ControlVector, ExtractionMethod, PromptTokens, SteeringVector};
+use crate::mapping::{
+    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, FitQuality, MappingQuality, ReplacementQuality,
+    Standardization,
+};
+use crate::steering::{ClassMeans, ControlVector, ExtractionMethod, PromptTokens, SteeringVector};
 use crate::tensor::norm;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -219,6 +222,66 @@ fn everything_said_is_in_the_guard() {
     };
     assert_eq!(guard.interventions(), [add, ablate, clamp]);
     assert_eq!(guard.results()[0].value, 0.94);
+}
+
+/// From layer 24 to 10, with one hidden value that the negative class does not open.
+fn autoencoder_file() -> MappingFile {
+    let weights = AutoencoderWeights {
+        encoder: vec![1.0, -1.0],
+        encoder_bias: vec![-0.5],
+        decoder: vec![1.0, -2.0, 0.5],
+        decoder_bias: vec![7.0, 7.0, 7.0],
+    };
+    let source = Standardization { mean: vec![0.5, -1.0], scale: vec![2.0, 0.5] };
+    let target = Standardization { mean: vec![1.0, 2.0, 3.0], scale: vec![4.0, 1.0, 0.25] };
+    let map = Autoencoder::new(LayerIndex(24), LayerIndex(10), source, target, weights).unwrap();
+    let quality = AutoencoderQuality { fraction_unexplained: 0.25, cosine: 0.5, n_train: 80, n_heldout: 20 };
+    let replacement =
+        ReplacementQuality { kl: 0.1 + 0.2, kl_mean_ablation: 3.5, replaced: 0.75, n_tokens: 90, n_documents: 4 };
+    MappingFile {
+        pairs: vec![],
+        autoencoders: vec![(map, quality)],
+        replacements: [((LayerIndex(24), LayerIndex(10)), replacement)].into(),
+        ..mapping_file()
+    }
+}
+
+#[test]
+fn an_autoencoder_carries_a_vector_by_its_class_means() {
+    let file = autoencoder_file();
+    let bytes = file.to_bytes().unwrap();
+    assert_eq!(MappingFile::from_bytes("m", &bytes).unwrap(), file);
+    let manifest = edited("kind = \"affine\"", "kind = \"autoencoder\"");
+    let (harm, refusal) = (("harm.24", HARM.as_slice()), ("refusal.8", REFUSAL.as_slice()));
+    let (positive, negative) =
+        (("harm.24.positive", [2.5, -1.0].as_slice()), ("harm.24.negative", [1.0, 1.0].as_slice()));
+
+    let guard = load(&manifest, &tensors_of(&[harm, refusal, positive, negative]), &bytes).unwrap();
+    let vector = &guard.vectors()[0];
+    // Hidden: (2.5 − 0.5)/2 − 0 − 0.5 = 0.5, and (1 − 0.5)/2 − (1 + 1)/0.5 − 0.5 < 0. The biases cancel.
+    assert_eq!(vector.direction, [0.5 * 1.0 * 4.0, 0.5 * -2.0, 0.5 * 0.5 * 0.25]);
+    let quality = vector.mapped_from.as_ref().unwrap().quality;
+    assert_eq!((quality.fraction_unexplained(), quality.cosine(), quality.n_train()), (0.25, 0.5, 80));
+
+    let problem = |manifest: &str, tensors: &[(&str, &[f32])]| {
+        load(manifest, &tensors_of(tensors), &bytes).unwrap_err().to_string()
+    };
+    let none = problem(&manifest, &[harm, refusal]);
+    assert!(
+        none.contains(
+            "`vector[0].mapping`: mapping `small-to-large` can't carry vector `harm`: an autoencoder carries the means"
+        ),
+        "{none}"
+    );
+    let one = problem(&manifest, &[harm, refusal, positive]);
+    assert!(one.contains("no tensor `harm.24.negative`"), "{one}");
+    let wide = problem(&manifest, &[harm, refusal, positive, ("harm.24.negative", &REFUSAL)]);
+    assert!(wide.contains("`harm.24.negative`"), "{wide}");
+    let equal = problem(&manifest, &[harm, refusal, positive, ("harm.24.negative", positive.1)]);
+    assert!(equal.contains("zero, so it has no direction"), "{equal}");
+    let reading = manifest.replacen("tensor = \"harm.24\"", "tensor = \"harm.24\"\nkind = \"discriminant\"", 1);
+    let found = problem(&reading, &[harm, refusal, positive, negative]);
+    assert!(found.contains("a discriminant, which an autoencoder can't carry"), "{found}");
 }
 
 #[test]
@@ -958,7 +1021,7 @@ fn class_means_come_back_and_are_there_in_pairs() {
         VectorFile::from_bytes("v", &bytes).unwrap_err().to_string()
     };
     let alone = renamed("harm.24.positive", "harm.23.positive");
-    assert!(alone.starts_with("v: there is no tensor `harm.24.positive`"), "{alone}");
+    assert!(alone.starts_with("`v` has no tensor `harm.24.positive`; "), "{alone}");
     file.vectors[0].class_means = Some(ClassMeans { positive: vec![1.0], ..means });
     let expected = "expected 2 values in the class means of vector `harm.24`, found 1";
     assert_eq!(file.to_bytes().unwrap_err().to_string(), expected);
@@ -1055,7 +1118,7 @@ fn a_self_describing_file_says_all_and_nothing_else() {
         (
             r#"{\"kind\":\"affine\""#,
             r#"{\"kind\":\"autoencoder\""#,
-            "`m`: metadata key `24-10`: unknown field `lambda`, expected one of `fraction_unexplained`, `cosine`, `n_train`, `n_heldout`",
+            "`m`: metadata key `24-10`: unknown field `lambda`, expected one of `fraction_unexplained`, `cosine`, `n_train`, `n_heldout`, `replacement`",
         ),
         (r#""24-10":""#, r#""24-010":""#, "`m`: metadata key `24-010`: unknown"),
         (

@@ -28,7 +28,7 @@ pub fn replacement(
 ) -> Result<Vec<ReplacementQuality>, LearnError> {
     let layers: BTreeSet<LayerIndex> = maps.iter().map(|map| map.source_layer()).collect();
     let mut source_reader = ActivationReader::of(source, layers.into_iter().collect(), SOURCE_TOKENS)?;
-    let mut target_reader = ReplacedReader::new(target, TARGET_TOKENS)?;
+    let mut target_reader = ReplacedReader::of(target, TARGET_TOKENS)?;
     let mut sums = vec![Sums::default(); maps.len()];
     let (mut n_tokens, mut n_replaced) = (0, 0);
     for (index, document) in documents.iter().enumerate() {

@@ -6,6 +6,7 @@ mod command_line;
 #[path = "../support/counting_allocator.rs"]
 mod counting_allocator;
 mod guarded;
+mod learning;
 #[path = "../support/raw_llama.rs"]
 mod raw_llama;
 mod real;
