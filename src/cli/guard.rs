@@ -19,8 +19,8 @@ use pilotfish::hook::ExecutorKind;
 use pilotfish::learn::{self, Classes};
 use pilotfish::mapping::AffineMap;
 use pilotfish::program::Calibration;
-use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind};
-use pilotfish::tensor::{LayerIndex, norm};
+use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind, stacked};
+use pilotfish::tensor::{LayerIndex, LayerStack, norm};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -379,11 +379,12 @@ fn build_to(
             let pair_name = format!(
                 "{}-{}-to-{}-{}",
                 mapping.source.name,
-                map.source_layer(),
+                // A plus is no character of names.
+                map.source_layer().to_string().replace('+', "."),
                 mapping.target.name,
                 map.target_layer()
             );
-            let (source_layer, target_layer) = (map.source_layer(), map.target_layer());
+            let (source_layer, target_layer) = (map.source_layer().clone(), map.target_layer());
             let bytes = MappingFile { pairs: vec![(map, quality)], ..mapping.clone() }.to_bytes()?;
             mappings.push(MappingEntry {
                 name: pair_name.clone(),
@@ -404,8 +405,10 @@ fn build_to(
         None => vector.values.clone(),
     };
     let target_layer = map.map_or(vector.layer, |map| map.target_layer());
-    let (layer, values) =
-        if carried.is_some() { (vector.layer, vector.values.clone()) } else { (target_layer, in_target.clone()) };
+    let (layer, values) = match map {
+        Some(map) if carried.is_some() => (map.source_layer().clone(), vector.values.clone()),
+        _ => (target_layer.into(), in_target.clone()),
+    };
     let tensor = format!("{name}.{layer}");
 
     let source = map.map(|_| Source { model: file.model.name.clone(), fingerprint: file.model.fingerprint });
@@ -465,16 +468,16 @@ fn build_to(
 
 fn choose<'a>(
     target: &Model,
-    file: &'a VectorFile,
+    file: &VectorFile,
     mapping: Option<&'a MappingFile>,
     readout: Readout,
     tokens: PromptTokens,
     choice: LayerChoice<'_>,
-) -> anyhow::Result<(&'a SteeringVector, Option<&'a AffineMap>)> {
-    let vector_at = |layer: LayerIndex| {
-        file.vectors.iter().find(|vector| vector.layer == layer).with_context(|| {
-            let layers: Vec<_> = file.vectors.iter().map(|vector| vector.layer.to_string()).collect();
-            format!("there is no vector of layer {layer}; there are {}", layers.join(", "))
+) -> anyhow::Result<(SteeringVector, Option<&'a AffineMap>)> {
+    let vector_at = |layers: &LayerStack| {
+        stacked(&file.vectors, layers).with_context(|| {
+            let known: Vec<_> = file.vectors.iter().map(|vector| vector.layer.to_string()).collect();
+            format!("there is no vector of layer {layers}; there are {}", known.join(", "))
         })
     };
     let Some(mapping) = mapping else {
@@ -482,10 +485,10 @@ fn choose<'a>(
             LayerChoice::Given(layer) => {
                 let layer = layer.parse().map(LayerIndex);
                 let layer = layer.context("without a mapping `--layer` is one layer, as `10`")?;
-                Ok((vector_at(layer)?, None))
+                Ok((vector_at(&layer.into())?, None))
             }
             LayerChoice::Best | LayerChoice::Separating { .. } => match file.vectors.as_slice() {
-                [only] => Ok((only, None)),
+                [only] => Ok((only.clone(), None)),
                 several => bail!("there are vectors of {} layers: choose one with `--layer`", several.len()),
             },
         };
@@ -499,11 +502,9 @@ fn choose<'a>(
     let map = match choice {
         LayerChoice::Best => maps[0],
         LayerChoice::Given(pair) => {
-            let wanted = pair.split_once(':').and_then(|(s, t)| Some((s.parse().ok()?, t.parse().ok()?)));
+            let wanted = pair.split_once(':').and_then(|(s, t)| Some((s.parse::<LayerStack>().ok()?, t.parse().ok()?)));
             let (source, to) = wanted.context("with a mapping `--layer` is a pair of layers, as `24:10`")?;
-            let found = maps
-                .iter()
-                .find(|map| map.source_layer() == LayerIndex(source) && map.target_layer() == LayerIndex(to));
+            let found = maps.iter().find(|map| *map.source_layer() == source && map.target_layer() == LayerIndex(to));
             found.copied().with_context(|| {
                 let known: Vec<_> =
                     maps.iter().map(|map| format!("{}:{}", map.source_layer(), map.target_layer())).collect();

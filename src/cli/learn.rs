@@ -1,5 +1,6 @@
 use super::args::{
-    CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method, TokensArgument,
+    CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method, RankArgument,
+    TokensArgument,
 };
 use super::models::{load, load_named};
 use super::progress::Bar;
@@ -8,7 +9,9 @@ use super::{Outcome, guard, prompts};
 use anyhow::{Context, ensure};
 use pilotfish::engine::Model;
 use pilotfish::guard::{MAPPING_SUFFIX, MappingFile, VectorFile, edit, replace_manifest};
-use pilotfish::learn::{self, Classes, ContrastMethod, ContrastOptions, CorpusOptions, MapOptions};
+use pilotfish::learn::{
+    self, Classes, ContrastMethod, ContrastOptions, CorpusOptions, MapOptions, RankBy, SurveyedPair,
+};
 use pilotfish::mapping::RidgeOptions;
 use pilotfish::steering::PromptTokens;
 use pilotfish::tensor::LayerIndex;
@@ -65,13 +68,18 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
     let sampled = CorpusOptions { documents: arguments.documents, seed: arguments.seed, ..Default::default() };
     let corpus = corpus_of(&source, &arguments.corpus, sampled)?;
     let layers = match arguments.layers {
-        LayerPairs::Auto => MapOptions::survey_all(source.shape().n_layer, target.shape().n_layer),
+        LayerPairs::Auto => MapOptions::candidates(source.shape().n_layer, target.shape().n_layer),
+        LayerPairs::All => MapOptions::all(source.shape().n_layer, target.shape().n_layer),
         LayerPairs::Chosen(pairs) => pairs,
     };
     let options = MapOptions {
         keep: arguments.keep,
         layers,
-        ridge: RidgeOptions { seed: u64::from(arguments.seed), ..Default::default() },
+        rank_by: match arguments.rank_by {
+            RankArgument::Unexplained => RankBy::Unexplained,
+            RankArgument::Canonical => RankBy::Canonical,
+        },
+        ridge: RidgeOptions { seed: u64::from(arguments.seed), cross_validate: true, ..Default::default() },
     };
     ensure!(
         arguments.output.to_string_lossy().ends_with(MAPPING_SUFFIX),
@@ -92,11 +100,19 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
     };
     write(&arguments.output, &file.to_bytes()?)?;
     eprintln!("wrote {} layer pairs to {}", mapped.maps.len(), arguments.output.display());
+    if let Some(path) = &arguments.survey {
+        write(path, &serde_json::to_vec_pretty(&mapped.survey)?)?;
+    }
     let rows = mapped.maps.iter().map(|(map, quality)| {
+        let surveyed = mapped.survey.pair(map.source_layer(), map.target_layer());
+        let surveyed =
+            |figure: fn(&SurveyedPair) -> f64| surveyed.map_or_else(String::new, |pair| format!("{:.3}", figure(pair)));
         [
             format!("{} → {}", map.source_layer(), map.target_layer()),
             format!("{:.3}", quality.fraction_unexplained),
+            surveyed(|pair| pair.cross_validated),
             format!("{:.3}", quality.cosine),
+            surveyed(|pair| pair.cca),
             quality.backward.map_or_else(String::new, |fit| format!("{:.3}", fit.fraction_unexplained)),
             format!("{:.1e}", quality.lambda),
         ]
@@ -105,14 +121,25 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
     writeln!(
         out,
         "{}",
-        table(["layers", "variance unexplained, held out", "cosine", "unexplained backwards", "λ / token"], rows)
+        table(
+            [
+                "layers",
+                "variance unexplained, held out",
+                "in cross-validation",
+                "cosine",
+                "canonical correlation²",
+                "unexplained backwards",
+                "λ / token"
+            ],
+            rows
+        )
     )?;
     writeln!(
         out,
         "{} paired tokens of {} documents; {} layer pairs surveyed",
-        mapped.n_tokens,
-        mapped.n_documents,
-        mapped.survey.len()
+        mapped.survey.n_tokens,
+        mapped.survey.n_documents,
+        mapped.survey.pairs.len()
     )?;
     Ok(Outcome::Done)
 }

@@ -7,7 +7,7 @@ use crate::mapping::{
     ResidualMap, Standardization,
 };
 use crate::steering::VectorKind;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ const FORMAT: &str = "pilotfish-mapping-1";
 
 /// Mappings between the residuals of two models, as `map` writes them. A guard picks one by its pair of layers.
 ///
-/// In safetensors a pair of layers S and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
+/// In safetensors a pair of layers S (`24`, or `14+16+18` where an affine map reads several beside each other) and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
 /// (`[d_s]`), `S-T.target_mean` and `S-T.target_scale` (`[d_t]`), if it can carry discriminants `S-T.backward` (`[d_t, d_s]`), and the metadata
 /// key `S-T`. An autoencoder of hidden width `k` has in place of the weights `S-T.encoder` (`[k, d_s]`), `S-T.encoder_bias` (`[k]`), `S-T.decoder`
 /// (`[d_t, k]`) and `S-T.decoder_bias` (`[d_t]`).
@@ -72,7 +72,7 @@ struct BackwardDescription {
 
 impl MappingFile {
     /// The pair from `source` to `target`.
-    pub fn pair(&self, source: LayerIndex, target: LayerIndex) -> Option<&(AffineMap, MappingQuality)> {
+    pub fn pair(&self, source: &LayerStack, target: LayerIndex) -> Option<&(AffineMap, MappingQuality)> {
         self.pairs.iter().find(|(map, _)| map.source_layer() == source && map.target_layer() == target)
     }
 
@@ -82,23 +82,23 @@ impl MappingFile {
     }
 
     /// The map of that kind from `source` to `target`.
-    pub fn map(&self, kind: MappingKind, source: LayerIndex, target: LayerIndex) -> Option<ResidualMap> {
+    pub fn map(&self, kind: MappingKind, source: &LayerStack, target: LayerIndex) -> Option<ResidualMap> {
         match kind {
             MappingKind::Affine => self.pair(source, target).map(|(map, _)| ResidualMap::Affine(map.clone())),
             MappingKind::Autoencoder => {
-                self.autoencoder(source, target).map(|(map, _)| ResidualMap::Autoencoder(map.clone()))
+                self.autoencoder(source.single()?, target).map(|(map, _)| ResidualMap::Autoencoder(map.clone()))
             }
         }
     }
 
     /// Source and target layer of each affine map.
-    pub fn affine_pairs(&self) -> Vec<(LayerIndex, LayerIndex)> {
-        self.pairs.iter().map(|(map, _)| (map.source_layer(), map.target_layer())).collect()
+    pub fn affine_pairs(&self) -> Vec<(LayerStack, LayerIndex)> {
+        self.pairs.iter().map(|(map, _)| (map.source_layer().clone(), map.target_layer())).collect()
     }
 
     /// Source and target layer of each autoencoder.
-    pub fn autoencoder_pairs(&self) -> Vec<(LayerIndex, LayerIndex)> {
-        self.autoencoders.iter().map(|(map, _)| (map.source_layer(), map.target_layer())).collect()
+    pub fn autoencoder_pairs(&self) -> Vec<(LayerStack, LayerIndex)> {
+        self.autoencoders.iter().map(|(map, _)| (map.source_layer().into(), map.target_layer())).collect()
     }
 
     /// The same file for the same pairs, in whatever order.
@@ -219,7 +219,10 @@ impl MappingFile {
                     let AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout } = description;
                     let quality = AutoencoderQuality { fraction_unexplained, cosine, n_train, n_heldout };
                     expected += 8;
-                    autoencoders.push((read_autoencoder(file, &tensors, &key, layers)?, quality));
+                    let one = layers.0.single();
+                    let source =
+                        one.ok_or_else(|| described.problem(&key, "an autoencoder of several layers".to_owned()));
+                    autoencoders.push((read_autoencoder(file, &tensors, &key, (source?, layers.1))?, quality));
                 }
             }
         }
@@ -229,7 +232,7 @@ impl MappingFile {
             let reason = format!("the pairs of layers in its metadata have {expected} tensors, it has {found}");
             return Err(GuardError::Safetensors { file: shown(file), reason });
         }
-        pairs.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
+        pairs.sort_by_key(|(map, _): &(AffineMap, _)| (map.source_layer().clone(), map.target_layer()));
         autoencoders.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
         Ok(Self { source, target, corpus, seed, pairs, autoencoders })
     }
@@ -248,18 +251,18 @@ fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("strings and finite numbers are JSON")
 }
 
-/// `24-10` as layers; no other spelling of them.
-fn layers_of(key: &str) -> Option<(LayerIndex, LayerIndex)> {
+/// `24-10` or `14+16-10` as layers; no other spelling of them.
+fn layers_of(key: &str) -> Option<(LayerStack, LayerIndex)> {
     let (source, target) = key.split_once('-')?;
-    let (source, target) = (source.parse::<u32>().ok()?, target.parse::<u32>().ok()?);
-    (format!("{source}-{target}") == key).then_some((LayerIndex(source), LayerIndex(target)))
+    let (source, target) = (source.parse::<LayerStack>().ok()?, target.parse::<LayerStack>().ok()?.single()?);
+    Some((source, target))
 }
 
 fn read_affine(
     file: &str,
     tensors: &TensorFile<'_>,
     pair: &str,
-    (source_layer, target_layer): (LayerIndex, LayerIndex),
+    (source_layer, target_layer): (LayerStack, LayerIndex),
     backward: bool,
 ) -> Result<AffineMap, GuardError> {
     let weight = format!("{pair}.weight");

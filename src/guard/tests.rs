@@ -177,7 +177,10 @@ fn everything_said_is_in_the_guard() {
     assert_eq!(harm.layer, LayerIndex(10));
     assert_eq!(harm.direction, map(24, 10, 4.0).0.apply_direction(&HARM));
     let from = harm.mapped_from.as_ref().unwrap();
-    assert_eq!((from.layer, from.mapping.as_str(), from.quality.n_train), (LayerIndex(24), "small-to-large", 80));
+    assert_eq!(
+        (from.layer.clone(), from.mapping.as_str(), from.quality.n_train),
+        (LayerIndex(24).into(), "small-to-large", 80)
+    );
     assert_eq!((harm.method.as_deref(), harm.mean_norm), (Some("mean"), Some(31.5)));
     assert_eq!((refusal.layer, refusal.direction.as_slice()), (LayerIndex(8), REFUSAL.as_slice()));
     assert_eq!(refusal.mapped_from, None);
@@ -1416,7 +1419,7 @@ proptest! {
             tensors: TensorsEntry::default(),
             vectors: vec![VectorEntry {
                 name: text.clone(),
-                layer: LayerIndex(layer),
+                layer: LayerIndex(layer).into(),
                 tensor: text.clone(),
                 kind: VectorKind::Discriminant,
                 mapping: None,

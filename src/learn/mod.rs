@@ -10,6 +10,7 @@ mod corpus;
 mod extract;
 mod map;
 mod recentre;
+mod survey;
 mod threads;
 
 pub use calibrate::{Calibrated, calibrate};
@@ -18,11 +19,12 @@ pub use corpus::{CorpusOptions, sample_corpus};
 pub use extract::{Contrast, ContrastMethod, ContrastOptions, contrast, contrast_of, prompt_activations};
 pub use map::{MapOptions, Mapped, map};
 pub use recentre::benign_means;
+pub use survey::{RankBy, Survey, SurveyedPair};
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;
 use crate::steering::SteeringError;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 
 /// Why a guard's part could not be learnt.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +35,9 @@ pub enum LearnError {
     #[error("layer {layer}: {source}")]
     Steering { layer: LayerIndex, source: SteeringError },
     #[error("mapping layer {source_layer} to {target_layer}: {source}")]
-    Mapping { source_layer: LayerIndex, target_layer: LayerIndex, source: MappingError },
+    Mapping { source_layer: LayerStack, target_layer: LayerIndex, source: MappingError },
+    #[error("no pair of layers to map: the models have too few layers; name pairs with `--layers`")]
+    NoLayers,
     #[error("{what} needs at least {needed} prompts, found {found}")]
     TooFewPrompts { what: &'static str, needed: usize, found: usize },
     #[error("the two tokenizers share no token ends in the corpus of {documents} documents: is it text?")]

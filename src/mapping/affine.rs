@@ -1,5 +1,5 @@
 use super::MappingError;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 
 /// Mean `μ` and scale `σ` of each dimension of a residual: `z = (x − μ)/σ`.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,7 +28,7 @@ impl Standardization {
 /// linear alternative to the autoencoder) with both sides standardised, without which a few large dimensions take the whole fit.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AffineMap {
-    source_layer: LayerIndex,
+    source_layer: LayerStack,
     target_layer: LayerIndex,
     source: Standardization,
     target: Standardization,
@@ -42,7 +42,7 @@ impl AffineMap {
     /// # Errors
     /// If a length does not fit the others, a side has width 0, a value is not finite, or a scale is not a positive normal number.
     pub fn new(
-        source_layer: LayerIndex,
+        source_layer: impl Into<LayerStack>,
         target_layer: LayerIndex,
         source: Standardization,
         target: Standardization,
@@ -56,6 +56,7 @@ impl AffineMap {
             return Err(MappingError::Length { what: "`weight`", expected, found: weight.len() });
         }
         check_finite(&weight, "`weight`")?;
+        let source_layer = source_layer.into();
         Ok(Self { source_layer, target_layer, source, target, weight, backward: None })
     }
 
@@ -77,8 +78,9 @@ impl AffineMap {
         Self { backward: None, ..self }
     }
 
-    pub fn source_layer(&self) -> LayerIndex {
-        self.source_layer
+    /// Several where the map reads their residuals beside each other, as one row.
+    pub fn source_layer(&self) -> &LayerStack {
+        &self.source_layer
     }
 
     pub fn target_layer(&self) -> LayerIndex {

@@ -133,13 +133,6 @@ pub enum ResidualMap {
 }
 
 impl ResidualMap {
-    pub fn source_layer(&self) -> LayerIndex {
-        match self {
-            Self::Affine(map) => map.source_layer(),
-            Self::Autoencoder(map) => map.source_layer(),
-        }
-    }
-
     pub fn target_layer(&self) -> LayerIndex {
         match self {
             Self::Affine(map) => map.target_layer(),
