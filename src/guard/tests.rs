@@ -282,12 +282,35 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
         ),
         ("tensor = \"refusal.8\"\n", "", "[[vector]]\nname = \"refusal\"", "`vector[1]`: missing field `tensor`"),
         // Values of the wrong kind.
-        ("layer = 8", "layer = -8", "layer = -8", "`vector[1].layer`: invalid value: integer `-8`, expected u32"),
+        (
+            "layer = 8",
+            "layer = -8",
+            "layer = -8",
+            "`vector[1].layer`: invalid value: integer `-8`, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [9, 8]",
+            "layer = [",
+            "`vector[1].layer`: invalid value: sequence, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [8]",
+            "layer = [",
+            "`vector[1].layer`: invalid value: sequence, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [8, 9]",
+            "layer = [",
+            "`vector[1].layer`: expected one layer, for a vector without a mapping, found 8+9",
+        ),
         (
             "layer = 8",
             "layer = 4294967296",
             "layer = 42",
-            "`vector[1].layer`: invalid value: integer `4294967296`, expected u32",
+            "`vector[1].layer`: invalid value: integer `4294967296`, expected a layer, or a list of two layers or more in rising order",
         ),
         (
             "aggregate = \"mean\"",

@@ -185,8 +185,10 @@ mod tests {
         let (n, d_a, d_b) = (2 * BLOCK_ROWS + 100, GRAM_TILE + 44, TILE + 9);
         let (a, b) = (random(n, d_a, 1), random(n, d_b, 2));
         let (a, b) = (Rows { values: &a, width: d_a }, Rows { values: &b, width: d_b });
-        let wide = |rows: Rows| rows.transposed().to_owned();
-        let widened = |rows: Rows| Mat::<f64>::from_fn(rows.width, rows.n(), |i, j| f64::from(wide(rows)[(i, j)]));
+        let widened = |rows: Rows| {
+            let narrow = rows.transposed();
+            Mat::<f64>::from_fn(rows.width, rows.n(), |i, j| f64::from(narrow[(i, j)]))
+        };
         let (wide_a, wide_b) = (widened(a), widened(b));
         for (found, expected) in
             [(gram(a, 1), &wide_a * wide_a.transpose()), (cross_product(a, b, 1), &wide_a * wide_b.transpose())]
