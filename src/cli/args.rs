@@ -260,6 +260,9 @@ pub struct MapArguments {
     /// likely ones and keeps the best, `all` surveys every pair
     #[arg(long, default_value = "auto", value_name = "auto|all|S:T,…")]
     pub layers: LayerPairs,
+    /// Rank of the maps, stored as two thin factors each; full where absent
+    #[arg(long, value_name = "R")]
+    pub rank: Option<usize>,
     /// What makes a pair of layers the best: the variance that is explained in cross-validation, or canonical correlation
     #[arg(long, value_enum, default_value_t = RankArgument::Unexplained)]
     pub rank_by: RankArgument,

@@ -79,6 +79,7 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
             RankArgument::Unexplained => RankBy::Unexplained,
             RankArgument::Canonical => RankBy::Canonical,
         },
+        rank: arguments.rank,
         ridge: RidgeOptions { seed: u64::from(arguments.seed), cross_validate: true, ..Default::default() },
     };
     ensure!(
@@ -117,6 +118,15 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
             format!("{:.1e}", quality.lambda),
         ]
     });
+    if let Some(rank) = arguments.rank {
+        for (map, quality) in &mapped.maps {
+            let full = mapped.survey.pair(map.source_layer(), map.target_layer());
+            let full = full.map_or(f64::NAN, |pair| pair.fraction_unexplained);
+            let (pair, low) =
+                (format!("{} → {}", map.source_layer(), map.target_layer()), quality.fraction_unexplained);
+            eprintln!("{pair}: {low:.3} of the variance unexplained at rank {rank}, {full:.3} at full rank");
+        }
+    }
     let mut out = std::io::stdout().lock();
     writeln!(
         out,

@@ -3,7 +3,7 @@ use super::manifest::MappingKind;
 use super::tensors::{self, TensorData, TensorFile};
 use super::{MAX_WIDTH, ModelIdentity};
 use crate::mapping::{
-    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, FitQuality, MappingError, MappingQuality,
+    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, Factors, FitQuality, MappingError, MappingQuality,
     ResidualMap, Standardization,
 };
 use crate::steering::VectorKind;
@@ -17,7 +17,8 @@ const FORMAT: &str = "pilotfish-mapping-1";
 ///
 /// In safetensors a pair of layers S (`24`, or `14+16+18` where an affine map reads several beside each other) and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
 /// (`[d_s]`), `S-T.target_mean` and `S-T.target_scale` (`[d_t]`), if it can carry discriminants `S-T.backward` (`[d_t, d_s]`), and the metadata
-/// key `S-T`. An autoencoder of hidden width `k` has in place of the weights `S-T.encoder` (`[k, d_s]`), `S-T.encoder_bias` (`[k]`), `S-T.decoder`
+/// key `S-T`. A map of low rank R has in place of the weight its factors `S-T.left` (`[d_s, R]`) and `S-T.right` (`[R, d_t]`), and
+/// `S-T.backward_left` and `S-T.backward_right`. An autoencoder of hidden width `k` has in place of the weights `S-T.encoder` (`[k, d_s]`), `S-T.encoder_bias` (`[k]`), `S-T.decoder`
 /// (`[d_t, k]`) and `S-T.decoder_bias` (`[d_t]`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct MappingFile {
@@ -60,6 +61,9 @@ struct AffineDescription {
     n_heldout: usize,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     backward: Option<BackwardDescription>,
+    /// Where the weights are two factors each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rank: Option<usize>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -138,15 +142,19 @@ impl MappingFile {
                     fraction_unexplained,
                     cosine,
                 }),
+                rank: map.factors().map(|factors| factors.rank),
             });
             if metadata.insert(pair.clone(), json(&description)).is_some() {
                 return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
             }
-            let weight = TensorData { shape: vec![map.source_width(), map.target_width()], values: map.weight() };
-            tensors.insert(format!("{pair}.weight"), weight);
+            if map.backward().is_some() && map.factors().is_some() != map.backward_factors().is_some() {
+                let found = format!("one without the other for the pair {pair}");
+                return Err(GuardError::value("a weight and a backward weight of low rank, or neither", found));
+            }
+            let (source, target) = (map.source_width(), map.target_width());
+            put_weight(&mut tensors, &pair, "", [source, target], map.weight(), map.factors());
             if let Some(values) = map.backward() {
-                let backward = TensorData { shape: vec![map.target_width(), map.source_width()], values };
-                tensors.insert(format!("{pair}.backward"), backward);
+                put_weight(&mut tensors, &pair, "backward", [target, source], values, map.backward_factors());
             }
             for (part, values) in [
                 ("source_mean", &map.source().mean),
@@ -207,13 +215,14 @@ impl MappingFile {
                     n_train,
                     n_heldout,
                     backward,
+                    rank,
                 }) => {
                     let backward = backward.map(|BackwardDescription { lambda, fraction_unexplained, cosine }| {
                         FitQuality { lambda, fraction_unexplained, cosine }
                     });
                     let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout, backward };
-                    expected += 5 + usize::from(backward.is_some());
-                    pairs.push((read_affine(file, &tensors, &key, layers, backward.is_some())?, quality));
+                    expected += 4 + (1 + usize::from(backward.is_some())) * if rank.is_some() { 2 } else { 1 };
+                    pairs.push((read_affine(file, &tensors, &key, layers, backward.is_some(), rank)?, quality));
                 }
                 Description::Autoencoder(description) => {
                     let AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout } = description;
@@ -264,20 +273,61 @@ fn read_affine(
     pair: &str,
     (source_layer, target_layer): (LayerStack, LayerIndex),
     backward: bool,
+    rank: Option<usize>,
 ) -> Result<AffineMap, GuardError> {
     let weight = format!("{pair}.weight");
-    let (source_width, target_width) = bounded(file, tensors, &weight)?;
+    let (source_width, target_width) = match rank {
+        Some(_) => (
+            bounded(file, tensors, &factor_name(pair, "", "left"))?.0,
+            bounded(file, tensors, &factor_name(pair, "", "right"))?.1,
+        ),
+        None => bounded(file, tensors, &weight)?,
+    };
     let source = standardization(tensors, pair, "source", source_width)?;
     let target = standardization(tensors, pair, "target", target_width)?;
-    let weight = tensors.shaped(&weight, &[source_width, target_width])?;
-    let backward =
-        backward.then(|| tensors.shaped(&format!("{pair}.backward"), &[target_width, source_width])).transpose()?;
-    let map = AffineMap::new(source_layer, target_layer, source, target, weight);
-    map.and_then(|map| match backward {
-        Some(weight) => map.with_backward(weight),
-        None => Ok(map),
-    })
-    .map_err(|error| refused(file, pair, &error))
+    let refused = |error| refused(file, pair, &error);
+    let Some(rank) = rank else {
+        let weight = tensors.shaped(&weight, &[source_width, target_width])?;
+        let map = AffineMap::new(source_layer, target_layer, source, target, weight).map_err(refused)?;
+        if !backward {
+            return Ok(map);
+        }
+        let weight = tensors.shaped(&format!("{pair}.backward"), &[target_width, source_width])?;
+        return map.with_backward(weight).map_err(refused);
+    };
+    let factors = |which, rows, columns| -> Result<Factors, GuardError> {
+        let left = tensors.shaped(&factor_name(pair, which, "left"), &[rows, rank])?;
+        let right = tensors.shaped(&factor_name(pair, which, "right"), &[rank, columns])?;
+        Ok(Factors { rank, left, right })
+    };
+    let forward = factors("", source_width, target_width)?;
+    let map = AffineMap::of_low_rank(source_layer, target_layer, source, target, forward).map_err(refused)?;
+    if !backward {
+        return Ok(map);
+    }
+    map.with_low_rank_backward(factors("backward", target_width, source_width)?).map_err(refused)
+}
+
+/// `S-T.left` for the weight, `S-T.backward_left` for the backward weight.
+fn factor_name(pair: &str, which: &str, side: &str) -> String {
+    if which.is_empty() { format!("{pair}.{side}") } else { format!("{pair}.{which}_{side}") }
+}
+
+fn put_weight<'a>(
+    tensors: &mut BTreeMap<String, TensorData<'a>>,
+    pair: &str,
+    which: &str,
+    shape: [usize; 2],
+    weight: &'a [f32],
+    factors: Option<&'a Factors>,
+) {
+    let Some(Factors { rank, left, right }) = factors else {
+        let name = if which.is_empty() { "weight" } else { which };
+        tensors.insert(format!("{pair}.{name}"), TensorData { shape: shape.to_vec(), values: weight });
+        return;
+    };
+    tensors.insert(factor_name(pair, which, "left"), TensorData { shape: vec![shape[0], *rank], values: left });
+    tensors.insert(factor_name(pair, which, "right"), TensorData { shape: vec![*rank, shape[1]], values: right });
 }
 
 fn read_autoencoder(

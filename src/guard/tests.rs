@@ -2,7 +2,7 @@
 
 use super::manifest::{InterventionEntry, InterventionName, TargetEntry, TensorsEntry, VectorEntry};
 use super::*;
-use crate::mapping::{AffineMap, FitQuality, Standardization};
+use crate::mapping::{AffineMap, Factors, FitQuality, Standardization};
 use crate::steering::{ControlVector, ExtractionMethod, PromptTokens, SteeringVector};
 use crate::tensor::norm;
 use proptest::prelude::*;
@@ -1461,6 +1461,49 @@ proptest! {
         let toml = written.to_toml().unwrap();
         prop_assert_eq!(Manifest::parse("guard.toml", toml.as_bytes()).unwrap(), written);
     }
+}
+
+/// Two source layers beside each other, and weights that are two factors each.
+#[test]
+fn mappings_of_several_layers_and_of_low_rank_come_back_as_written() {
+    let (full, quality) = map(24, 10, 4.0);
+    let (source, target) = (full.source_width(), full.target_width());
+    let factors = |rows: usize, columns: usize| Factors {
+        rank: 2,
+        left: (0..rows * 2).map(|i| 1.0 - i as f32).collect(),
+        right: (0..2 * columns).map(|i| 0.5 * i as f32).collect(),
+    };
+    let stack: LayerStack = "23+24".parse().unwrap();
+    let low = AffineMap::of_low_rank(
+        stack.clone(),
+        LayerIndex(10),
+        full.source().clone(),
+        full.target().clone(),
+        factors(source, target),
+    )
+    .unwrap();
+    let written = |pair| MappingFile { pairs: vec![pair], ..mapping_file() }.to_bytes();
+    for pair in [(low.clone(), quality), both_ways_of_low_rank((low.clone(), quality), factors(target, source))] {
+        let bytes = written(pair.clone()).unwrap();
+        let read = MappingFile::from_bytes("m", &bytes).unwrap();
+        assert_eq!(read.pair(&stack, LayerIndex(10)), Some(&pair));
+        assert_eq!(read.pair(&LayerIndex(24).into(), LayerIndex(10)), None);
+        for (from, to) in [("\"rank\":2", "\"rank\":3"), (",\"rank\":2", ""), ("23+24-10", "24+23-10")] {
+            let from_json = from.replace('"', "\\\"");
+            let broken = reheaded(&bytes, &from_json, &to.replace('"', "\\\""));
+            MappingFile::from_bytes("m", &broken).expect_err(to);
+        }
+    }
+    let (dense, quality) = both_ways((low, quality));
+    written((dense, quality)).expect_err("a dense backward weight beside a weight of low rank");
+}
+
+fn both_ways_of_low_rank(
+    (map, quality): (AffineMap, MappingQuality),
+    backward: Factors,
+) -> (AffineMap, MappingQuality) {
+    let (_, with) = both_ways((map.clone(), quality));
+    (map.with_low_rank_backward(backward).unwrap(), with)
 }
 
 /// `v/σ²`, with σ the target's scale in the mapping of layers 24 to 10.

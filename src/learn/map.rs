@@ -15,6 +15,8 @@ pub struct MapOptions {
     /// What is best.
     pub rank_by: RankBy,
     pub ridge: RidgeOptions,
+    /// Of the maps that are kept; full where `None`.
+    pub rank: Option<usize>,
 }
 
 /// Fitted maps, and what the survey found.
@@ -164,10 +166,20 @@ impl Sides {
                 target_layer: surveyed.target_layer,
                 source,
             };
-            let map = pair.refit(quality.lambda, source_layer.clone(), surveyed.target_layer).map_err(problem)?;
-            let (map, backward) = pair.fit_backward(map).map_err(problem)?;
+            let (lambda, target_layer) = (quality.lambda, surveyed.target_layer);
+            let fitted = match options.rank {
+                None => pair.refit(lambda, source_layer.clone(), target_layer).and_then(|map| {
+                    let (map, backward) = pair.fit_backward(map)?;
+                    Ok((map, *quality, backward))
+                }),
+                Some(rank) => pair.refit_low_rank(lambda, rank, source_layer.clone(), target_layer).and_then(|map| {
+                    let (map, backward) = pair.fit_low_rank_backward(map, rank)?;
+                    Ok((map, pair.low_rank_quality(rank)?, backward))
+                }),
+            };
+            let (map, quality, backward) = fitted.map_err(problem)?;
             surveyed.backward_unexplained = Some(backward.fraction_unexplained);
-            let quality = MappingQuality { backward: Some(backward), ..*quality };
+            let quality = MappingQuality { backward: Some(backward), ..quality };
             maps.push((map, quality, options.rank_by.cost(surveyed)));
         }
         Ok(FittedGroup { maps, survey: found.into_iter().map(|(_, _, surveyed)| surveyed).collect() })

@@ -15,7 +15,7 @@ mod quality;
 #[cfg(feature = "learn")]
 mod ridge;
 
-pub use affine::{AffineMap, Standardization};
+pub use affine::{AffineMap, Factors, Standardization};
 pub use align::align_tokens;
 pub use autoencoder::{Autoencoder, AutoencoderQuality, AutoencoderWeights, ResidualMap};
 pub use quality::{FitQuality, MappingQuality};

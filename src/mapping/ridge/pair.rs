@@ -1,7 +1,7 @@
 use super::Regression;
-use super::products::{BLOCK_ROWS, Rows, cross_product, in_parallel, narrowed, par, product, solve};
+use super::products::{BLOCK_ROWS, Rows, cross_product, eigen, in_parallel, narrowed, par, product, solve};
 use super::side::{Basis, Side, split, total};
-use crate::mapping::{AffineMap, FitQuality, MappingError, MappingQuality};
+use crate::mapping::{AffineMap, Factors, FitQuality, MappingError, MappingQuality};
 use crate::tensor::{LayerIndex, LayerStack};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat};
@@ -91,6 +91,70 @@ impl<'a> Pair<'a> {
         let reversed = self.reversed();
         let quality = FitQuality::from(reversed.quality()?);
         Ok((map.with_backward(row_major(&reversed.weight(quality.lambda)?))?, quality))
+    }
+
+    /// The map of rank `rank` that is best on all rows at the penalty `lambda`: reduced-rank ridge regression, `W V Vᵀ` with `V` the first
+    /// eigenvectors of `Wᵀ(ZₛᵀZₛ + λnI)W = WᵀZₛᵀZₜ`, which are the right singular vectors of the fitted values (Izenman 1975), those of
+    /// the penalty's rows included (Mukherjee and Zhu 2011).
+    ///
+    /// # Errors
+    /// As [`refit`](Self::refit), and for a rank of 0 or above the narrower width.
+    pub fn refit_low_rank(
+        &self,
+        lambda: f64,
+        rank: usize,
+        source_layer: impl Into<LayerStack>,
+        target_layer: LayerIndex,
+    ) -> Result<AffineMap, MappingError> {
+        let (source, target) = (self.source.moments.rounded(), self.target.moments.rounded());
+        AffineMap::of_low_rank(source_layer, target_layer, source, target, self.factors(lambda, rank)?)
+    }
+
+    /// [`fit_backward`](Self::fit_backward) with that rank.
+    ///
+    /// # Errors
+    /// As [`refit_low_rank`](Self::refit_low_rank).
+    pub fn fit_low_rank_backward(&self, map: AffineMap, rank: usize) -> Result<(AffineMap, FitQuality), MappingError> {
+        let reversed = self.reversed();
+        let quality = FitQuality::from(reversed.low_rank_quality(rank)?);
+        Ok((map.with_low_rank_backward(reversed.factors(quality.lambda, rank)?)?, quality))
+    }
+
+    /// [`quality`](Self::quality) of the map of rank `rank`, at the penalty that is best at full rank.
+    ///
+    /// # Errors
+    /// As [`refit_low_rank`](Self::refit_low_rank).
+    pub fn low_rank_quality(&self, rank: usize) -> Result<MappingQuality, MappingError> {
+        let (quality, weight) = self.judge()?;
+        let weight = Mat::from_fn(weight.nrows(), weight.ncols(), |i, j| f64::from(weight[(i, j)]));
+        let (cross, _) = split(&self.regression.folds, &self.cross, 0, self.source, self.target);
+        let (left, right) = self.reduced(&weight, &cross, quality.lambda, rank)?;
+        let weight = narrowed(&product(left.as_ref(), right.as_ref(), 1.0, self.threads));
+        self.heldout_quality(&weight, quality.lambda)
+    }
+
+    fn factors(&self, lambda: f64, rank: usize) -> Result<Factors, MappingError> {
+        let (left, right) = self.reduced(&self.weight(lambda)?, &total(&self.cross, None), lambda, rank)?;
+        Ok(Factors { rank, left: row_major(&left), right: row_major(&right) })
+    }
+
+    /// `WV`, `[d_s, rank]`, and `Vᵀ`, `[rank, d_t]`.
+    fn reduced(
+        &self,
+        weight: &Mat<f64>,
+        cross: &Mat<f64>,
+        lambda: f64,
+        rank: usize,
+    ) -> Result<(Mat<f64>, Mat<f64>), MappingError> {
+        let widest = weight.nrows().min(weight.ncols());
+        if rank == 0 || rank > widest {
+            let expected = "1 up to the narrower of the two widths";
+            return Err(MappingError::Options { option: "rank", expected, found: rank.to_string() });
+        }
+        let fitted = product(weight.transpose(), cross.as_ref(), 1.0, self.threads);
+        let (_, vectors) = eigen(&fitted, self.threads).ok_or(MappingError::Numerical { lambda })?;
+        let first = vectors.subcols(vectors.ncols() - rank, rank);
+        Ok((product(weight.as_ref(), first, 1.0, self.threads), first.transpose().to_owned()))
     }
 
     /// The fraction of variance unexplained with every part held out in turn and predicted from the others, over all parts together, at

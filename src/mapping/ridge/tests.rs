@@ -349,3 +349,64 @@ fn a_dimension_that_varies_only_where_it_is_held_out_is_not_predicted_from() {
     let (_, quality) = data.fit(&RidgeOptions::default());
     assert!(quality.fraction_unexplained > 0.5 && quality.fraction_unexplained.is_finite(), "{quality:?}");
 }
+
+#[test]
+fn a_map_of_low_rank_is_the_best_of_its_rank() {
+    let data = Synthetic::new(600, 10, 8, 0.3, 13);
+    let regression = data.regression(&RidgeOptions::default());
+    let [source, target] = data.sides(&regression);
+    let pair = regression.pair(&source, &target, 1);
+    let full = pair.refit(0.01, LayerIndex(1), LayerIndex(2)).unwrap();
+    let map = |rank| pair.refit_low_rank(0.01, rank, LayerIndex(1), LayerIndex(2)).unwrap();
+    for (found, expected) in map(8).weight().iter().zip(full.weight()) {
+        assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+    }
+    // The penalised loss on all rows, in f64: no other matrix of the rank may have a lower one.
+    let (x, y) = (data.source(), data.target());
+    let z = |rows: Residual, side: &crate::mapping::Standardization| -> Rows {
+        let row = |row: &[f32]| {
+            let scaled = row.iter().zip(side.mean.iter().zip(&side.scale));
+            scaled.map(|(x, (mean, scale))| (f64::from(*x) - f64::from(*mean)) / f64::from(*scale)).collect()
+        };
+        rows.rows().map(row).collect()
+    };
+    let (x, y) = (z(x, full.source()), z(y, full.target()));
+    let loss = |weight: &[f64]| {
+        let rows: Rows = weight.chunks_exact(8).map(<[f64]>::to_vec).collect();
+        let predicted = naive_predictions(&x, &rows);
+        let apart: f64 = predicted.iter().flatten().zip(y.iter().flatten()).map(|(p, y)| (p - y).powi(2)).sum();
+        apart + 0.01 * 600.0 * weight.iter().map(|w| w * w).sum::<f64>()
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut last = f64::INFINITY;
+    for rank in 1..=8 {
+        let map = map(rank);
+        let factors = map.factors().unwrap();
+        assert_eq!((factors.left.len(), factors.right.len()), (10 * rank, rank * 8));
+        let best = loss(&map.weight().iter().map(|w| f64::from(*w)).collect::<Vec<_>>());
+        assert!(best <= last * (1.0 + 1e-6), "{rank}: {best} {last}");
+        last = best;
+        for _ in 0..20 {
+            let mut nudged = factors.clone();
+            nudged.left.iter_mut().chain(&mut nudged.right).for_each(|w| *w += rng.random_range(-1e-2f32..1e-2));
+            let product: Vec<f64> = nudged
+                .left
+                .chunks_exact(rank)
+                .flat_map(|left| {
+                    let right = &nudged.right;
+                    (0..8).map(move |j| {
+                        left.iter().enumerate().map(|(k, l)| f64::from(*l) * f64::from(right[k * 8 + j])).sum::<f64>()
+                    })
+                })
+                .collect();
+            assert!(loss(&product) >= best * (1.0 - 1e-6), "rank {rank}");
+        }
+    }
+    let quality = |rank| pair.low_rank_quality(rank).unwrap().fraction_unexplained;
+    assert!(quality(1) > quality(4), "{} {}", quality(1), quality(4));
+    assert!((quality(8) - pair.quality().unwrap().fraction_unexplained).abs() < 1e-4);
+    for rank in [0, 9] {
+        let error = pair.refit_low_rank(0.01, rank, LayerIndex(1), LayerIndex(2)).unwrap_err();
+        assert!(error.to_string().starts_with("`rank` is"), "{error}");
+    }
+}
