@@ -14,7 +14,7 @@ pub fn stacked(vectors: &[SteeringVector], stack: &LayerStack) -> Option<Steerin
         return None;
     }
     let norms: Vec<f32> = parts.iter().map(|part| part.mean_norm as f32).collect();
-    let mean_norm = if parts.len() == 1 { last.mean_norm } else { f64::from(norm(&norms)) };
+    let mean_norm = if parts.len() == 1 { last.mean_norm } else { norm(&norms) };
     let values = parts.iter().flat_map(|part| &part.values).copied().collect();
     Some(SteeringVector { values, mean_norm, ..last.clone() })
 }
