@@ -379,7 +379,6 @@ fn build_to(
             let pair_name = format!(
                 "{}-{}-to-{}-{}",
                 mapping.source.name,
-                // A plus is no character of names.
                 map.source_layer().to_string().replace('+', "."),
                 mapping.target.name,
                 map.target_layer()
@@ -409,7 +408,8 @@ fn build_to(
         Some(map) if carried.is_some() => (map.source_layer().clone(), vector.values.clone()),
         _ => (target_layer.into(), in_target.clone()),
     };
-    let tensor = format!("{name}.{layer}");
+    // A plus is no character of names.
+    let tensor = format!("{name}.{}", layer.to_string().replace('+', "."));
 
     let source = map.map(|_| Source { model: file.model.name.clone(), fingerprint: file.model.fingerprint });
     let last_layer = target.shape().n_layer - 1;
