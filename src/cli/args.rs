@@ -2,7 +2,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pilotfish::learn::AutoencoderOptions;
 use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
-use pilotfish::tensor::LayerIndex;
+use pilotfish::tensor::{LayerIndex, LayerStack};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
@@ -213,7 +213,8 @@ impl std::str::FromStr for Layers {
 #[derive(Debug, Clone, PartialEq)]
 pub enum LayerPairs {
     Auto,
-    Chosen(Vec<(LayerIndex, LayerIndex)>),
+    All,
+    Chosen(Vec<(LayerStack, LayerIndex)>),
 }
 
 impl std::str::FromStr for LayerPairs {
@@ -223,15 +224,26 @@ impl std::str::FromStr for LayerPairs {
         if text == "auto" {
             return Ok(Self::Auto);
         }
+        if text == "all" {
+            return Ok(Self::All);
+        }
         let pair = |part: &str| {
             let (source, target) = part.split_once(':')?;
-            Some((LayerIndex(source.trim().parse().ok()?), LayerIndex(target.trim().parse().ok()?)))
+            Some((source.trim().parse().ok()?, LayerIndex(target.trim().parse().ok()?)))
         };
         let pairs: Option<Vec<_>> = text.split(',').map(pair).collect();
         pairs
             .map(Self::Chosen)
-            .ok_or_else(|| format!("`{text}` is no list of layer pairs; give `auto` or `24:10,27:12`"))
+            .ok_or_else(|| format!("`{text}` is no list of layer pairs; give `auto`, `all`, `24:10,27:12`, or `14+16+18:9` for layers read beside each other"))
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RankArgument {
+    /// The least variance unexplained, cross-validated
+    Unexplained,
+    /// The highest mean squared canonical correlation
+    Canonical,
 }
 
 #[derive(Debug, Args)]
@@ -245,9 +257,19 @@ pub struct MapArguments {
     /// Texts that both models read (.jsonl, .csv or .txt), or `self`: the source model writes them. May be given several times
     #[arg(long, value_name = "F|self", required = true)]
     pub corpus: Vec<String>,
-    /// Pairs of source and target layers, as `24:10,27:12`; `auto` surveys the candidates and keeps the best
-    #[arg(long, default_value = "auto", value_name = "auto|S:T,…")]
+    /// Pairs of source and target layers, as `24:10,27:12`, or `14+16+18:9` to read several source layers beside each other; `auto` surveys the
+    /// likely ones and keeps the best, `all` surveys every pair
+    #[arg(long, default_value = "auto", value_name = "auto|all|S:T,…")]
     pub layers: LayerPairs,
+    /// Rank of the maps, stored as two thin factors each; full where absent
+    #[arg(long, value_name = "R")]
+    pub rank: Option<usize>,
+    /// What makes a pair of layers the best: the variance that is explained in cross-validation, or canonical correlation
+    #[arg(long, value_enum, default_value_t = RankArgument::Unexplained)]
+    pub rank_by: RankArgument,
+    /// Where to write what was found of every pair, as JSON
+    #[arg(long, value_name = "FILE.json")]
+    pub survey: Option<PathBuf>,
     /// How many target layers to keep a source layer, best first
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub keep: usize,

@@ -19,8 +19,8 @@ use pilotfish::hook::ExecutorKind;
 use pilotfish::learn::{self, Classes};
 use pilotfish::mapping::{AffineMap, MapQuality, MappingQuality, ResidualMap};
 use pilotfish::program::Calibration;
-use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind};
-use pilotfish::tensor::{LayerIndex, norm};
+use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind, stacked};
+use pilotfish::tensor::{LayerIndex, LayerStack, norm};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -375,7 +375,7 @@ fn build_to(
             let pair_name = format!(
                 "{}-{}-to-{}-{}",
                 mapping.source.name,
-                map.source_layer(),
+                map.source_layer().to_string().replace('+', "."),
                 mapping.target.name,
                 map.target_layer()
             );
@@ -400,9 +400,12 @@ fn build_to(
         None => vector.values.clone(),
     };
     let target_layer = map.map_or(vector.layer, |map| map.target_layer());
-    let (layer, values) =
-        if carried.is_some() { (vector.layer, vector.values.clone()) } else { (target_layer, in_target.clone()) };
-    let tensor = format!("{name}.{layer}");
+    let (layer, values) = match map {
+        Some(map) if carried.is_some() => (map.source_layer(), vector.values.clone()),
+        _ => (target_layer.into(), in_target.clone()),
+    };
+    // A plus is no character of names.
+    let tensor = format!("{name}.{}", layer.to_string().replace('+', "."));
     let mut tensors = vec![(tensor.clone(), values)];
     // What is carried is the difference of the two: the vector alone would not do.
     if let (Some(ResidualMap::Autoencoder(_)), Some(_), Some(means)) = (map, &carried, &vector.class_means) {
@@ -466,11 +469,12 @@ fn build_to(
 
 /// The file with `map` alone, and of it only what carries vectors of `kind`.
 fn only_pair(mapping: &MappingFile, map: &ResidualMap, kind: VectorKind) -> (MappingKind, MappingFile) {
-    let is_it = |source, target| source == map.source_layer() && target == map.target_layer();
+    let source_layer = map.source_layer();
+    let is_it = |source: &LayerStack, target| *source == source_layer && target == map.target_layer();
     let mut only = mapping.clone();
     only.pairs.retain(|(pair, _)| is_it(pair.source_layer(), pair.target_layer()));
-    only.autoencoders.retain(|(pair, _)| is_it(pair.source_layer(), pair.target_layer()));
-    only.replacements.retain(|(source, target), _| is_it(*source, *target));
+    only.autoencoders.retain(|(pair, _)| is_it(&pair.source_layer().into(), pair.target_layer()));
+    only.replacements.retain(|(source, target), _| is_it(source, *target));
     if kind == VectorKind::Direction {
         let forward = |(map, quality): (AffineMap, MappingQuality)| {
             (map.without_backward(), MappingQuality { backward: None, ..quality })
@@ -486,16 +490,16 @@ fn only_pair(mapping: &MappingFile, map: &ResidualMap, kind: VectorKind) -> (Map
 
 fn choose<'a>(
     target: &Model,
-    file: &'a VectorFile,
+    file: &VectorFile,
     maps: &'a [(ResidualMap, MapQuality)],
     readout: Readout,
     tokens: PromptTokens,
     choice: LayerChoice<'_>,
-) -> anyhow::Result<(&'a SteeringVector, Option<&'a ResidualMap>)> {
-    let vector_at = |layer: LayerIndex| {
-        file.vectors.iter().find(|vector| vector.layer == layer).with_context(|| {
-            let layers: Vec<_> = file.vectors.iter().map(|vector| vector.layer.to_string()).collect();
-            format!("there is no vector of layer {layer}; there are {}", layers.join(", "))
+) -> anyhow::Result<(SteeringVector, Option<&'a ResidualMap>)> {
+    let vector_at = |layers: &LayerStack| {
+        stacked(&file.vectors, layers).with_context(|| {
+            let known: Vec<_> = file.vectors.iter().map(|vector| vector.layer.to_string()).collect();
+            format!("there is no vector of layer {layers}; there are {}", known.join(", "))
         })
     };
     if maps.is_empty() {
@@ -503,10 +507,10 @@ fn choose<'a>(
             LayerChoice::Given(layer) => {
                 let layer = layer.parse().map(LayerIndex);
                 let layer = layer.context("without a mapping `--layer` is one layer, as `10`")?;
-                Ok((vector_at(layer)?, None))
+                Ok((vector_at(&layer.into())?, None))
             }
             LayerChoice::Best | LayerChoice::Separating { .. } => match file.vectors.as_slice() {
-                [only] => Ok((only, None)),
+                [only] => Ok((only.clone(), None)),
                 several => bail!("there are vectors of {} layers: choose one with `--layer`", several.len()),
             },
         };
@@ -514,17 +518,15 @@ fn choose<'a>(
     // Best first, by held-out variance explained.
     let mut pairs: Vec<_> = maps.iter().collect();
     pairs.sort_by(|a, b| a.1.fraction_unexplained().total_cmp(&b.1.fraction_unexplained()));
-    pairs.retain(|(map, _)| vector_at(map.source_layer()).is_ok());
+    pairs.retain(|(map, _)| vector_at(&map.source_layer()).is_ok());
     ensure!(!pairs.is_empty(), "the mapping has no pair from a layer that there is a vector of");
     let maps: Vec<&ResidualMap> = pairs.iter().map(|(map, _)| map).collect();
     let map = match choice {
         LayerChoice::Best => maps[0],
         LayerChoice::Given(pair) => {
-            let wanted = pair.split_once(':').and_then(|(s, t)| Some((s.parse().ok()?, t.parse().ok()?)));
+            let wanted = pair.split_once(':').and_then(|(s, t)| Some((s.parse::<LayerStack>().ok()?, t.parse().ok()?)));
             let (source, to) = wanted.context("with a mapping `--layer` is a pair of layers, as `24:10`")?;
-            let found = maps
-                .iter()
-                .find(|map| map.source_layer() == LayerIndex(source) && map.target_layer() == LayerIndex(to));
+            let found = maps.iter().find(|map| map.source_layer() == source && map.target_layer() == LayerIndex(to));
             found.copied().with_context(|| {
                 let known: Vec<_> =
                     maps.iter().map(|map| format!("{}:{}", map.source_layer(), map.target_layer())).collect();
@@ -554,5 +556,5 @@ fn choose<'a>(
             map
         }
     };
-    Ok((vector_at(map.source_layer())?, Some(map)))
+    Ok((vector_at(&map.source_layer())?, Some(map)))
 }

@@ -1,6 +1,6 @@
 //! `pilotfish map`, of either kind.
 
-use super::args::{LayerPairs, MapArguments, MappingKindArgument, TrainingArguments};
+use super::args::{LayerPairs, MapArguments, MappingKindArgument, RankArgument, TrainingArguments};
 use super::models::load_named;
 use super::progress::Bar;
 use super::table::table;
@@ -8,8 +8,11 @@ use super::{Outcome, learn::write, prompts};
 use anyhow::{Context, bail, ensure};
 use pilotfish::engine::Model;
 use pilotfish::guard::{MAPPING_SUFFIX, MappingFile};
-use pilotfish::learn::{self, AutoencoderOptions, CorpusOptions, Epoch, LayerPair, MapOptions, TrainingWatch};
+use pilotfish::learn::{
+    self, AutoencoderOptions, CorpusOptions, Epoch, LayerPair, MapOptions, RankBy, Survey, TrainingWatch,
+};
 use pilotfish::mapping::{MapQuality, ReplacementQuality, ResidualMap, RidgeOptions};
+use pilotfish::tensor::{LayerIndex, LayerStack};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -41,41 +44,74 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
         autoencoders: Vec::new(),
         replacements: BTreeMap::new(),
     };
-    let found = match arguments.kind {
+    let (survey, found) = match arguments.kind {
         MappingKindArgument::Affine => {
-            let layers = match arguments.layers {
-                LayerPairs::Auto => MapOptions::survey_all(source.shape().n_layer, target.shape().n_layer),
-                LayerPairs::Chosen(pairs) => pairs,
+            let options = affine_options(&arguments, &source, &target);
+            let mapped = {
+                let bar = Bar::new("reading and fitting");
+                learn::map(&source, &target, &documents, &options, &mut |done, total| bar.at(done, total))?
             };
-            let ridge = RidgeOptions { seed, ..Default::default() };
-            let options = MapOptions { keep: arguments.keep, layers, ridge };
-            let bar = Bar::new("reading and fitting");
-            let mapped = learn::map(&source, &target, &documents, &options, &mut |done, total| bar.at(done, total))?;
             file.pairs = mapped.maps;
-            let surveyed = format!("; {} layer pairs surveyed", mapped.survey.len());
-            format!("{} paired tokens of {} documents{surveyed}", mapped.n_tokens, mapped.n_documents)
+            write_mapping(&mut file, &arguments.output, (&source, &target), &aside)?;
+            if let Some(path) = &arguments.survey {
+                write(path, &serde_json::to_vec_pretty(&mapped.survey)?)?;
+            }
+            let Survey { n_tokens, n_documents, ref pairs, .. } = mapped.survey;
+            let found =
+                format!("{n_tokens} paired tokens of {n_documents} documents; {} layer pairs surveyed", pairs.len());
+            (Some(mapped.survey), found)
         }
         MappingKindArgument::Autoencoder => {
-            let LayerPairs::Chosen(layers) = arguments.layers else {
-                bail!(
-                    "an autoencoder takes minutes a pair of layers: name them with `--layers S:T`; `--kind affine` finds good ones"
-                )
-            };
-            let options = options(&arguments.training, seed);
+            let layers = autoencoder_layers(&arguments)?;
+            let options = autoencoder_options(&arguments.training, seed);
             let mut training = Training { stem, resume: arguments.training.resume, bar: Bar::new("reading") };
             let mapped = learn::map_by_autoencoder(&source, &target, &documents, &layers, &options, &mut training)?;
             file.autoencoders = mapped.maps;
             write_mapping(&mut file, &arguments.output, (&source, &target), &aside)?;
             // Only now is there nothing that they would be needed for.
             layers.iter().try_for_each(|pair| training.forget(*pair))?;
-            format!("{} paired tokens of {} documents", mapped.n_tokens, mapped.n_documents)
+            (None, format!("{} paired tokens of {} documents", mapped.n_tokens, mapped.n_documents))
         }
     };
-    if matches!(arguments.kind, MappingKindArgument::Affine) {
-        write_mapping(&mut file, &arguments.output, (&source, &target), &aside)?;
-    }
-    report(&file, &found)?;
+    report(&file, survey.as_ref(), &found)?;
     Ok(Outcome::Done)
+}
+
+fn affine_options(arguments: &MapArguments, source: &Model, target: &Model) -> MapOptions {
+    let (source_layers, target_layers) = (source.shape().n_layer, target.shape().n_layer);
+    MapOptions {
+        keep: arguments.keep,
+        layers: match &arguments.layers {
+            LayerPairs::Auto => MapOptions::candidates(source_layers, target_layers),
+            LayerPairs::All => MapOptions::all(source_layers, target_layers),
+            LayerPairs::Chosen(pairs) => pairs.clone(),
+        },
+        rank_by: match arguments.rank_by {
+            RankArgument::Unexplained => RankBy::Unexplained,
+            RankArgument::Canonical => RankBy::Canonical,
+        },
+        rank: arguments.rank,
+        ridge: RidgeOptions { seed: u64::from(arguments.seed), cross_validate: true, ..Default::default() },
+    }
+}
+
+/// The pairs of layers to train an autoencoder for each.
+fn autoencoder_layers(arguments: &MapArguments) -> anyhow::Result<Vec<LayerPair>> {
+    for (given, option) in [(arguments.rank.is_some(), "rank"), (arguments.survey.is_some(), "survey")] {
+        ensure!(!given, "`--{option}` is of affine mappings; leave it out, or take `--kind affine`");
+    }
+    let LayerPairs::Chosen(layers) = &arguments.layers else {
+        bail!(
+            "an autoencoder takes minutes a pair of layers: name them with `--layers S:T`; `--kind affine` finds good ones"
+        )
+    };
+    let pair = |(source, target): &(LayerStack, LayerIndex)| {
+        let source = source.single().with_context(|| {
+            format!("`{source}:{target}`: an autoencoder reads one source layer; `--kind affine` can read several")
+        })?;
+        Ok((source, *target))
+    };
+    layers.iter().map(pair).collect()
 }
 
 /// Measures what becomes of the target's output on the documents that were set aside, and writes the file.
@@ -98,17 +134,19 @@ fn write_mapping(
     Ok(())
 }
 
-/// The same table for maps of either kind.
-fn report(file: &MappingFile, found: &str) -> anyhow::Result<()> {
+/// The same table for maps of either kind; `survey` is of the affine ones.
+fn report(file: &MappingFile, survey: Option<&Survey>, found: &str) -> anyhow::Result<()> {
     let rows = file.maps().into_iter().map(|(map, quality)| {
         let pair = (map.source_layer(), map.target_layer());
         let figure = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.3}"));
         let replaced = |of: fn(&ReplacementQuality) -> f64| figure(file.replacements.get(&pair).map(of));
+        let surveyed = survey.and_then(|survey| survey.pair(&pair.0, pair.1));
         let (kind, backward, learnt) = match (&map, quality) {
             (ResidualMap::Autoencoder(map), _) => ("autoencoder", None, format!("{} hidden", map.hidden_width())),
-            (_, MapQuality::Affine(quality)) => {
+            (ResidualMap::Affine(map), MapQuality::Affine(quality)) => {
+                let rank = map.factors().map_or_else(String::new, |factors| format!(", rank {}", factors.rank));
                 let backward = quality.backward.map(|fit| fit.fraction_unexplained);
-                ("affine", backward, format!("λ {:.1e} a token", quality.lambda))
+                ("affine", backward, format!("λ {:.1e} a token{rank}", quality.lambda))
             }
             (_, MapQuality::Autoencoder(_)) => unreachable!("a map has a quality of its own kind"),
         };
@@ -116,7 +154,9 @@ fn report(file: &MappingFile, found: &str) -> anyhow::Result<()> {
             format!("{} → {}", pair.0, pair.1),
             kind.to_owned(),
             format!("{:.3}", quality.fraction_unexplained()),
+            figure(surveyed.map(|pair| pair.cross_validated)),
             format!("{:.3}", quality.cosine()),
+            figure(surveyed.map(|pair| pair.cca)),
             figure(backward),
             replaced(|quality| quality.kl),
             replaced(|quality| quality.kl_mean_ablation),
@@ -127,12 +167,15 @@ fn report(file: &MappingFile, found: &str) -> anyhow::Result<()> {
         "layers",
         "kind",
         "variance unexplained, held out",
+        "in cross-validation",
         "cosine",
+        "canonical correlation²",
         "unexplained backwards",
         "KL replaced",
         "KL mean-ablated",
         "",
     ];
+    say_what_rank_costs(file, survey);
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", table(header, rows))?;
     if let Some(quality) = file.replacements.values().next() {
@@ -148,7 +191,24 @@ fn report(file: &MappingFile, found: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn options(arguments: &TrainingArguments, seed: u64) -> AutoencoderOptions {
+/// How much worse than at full rank each map of low rank predicts.
+fn say_what_rank_costs(file: &MappingFile, survey: Option<&Survey>) {
+    for (map, quality) in &file.pairs {
+        let full = survey.and_then(|survey| survey.pair(map.source_layer(), map.target_layer()));
+        if let (Some(factors), Some(full)) = (map.factors(), full) {
+            eprintln!(
+                "{} → {}: {:.3} of the variance unexplained at rank {}, {:.3} at full rank",
+                map.source_layer(),
+                map.target_layer(),
+                quality.fraction_unexplained,
+                factors.rank,
+                full.fraction_unexplained
+            );
+        }
+    }
+}
+
+fn autoencoder_options(arguments: &TrainingArguments, seed: u64) -> AutoencoderOptions {
     AutoencoderOptions {
         hidden: arguments.hidden,
         learning_rate: arguments.learning_rate,

@@ -2,10 +2,11 @@ use super::EngineError;
 use super::model::{Model, backend, context_params, shape_of};
 use crate::hook::{CaptureRows, GuardedBatch, GuardedContext};
 use crate::program::{ModelShape, Program};
-use crate::tensor::{LayerIndex, Residual, SequenceId, TokenPosition};
+use crate::tensor::{LayerIndex, LayerStack, Residual, SequenceId, TokenPosition};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::token::LlamaToken;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -121,6 +122,20 @@ impl Activations {
     pub fn layer(&self, layer: LayerIndex) -> Residual<'_> {
         let values = self.layers.get(&layer).map_or(&[][..], Vec::as_slice);
         Residual::new(values, self.width).expect("rows of the model's width")
+    }
+
+    /// Rows at the layers of `stack` beside each other, and how wide they are.
+    ///
+    /// # Panics
+    /// On activations that no reader made.
+    pub fn stacked(&self, stack: &LayerStack) -> (Cow<'_, [f32]>, usize) {
+        let layers: Vec<Residual<'_>> = stack.layers().iter().map(|layer| self.layer(*layer)).collect();
+        let [first, rest @ ..] = layers.as_slice() else { unreachable!("a stack has a layer") };
+        if rest.is_empty() {
+            return (Cow::Borrowed(first.values()), self.width);
+        }
+        let rows = (0..first.n_rows()).flat_map(|row| layers.iter().flat_map(move |layer| layer.row(row)));
+        (Cow::Owned(rows.copied().collect()), layers.len() * self.width)
     }
 
     pub fn positions(&self) -> &[TokenPosition] {

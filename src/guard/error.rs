@@ -1,4 +1,5 @@
 use super::{CarryError, Digest};
+use crate::tensor::LayerStack;
 use std::fmt;
 
 /// Why a guard, or a file that goes into one, could not be read or written. Each is one line.
@@ -42,7 +43,7 @@ pub enum GuardError {
     #[error("mapping `{file}` is {side} {found}, but this guard's {side_of_guard} is {expected}")]
     OtherModel { file: String, side: &'static str, side_of_guard: &'static str, expected: String, found: String },
     #[error("mapping `{file}` has no {kind} pair of layers {source_layer} → {target_layer}; it has {known}")]
-    NoLayerPair { file: String, kind: &'static str, source_layer: u32, target_layer: u32, known: String },
+    NoLayerPair { file: String, kind: &'static str, source_layer: LayerStack, target_layer: u32, known: String },
     #[error("vector `{vector}` has {found} values, but mapping `{mapping}` takes {expected}")]
     MappingWidth { vector: String, mapping: String, expected: usize, found: usize },
     #[error("vector `{vector}` has {found} values in the target, but vector `{other}` has {expected}")]

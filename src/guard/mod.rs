@@ -33,7 +33,7 @@ pub use write::{from_control_vector, replace_manifest, write_guard};
 
 use crate::mapping::{MapQuality, ResidualMap, Standardization};
 use crate::steering::VectorKind;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 use folder::{Folder, InMemory};
 use std::path::Path;
 
@@ -98,8 +98,8 @@ pub struct GuardVector {
 /// Where a mapped vector comes from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MappedFrom {
-    /// The source's layer.
-    pub layer: LayerIndex,
+    /// The source's layer, or layers where the mapping reads several.
+    pub layer: LayerStack,
     /// The mapping's name in the manifest.
     pub mapping: String,
     pub quality: MapQuality,
@@ -280,7 +280,7 @@ impl Guard {
     /// On another guard's.
     pub fn layer_of(&self, intervention: &Intervention) -> LayerIndex {
         match intervention.kind {
-            InterventionKind::Switch { map } => self.switches[map].map.source_layer(),
+            InterventionKind::Switch { map } => self.switches[map].map.target_layer(),
             InterventionKind::Add { vector }
             | InterventionKind::Ablate { vector, .. }
             | InterventionKind::Clamp { vector, .. }

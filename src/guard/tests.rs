@@ -3,8 +3,8 @@
 use super::manifest::{InterventionEntry, InterventionName, TargetEntry, TensorsEntry, VectorEntry};
 use super::*;
 use crate::mapping::{
-    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, FitQuality, MappingQuality, ReplacementQuality,
-    Standardization,
+    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, Factors, FitQuality, MappingQuality,
+    ReplacementQuality, Standardization,
 };
 use crate::steering::{ClassMeans, ControlVector, ExtractionMethod, PromptTokens, SteeringVector};
 use crate::tensor::norm;
@@ -181,7 +181,10 @@ fn everything_said_is_in_the_guard() {
     assert_eq!(harm.layer, LayerIndex(10));
     assert_eq!(harm.direction, map(24, 10, 4.0).0.apply_direction(&HARM));
     let from = harm.mapped_from.as_ref().unwrap();
-    assert_eq!((from.layer, from.mapping.as_str(), from.quality.n_train()), (LayerIndex(24), "small-to-large", 80));
+    assert_eq!(
+        (from.layer.clone(), from.mapping.as_str(), from.quality.n_train()),
+        (LayerIndex(24).into(), "small-to-large", 80)
+    );
     assert_eq!((harm.method.as_deref(), harm.mean_norm), (Some("mean"), Some(31.5)));
     assert_eq!((refusal.layer, refusal.direction.as_slice()), (LayerIndex(8), REFUSAL.as_slice()));
     assert_eq!(refusal.mapped_from, None);
@@ -241,7 +244,7 @@ fn autoencoder_file() -> MappingFile {
     MappingFile {
         pairs: vec![],
         autoencoders: vec![(map, quality)],
-        replacements: [((LayerIndex(24), LayerIndex(10)), replacement)].into(),
+        replacements: [((LayerIndex(24).into(), LayerIndex(10)), replacement)].into(),
         ..mapping_file()
     }
 }
@@ -343,12 +346,35 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
         ),
         ("tensor = \"refusal.8\"\n", "", "[[vector]]\nname = \"refusal\"", "`vector[1]`: missing field `tensor`"),
         // Values of the wrong kind.
-        ("layer = 8", "layer = -8", "layer = -8", "`vector[1].layer`: invalid value: integer `-8`, expected u32"),
+        (
+            "layer = 8",
+            "layer = -8",
+            "layer = -8",
+            "`vector[1].layer`: invalid value: integer `-8`, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [9, 8]",
+            "layer = [",
+            "`vector[1].layer`: invalid value: sequence, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [8]",
+            "layer = [",
+            "`vector[1].layer`: invalid value: sequence, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [8, 9]",
+            "layer = [",
+            "`vector[1].layer`: expected one layer, for a vector without a mapping, found 8+9",
+        ),
         (
             "layer = 8",
             "layer = 4294967296",
             "layer = 42",
-            "`vector[1].layer`: invalid value: integer `4294967296`, expected u32",
+            "`vector[1].layer`: invalid value: integer `4294967296`, expected a layer, or a list of two layers or more in rising order",
         ),
         (
             "aggregate = \"mean\"",
@@ -1502,7 +1528,7 @@ proptest! {
             tensors: TensorsEntry::default(),
             vectors: vec![VectorEntry {
                 name: text.clone(),
-                layer: LayerIndex(layer),
+                layer: LayerIndex(layer).into(),
                 tensor: text.clone(),
                 kind: VectorKind::Discriminant,
                 mapping: None,
@@ -1521,6 +1547,49 @@ proptest! {
         let toml = written.to_toml().unwrap();
         prop_assert_eq!(Manifest::parse("guard.toml", toml.as_bytes()).unwrap(), written);
     }
+}
+
+/// Two source layers beside each other, and weights that are two factors each.
+#[test]
+fn mappings_of_several_layers_and_of_low_rank_come_back_as_written() {
+    let (full, quality) = map(24, 10, 4.0);
+    let (source, target) = (full.source_width(), full.target_width());
+    let factors = |rows: usize, columns: usize| Factors {
+        rank: 2,
+        left: (0..rows * 2).map(|i| 1.0 - i as f32).collect(),
+        right: (0..2 * columns).map(|i| 0.5 * i as f32).collect(),
+    };
+    let stack: LayerStack = "23+24".parse().unwrap();
+    let low = AffineMap::of_low_rank(
+        stack.clone(),
+        LayerIndex(10),
+        full.source().clone(),
+        full.target().clone(),
+        factors(source, target),
+    )
+    .unwrap();
+    let written = |pair| MappingFile { pairs: vec![pair], ..mapping_file() }.to_bytes();
+    for pair in [(low.clone(), quality), both_ways_of_low_rank((low.clone(), quality), factors(target, source))] {
+        let bytes = written(pair.clone()).unwrap();
+        let read = MappingFile::from_bytes("m", &bytes).unwrap();
+        assert_eq!(read.pair(&stack, LayerIndex(10)), Some(&pair));
+        assert_eq!(read.pair(&LayerIndex(24).into(), LayerIndex(10)), None);
+        for (from, to) in [("\"rank\":2", "\"rank\":3"), (",\"rank\":2", ""), ("23+24-10", "24+23-10")] {
+            let from_json = from.replace('"', "\\\"");
+            let broken = reheaded(&bytes, &from_json, &to.replace('"', "\\\""));
+            MappingFile::from_bytes("m", &broken).expect_err(to);
+        }
+    }
+    let (dense, quality) = both_ways((low, quality));
+    written((dense, quality)).expect_err("a dense backward weight beside a weight of low rank");
+}
+
+fn both_ways_of_low_rank(
+    (map, quality): (AffineMap, MappingQuality),
+    backward: Factors,
+) -> (AffineMap, MappingQuality) {
+    let (_, with) = both_ways((map.clone(), quality));
+    (map.with_low_rank_backward(backward).unwrap(), with)
 }
 
 /// `v/σ²`, with σ the target's scale in the mapping of layers 24 to 10.

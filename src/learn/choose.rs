@@ -2,7 +2,7 @@ use super::{Classes, LearnError, Progress, prompt_activations};
 use crate::engine::Model;
 use crate::guard::{Readout, carry};
 use crate::mapping::ResidualMap;
-use crate::steering::{PromptTokens, SteeringVector};
+use crate::steering::{PromptTokens, SteeringVector, stacked};
 use crate::tensor::{LayerIndex, auc, dot};
 
 /// How well each of `maps` carries its source layer's vector over: the AUC of what a gate with this `readout` of the carried vector reads
@@ -33,7 +33,7 @@ pub fn separation_by_map(
     Ok(maps
         .iter()
         .map(|map| {
-            let vector = vectors.iter().find(|vector| vector.layer == map.source_layer())?;
+            let vector = stacked(vectors, &map.source_layer())?;
             let means = vector.class_means.as_ref();
             let mut mapped = carry(map, vector.method.kind(), &vector.values, means).ok()?;
             if readout == Readout::Standardized {

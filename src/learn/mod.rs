@@ -12,6 +12,7 @@ mod extract;
 mod map;
 mod recentre;
 mod replacement;
+mod survey;
 mod threads;
 
 pub use autoencoder::{
@@ -25,11 +26,12 @@ pub use extract::{Contrast, ContrastMethod, ContrastOptions, contrast, contrast_
 pub use map::{MapOptions, Mapped, map};
 pub use recentre::benign_means;
 pub use replacement::replacement;
+pub use survey::{RankBy, Survey, SurveyedPair};
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;
 use crate::steering::SteeringError;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 
 /// Why a guard's part could not be learnt.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +42,9 @@ pub enum LearnError {
     #[error("layer {layer}: {source}")]
     Steering { layer: LayerIndex, source: SteeringError },
     #[error("mapping layer {source_layer} to {target_layer}: {source}")]
-    Mapping { source_layer: LayerIndex, target_layer: LayerIndex, source: MappingError },
+    Mapping { source_layer: LayerStack, target_layer: LayerIndex, source: MappingError },
+    #[error("no pair of layers to map: the models have too few layers; name pairs with `--layers`")]
+    NoLayers,
     #[error("autoencoder of layer {source_layer} to {target_layer}: {source}")]
     Training { source_layer: LayerIndex, target_layer: LayerIndex, source: TrainingError },
     #[error("the training's checkpoint: {0}")]

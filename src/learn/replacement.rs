@@ -2,7 +2,7 @@ use super::map::pair_rows;
 use super::{LearnError, Progress};
 use crate::engine::{ActivationReader, Activations, Model, ReplacedReader};
 use crate::mapping::{ReplacementQuality, ResidualMap};
-use crate::tensor::{LayerIndex, Residual, TokenPosition, kl_divergence};
+use crate::tensor::{LayerIndex, LayerStack, Residual, TokenPosition, kl_divergence};
 use std::collections::BTreeSet;
 
 /// Tokens of the target's that a document has at most: with a vocabulary of 262,144 the logits of as many take 128 MiB.
@@ -26,7 +26,8 @@ pub fn replacement(
     documents: &[String],
     progress: Progress<'_>,
 ) -> Result<Vec<ReplacementQuality>, LearnError> {
-    let layers: BTreeSet<LayerIndex> = maps.iter().map(|map| map.source_layer()).collect();
+    let stacks: Vec<LayerStack> = maps.iter().map(|map| map.source_layer()).collect();
+    let layers: BTreeSet<LayerIndex> = stacks.iter().flat_map(LayerStack::layers).copied().collect();
     let mut source_reader = ActivationReader::of(source, layers.into_iter().collect(), SOURCE_TOKENS)?;
     let mut target_reader = ReplacedReader::of(target, TARGET_TOKENS)?;
     let mut sums = vec![Sums::default(); maps.len()];
@@ -83,7 +84,8 @@ struct Sums {
 
 /// What `map` makes of the source's row of each pair, `[pairs.len(), d_t]`.
 fn mapped(map: &ResidualMap, residuals: &Activations, pairs: &[(usize, usize)]) -> Vec<f32> {
-    let rows = residuals.layer(map.source_layer());
+    let (values, width) = residuals.stacked(&map.source_layer());
+    let rows = Residual::new(&values, width).expect("whole rows");
     let of_pair = |(row, _): &(usize, usize)| {
         let x: Vec<f64> = rows.row(*row).iter().map(|x| f64::from(*x)).collect();
         map.apply(&x).into_iter().map(|y| y as f32)

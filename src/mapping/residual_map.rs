@@ -1,5 +1,5 @@
 use super::{AffineMap, Autoencoder, AutoencoderQuality, MappingQuality, Standardization};
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 
 /// A map between residuals, of either kind.
 #[derive(Debug, Clone, PartialEq)]
@@ -9,10 +9,11 @@ pub enum ResidualMap {
 }
 
 impl ResidualMap {
-    pub fn source_layer(&self) -> LayerIndex {
+    /// Several where the map reads their residuals beside each other, as one row.
+    pub fn source_layer(&self) -> LayerStack {
         match self {
-            Self::Affine(map) => map.source_layer(),
-            Self::Autoencoder(map) => map.source_layer(),
+            Self::Affine(map) => map.source_layer().clone(),
+            Self::Autoencoder(map) => map.source_layer().into(),
         }
     }
 

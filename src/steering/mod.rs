@@ -8,10 +8,12 @@ mod control_vector;
 mod discriminant;
 mod extract;
 mod gguf;
+mod stack;
 
 pub use control_vector::ControlVector;
 pub use discriminant::{DEFAULT_SHRINKAGE, linear_discriminant};
 pub use extract::{Extracted, difference_of_means};
+pub use stack::stacked;
 
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};

@@ -117,7 +117,7 @@ fn an_autoencoder_is_trained_and_a_guard_carries_a_vector_by_it() {
     let file = MappingFile::from_bytes("m", &pair.read(MAPPING)).unwrap();
     let (map, quality) = &file.autoencoders[0];
     assert!(quality.fraction_unexplained < 0.9, "{quality:?}");
-    let replaced = file.replacements[&(LayerIndex(1), LayerIndex(2))];
+    let replaced = file.replacements[&(LayerIndex(1).into(), LayerIndex(2))];
     assert!(replaced.kl < replaced.kl_mean_ablation && replaced.replaced > 0.5, "{replaced:?}");
     assert_eq!(replaced.n_documents, 5);
     assert!(!Path::new(&pair.at("m.1-2.checkpoint.safetensors")).exists(), "nothing is left of the training");

@@ -50,7 +50,8 @@ pub fn map_by_autoencoder(
     watch: &mut dyn TrainingWatch,
 ) -> Result<MappedByAutoencoder, LearnError> {
     let read: Progress<'_> = &mut |done, total| watch.read(done, total);
-    let paired = read_pairs(source, target, documents, layers, read)?;
+    let stacks: Vec<_> = layers.iter().map(|(source, target)| ((*source).into(), *target)).collect();
+    let paired = read_pairs(source, target, documents, &stacks, read)?;
     let mut maps = Vec::with_capacity(layers.len());
     for pair @ (source_layer, target_layer) in layers.iter().copied() {
         let problem = |source| LearnError::Training { source_layer, target_layer, source };

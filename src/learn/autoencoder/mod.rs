@@ -43,8 +43,8 @@ pub struct AutoencoderOptions {
     pub epochs: usize,
     /// Epochs without a lower held-out loss after which training ends.
     pub patience: usize,
-    /// Part of the documents to hold out, at least one.
-    pub heldout_fraction: f64,
+    /// Parts that the documents are dealt into, as for the affine map; the first is held out.
+    pub folds: usize,
     /// Of the held-out documents, the first weights, and the order of rows.
     pub seed: u64,
 }
@@ -60,7 +60,7 @@ impl Default for AutoencoderOptions {
             batch_size: 64,
             epochs: 100,
             patience: 3,
-            heldout_fraction: 0.2,
+            folds: 5,
             seed: 0,
         }
     }
@@ -237,8 +237,8 @@ fn check(options: &AutoencoderOptions) -> Result<(), MappingError> {
     if !(options.weight_decay >= 0.0 && options.weight_decay.is_finite()) {
         return refused("weight_decay", "a number, 0 or more", options.weight_decay.to_string());
     }
-    if !(options.heldout_fraction > 0.0 && options.heldout_fraction < 1.0) {
-        return refused("heldout_fraction", "a number between 0 and 1", options.heldout_fraction.to_string());
+    if options.folds < 2 {
+        return refused("folds", "2 or more", options.folds.to_string());
     }
     Ok(())
 }

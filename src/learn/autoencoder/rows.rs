@@ -1,7 +1,7 @@
 use super::network::Network;
 use super::{AutoencoderOptions, PairedRows};
 use crate::guard::Digest;
-use crate::mapping::{AutoencoderQuality, MappingError, Split, Standardization};
+use crate::mapping::{AutoencoderQuality, Folds, MappingError, Standardization};
 use crate::tensor::{Residual, cosine};
 use candle_core::{Device, Result, Tensor};
 
@@ -26,15 +26,15 @@ impl Rows {
         device: &Device,
     ) -> std::result::Result<Self, super::TrainingError> {
         let PairedRows { source, target, documents } = rows;
-        for (what, found) in [("`target`", target.n_rows()), ("`documents`", documents.len())] {
-            if found != source.n_rows() {
-                return Err(MappingError::RowCount { what, expected: source.n_rows(), found }.into());
+        for (what, found) in [("`source`", source.n_rows()), ("`target`", target.n_rows())] {
+            if found != documents.len() {
+                return Err(MappingError::RowCount { what, expected: documents.len(), found }.into());
             }
         }
         check_finite(source, "source")?;
         check_finite(target, "target")?;
-        let split = Split::new(documents, options.heldout_fraction, options.seed)?;
-        let (train, heldout) = (&split.order[split.train()], &split.order[split.heldout()]);
+        let folds = Folds::new(documents, options.folds, false, options.seed)?;
+        let (train, heldout) = (folds.train(), folds.heldout());
         let standardization = |rows: Residual<'_>| {
             let values: Vec<f32> = train.iter().flat_map(|row| rows.row(*row)).copied().collect();
             Standardization::of(Residual::new(&values, rows.width()).expect("whole rows"))

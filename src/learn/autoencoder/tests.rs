@@ -62,10 +62,10 @@ fn what_is_bent_is_learnt_and_the_quality_is_that_of_the_map_as_it_is_run() {
     assert_eq!((map.source_layer(), map.target_layer(), map.hidden_width()), (LAYERS.0, LAYERS.1, 32));
     assert_eq!((quality.n_train, quality.n_heldout), (ROWS * 4 / 5, ROWS / 5));
 
-    let split = crate::mapping::Split::new(&made.documents, 0.2, 0).unwrap();
+    let folds = crate::mapping::Folds::new(&made.documents, 5, false, 0).unwrap();
     let (mut unexplained, mut total) = (0.0, 0.0);
     let Standardized { mean, scale } = &Standardized::of(map.target());
-    for row in &split.order[split.heldout()] {
+    for row in folds.heldout() {
         let x: Vec<f64> = made.rows().source.row(*row).iter().map(|x| f64::from(*x)).collect();
         for ((found, actual), (mean, scale)) in
             map.apply(&x).iter().zip(made.rows().target.row(*row)).zip(mean.iter().zip(scale))
@@ -158,10 +158,7 @@ fn what_can_not_be_trained_is_refused() {
             "`learning_rate` is NaN, expected a number above 0",
         ),
         (AutoencoderOptions { weight_decay: -1.0, ..options() }, "`weight_decay` is -1, expected a number, 0 or more"),
-        (
-            AutoencoderOptions { heldout_fraction: 1.0, ..options() },
-            "`heldout_fraction` is 1, expected a number between 0 and 1",
-        ),
+        (AutoencoderOptions { folds: 1, ..options() }, "`folds` is 1, expected 2 or more"),
     ] {
         assert_eq!(problem(&made, options), expected);
     }
@@ -173,6 +170,6 @@ fn what_can_not_be_trained_is_refused() {
     let expected = "a row of the source activations has a non-finite value: row 1, index 1 is inf";
     assert_eq!(problem(&made, options()), expected);
     made.documents.pop();
-    let expected = "`documents` has 1199 rows, expected 1200, one for each row of the source activations";
+    let expected = "`source` has 1200 rows, expected 1199, one for each of the documents' rows";
     assert_eq!(problem(&made, options()), expected);
 }
