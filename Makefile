@@ -12,7 +12,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test test-vulkan test-cuda lint deny bench setup build models
+.PHONY: demo test test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -24,7 +24,7 @@ setup:
 	@scripts/setup.sh
 
 # Tests on real weights fail instead of being skipped: here they must run.
-test: lint deny models
+test: lint deny models reference
 	$(CARGO) build --no-default-features
 	PILOTFISH_REAL_MODELS=require $(CARGO) test
 
@@ -43,6 +43,10 @@ test-cuda:
 models: build
 	$(PILOTFISH) models pull smollm2-135m-instruct
 	$(PILOTFISH) models pull gemma-3-270m
+
+# numpy, for the Python that the numbers are compared with.
+reference:
+	@scripts/setup-reference.sh $(TOOLS)/reference
 
 lint: setup
 	$(CARGO) fmt --check

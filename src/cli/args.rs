@@ -1,6 +1,7 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pilotfish::learn::AutoencoderOptions;
+use pilotfish::steering::PromptTokens;
 use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
 use pilotfish::tensor::{LayerIndex, LayerStack};
 use std::num::NonZeroU32;
@@ -149,23 +150,49 @@ fn architecture() -> impl TypedValueParser<Value = Architecture> {
 pub struct ExtractArguments {
     #[command(flatten)]
     pub model: ModelArguments,
-    /// Prompts with the property (.jsonl, .csv or .txt)
-    #[arg(long, value_name = "F")]
-    pub positive: PathBuf,
-    /// Prompts without it
-    #[arg(long, value_name = "F")]
-    pub negative: PathBuf,
+    /// Prompts with the property (.jsonl, .csv or .txt); again, with another `--negative`, for another contrast
+    #[arg(long, value_name = "F", required = true)]
+    pub positive: Vec<PathBuf>,
+    /// Prompts without it, one for each `--positive`
+    #[arg(long, value_name = "F", required = true)]
+    pub negative: Vec<PathBuf>,
+    /// What each contrast has to say beside the others; by default the same
+    #[arg(long, value_delimiter = ',', value_name = "X,…")]
+    pub weights: Vec<f64>,
     /// Layers, as `8,10,12`; `auto` is all of them
     #[arg(long, default_value = "auto", value_name = "auto|L,…")]
     pub layers: Layers,
     #[arg(long, value_enum, default_value_t = Method::Mean)]
     pub method: Method,
-    /// Tokens of a prompt to read; a mean leaves out the model's last layer
-    #[arg(long, value_enum, default_value_t = TokensArgument::Last)]
-    pub tokens: TokensArgument,
+    /// Tokens of a prompt to read: the `last`, the `mean` of all, the last but one (`-2`) and so on, or `matching=TEXT`, the mean of those
+    /// that spell a text. All but `last` leave out the model's last layer
+    #[arg(long, default_value = "last", allow_hyphen_values = true, value_name = "last|mean|-N|matching=TEXT")]
+    pub tokens: PromptTokens,
     /// With `lda`: how much of the covariance to take as if dimensions were independent, above 0 up to 1
     #[arg(long, default_value_t = pilotfish::steering::DEFAULT_SHRINKAGE, value_name = "GAMMA")]
     pub shrinkage: f64,
+    /// With `logistic`: what large weights cost, above 0
+    #[arg(long, default_value_t = pilotfish::steering::DEFAULT_PENALTY, value_name = "LAMBDA")]
+    pub penalty: f64,
+    /// Bootstrap resamples that say how stable a vector is
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub resamples: u32,
+    /// Seed of the resamples
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Steer with each vector too, by this many standard deviations of negative prompts' projections: how much likelier answers to positive
+    /// prompts begin with `--effect-tokens`, and how far answers to negative ones move. The best layer is marked
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    pub sweep: Option<f64>,
+    /// With `--sweep`: how an answer begins that shows the effect, by its first token. May be given several times
+    #[arg(long, value_name = "TEXT", default_values = ["I", " I", "Sorry", " Sorry"], requires = "sweep")]
+    pub effect_tokens: Vec<String>,
+    /// With `--sweep`: the most that answers to negative prompts may move, in nats
+    #[arg(long, value_name = "NATS", default_value_t = 0.5, requires = "sweep")]
+    pub sweep_kl: f64,
+    /// With `--sweep`: prompts of either class to measure with
+    #[arg(long, value_name = "N", default_value_t = 24, requires = "sweep")]
+    pub sweep_prompts: usize,
     /// Name of the vectors
     #[arg(long, default_value = "direction")]
     pub name: String,
@@ -178,16 +205,12 @@ pub struct ExtractArguments {
 pub enum Method {
     /// Difference of the classes' means: to steer with, and to read
     Mean,
+    /// First principal component of paired differences: to steer with, and to read. The first positive prompt goes with the first negative one and so on
+    Pca,
     /// Linear discriminant with a shrunk covariance: to read with, better than `mean`
     Lda,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum TokensArgument {
-    /// The last, where the answer begins
-    Last,
-    /// The mean over all but the first
-    Mean,
+    /// Logistic regression with a ridge penalty: to read with, better than `mean`
+    Logistic,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -388,11 +411,15 @@ pub struct BuildArguments {
     /// Layer of the vector; with a mapping, the pair of layers
     #[arg(long, value_name = "L|S:T")]
     pub layer: Option<String>,
-    /// Choose the layers by how well the vector tells these prompts from `--negative` in the guarded model
-    #[arg(long, value_name = "F", requires = "negative", conflicts_with = "layer")]
-    pub positive: Option<PathBuf>,
+    /// Choose the layers by how well the mapped vector tells these prompts, which it was made from, from `--negative` in the guarded model: each
+    /// prompt is judged by a vector made without it. May be given several times, as to `extract`
+    #[arg(long, value_name = "F", requires = "negative", requires = "mapping", conflicts_with = "layer")]
+    pub positive: Vec<PathBuf>,
     #[arg(long, value_name = "F", requires = "positive")]
-    pub negative: Option<PathBuf>,
+    pub negative: Vec<PathBuf>,
+    /// With `--positive`: the model that the vectors were learnt on, where their file's name for it is not known here
+    #[arg(long, value_name = "M", requires = "positive")]
+    pub source: Option<String>,
     /// Store the mapped vector instead of the vector and its mapping
     #[arg(long)]
     pub baked: bool,
@@ -474,16 +501,31 @@ pub enum OnErrorArgument {
 
 #[derive(Debug, Args)]
 pub struct CalibrateArguments {
+    /// A GGUF file, or a name from `pilotfish models list`. The figures are kept for its quantization
+    #[arg(long, value_name = "M", required_unless_present = "operating_point")]
+    pub model: Option<String>,
     #[command(flatten)]
-    pub model: ModelArguments,
+    pub load: LoadArguments,
     #[arg(long, value_name = "DIR")]
     pub guard: PathBuf,
     /// Benign prompts
+    #[arg(long, value_name = "F", required_unless_present = "operating_point")]
+    pub benign: Option<PathBuf>,
+    /// Prompts that should fire: what share of them each threshold catches
     #[arg(long, value_name = "F")]
-    pub benign: PathBuf,
+    pub positive: Option<PathBuf>,
     /// Share of benign prompts that may fire
     #[arg(long, default_value_t = 0.05, value_name = "SHARE")]
     pub false_positive_rate: f64,
+    /// Be this sure, as 0.95, that no greater share of all such prompts fires, and not just of those at hand
+    #[arg(long, value_name = "SHARE")]
+    pub confidence: Option<f64>,
+    /// Set the strength of every `add` to this many standard deviations of benign projections along its vector
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    pub strength_sd: Option<f64>,
+    /// Measure nothing; take the thresholds of this share of benign prompts from the table of an earlier calibration
+    #[arg(long = "use", value_name = "SHARE", conflicts_with_all = ["model", "benign", "positive", "confidence", "strength_sd"])]
+    pub operating_point: Option<f64>,
 }
 
 #[derive(Debug, Args)]

@@ -3,6 +3,7 @@ use super::args::{
     AggregateArgument, BuildArguments, GuardCommand, InterventionArgument, LoadArguments, OnErrorArgument,
     OnFireArgument, PositionsArgument, ReadoutArgument,
 };
+use super::learn::best_layer;
 use super::models::{load, load_named};
 use super::progress::Bar;
 use super::{prompts, table::table};
@@ -230,14 +231,15 @@ fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::
 
 fn build(arguments: BuildArguments) -> anyhow::Result<()> {
     let target = load(&arguments.model)?;
-    let choose_on = match (&arguments.positive, &arguments.negative) {
-        (Some(positive), Some(negative)) => Some((prompts::read(positive)?, prompts::read(negative)?)),
-        _ => None,
-    };
-    let choice = match (&arguments.layer, choose_on.as_ref()) {
-        (Some(layer), _) => LayerChoice::Given(layer),
-        (None, Some((positive, negative))) => LayerChoice::Separating { positive, negative },
-        (None, None) => LayerChoice::Best,
+    let choose_on = prompts::read_contrasts(&arguments.positive, &arguments.negative)?;
+    let choice = match &arguments.layer {
+        Some(layer) => LayerChoice::Given(layer),
+        None if choose_on.is_empty() => LayerChoice::Best,
+        None => LayerChoice::Separating {
+            sets: choose_on.iter().map(prompts::Contrasted::classes).collect(),
+            source: arguments.source.as_deref(),
+            load: &arguments.model.load,
+        },
     };
     let policy = Policy {
         name: arguments.name,
@@ -303,9 +305,9 @@ struct Policy {
 enum LayerChoice<'a> {
     /// `L`, or `S:T` with a mapping.
     Given(&'a str),
-    /// Where the vector best tells these prompts apart in the target.
-    Separating { positive: &'a [String], negative: &'a [String] },
-    /// The mapping's pair that leaves least unexplained; without a mapping, the only layer there is.
+    /// Where the mapped vector best tells these prompts apart in the target, each judged by a vector made without it in the source.
+    Separating { sets: Vec<Classes<'a>>, source: Option<&'a str>, load: &'a LoadArguments },
+    /// The mapping's pair that leaves least unexplained; without a mapping, the layer with the highest cross-validated AUC.
     Best,
 }
 
@@ -354,18 +356,26 @@ fn build_to(
         );
     }
     let first = file.vectors.first().with_context(|| format!("there is no vector in `{vectors_label}`"))?;
-    let (tokens, kind) = (first.tokens, first.method.kind());
-    let aggregate = policy.aggregate.unwrap_or(match tokens {
-        PromptTokens::Last => Aggregate::Last,
-        PromptTokens::Mean => Aggregate::Mean,
-    });
+    let kind = first.method.kind();
+    let aggregate = match (policy.aggregate, &first.tokens) {
+        (Some(aggregate), _) => aggregate,
+        (None, PromptTokens::Last) => Aggregate::Last,
+        (None, PromptTokens::Mean) => Aggregate::Mean,
+        (None, other) => {
+            ensure!(
+                policy.gate.is_none(),
+                "no gate reads the tokens `{other}` that the vectors were made from: say with `--aggregate` what it is to read"
+            );
+            Aggregate::Last
+        }
+    };
     let readout = policy.readout.unwrap_or(match kind {
         VectorKind::Direction if mapping.is_some() && !policy.baked => Readout::Standardized,
         VectorKind::Direction | VectorKind::Discriminant => Readout::Projection,
     });
     let maps = mapping.as_ref().map(MappingFile::maps).unwrap_or_default();
     ensure!(mapping.is_none() || !maps.is_empty(), "the mapping has no pairs of layers");
-    let (vector, map) = choose(target, &file, &maps, readout, tokens, choice)?;
+    let (vector, map) = choose(target, &file, &maps, readout, choice)?;
 
     let name = vector.name.clone();
     let (mut mappings, mut mapping_files) = (Vec::new(), Vec::new());
@@ -448,6 +458,7 @@ fn build_to(
                 mean: None,
                 deviation: None,
                 on_fire: policy.on_fire,
+                calibrations: Vec::new(),
             })
             .collect(),
         interventions: policy
@@ -488,12 +499,26 @@ fn only_pair(mapping: &MappingFile, map: &ResidualMap, kind: VectorKind) -> (Map
     (mapping_kind, only)
 }
 
+/// The model that the vectors were learnt on, to make them anew without some prompts.
+fn source_of(file: &VectorFile, name: Option<&str>, load: &LoadArguments) -> anyhow::Result<Model> {
+    let known = &file.model;
+    let source = load_named(name.unwrap_or(&known.name), load).with_context(|| {
+        format!("choosing layers by prompts needs the model that the vectors are of, `{}`: give `--source`", known.name)
+    })?;
+    ensure!(
+        source.identity().fingerprint == known.fingerprint,
+        "the vectors are of {}, and {} is another model",
+        known.name,
+        source.identity().name
+    );
+    Ok(source)
+}
+
 fn choose<'a>(
     target: &Model,
     file: &VectorFile,
     maps: &'a [(ResidualMap, MapQuality)],
     readout: Readout,
-    tokens: PromptTokens,
     choice: LayerChoice<'_>,
 ) -> anyhow::Result<(SteeringVector, Option<&'a ResidualMap>)> {
     let vector_at = |layers: &LayerStack| {
@@ -511,7 +536,13 @@ fn choose<'a>(
             }
             LayerChoice::Best | LayerChoice::Separating { .. } => match file.vectors.as_slice() {
                 [only] => Ok((only.clone(), None)),
-                several => bail!("there are vectors of {} layers: choose one with `--layer`", several.len()),
+                several => {
+                    let best = best_layer(several).with_context(|| {
+                        format!("there are vectors of {} layers: choose one with `--layer`", several.len())
+                    })?;
+                    eprintln!("chose layer {best}, whose vector tells held-out prompts apart best");
+                    Ok((vector_at(&best.into())?, None))
+                }
             },
         };
     }
@@ -533,22 +564,22 @@ fn choose<'a>(
                 format!("the mapping has no pair {pair}; it has {}", known.join(", "))
             })?
         }
-        LayerChoice::Separating { positive, negative } => {
+        LayerChoice::Separating { sets, source, load } => {
+            let source = source_of(file, source, load)?;
             let separations = {
                 let bar = Bar::new("choosing layers");
                 let step = &mut |done, total| bar.at(done, total);
-                let classes = Classes { positive, negative };
-                learn::separation_by_map(target, &file.vectors, &maps, readout, tokens, classes, step)?
+                learn::separation_by_map(&source, target, &file.vectors, &maps, readout, &sets, step)?
             };
             let mut rated: Vec<_> = maps.iter().zip(separations).filter_map(|(map, auc)| Some((*map, auc?))).collect();
             rated.sort_by(|a, b| b.1.total_cmp(&a.1));
             let row = |(map, auc): &(&ResidualMap, f64)| {
                 [format!("{} → {}", map.source_layer(), map.target_layer()), format!("{auc:.3}")]
             };
-            eprintln!("{}", table(["layers", "AUC on the prompts given"], rated.iter().map(row)));
+            eprintln!("{}", table(["layers", "AUC, held out"], rated.iter().map(row)));
             let (map, auc) = *rated.first().context("no pair could be rated")?;
             eprintln!(
-                "chose layers {}:{} of {} pairs (AUC {auc:.3} on the prompts given)",
+                "chose layers {}:{} of {} pairs (AUC {auc:.3} on held-out prompts)",
                 map.source_layer(),
                 map.target_layer(),
                 maps.len()

@@ -1,12 +1,14 @@
-use super::args::{CalibrateArguments, ExtractArguments, Layers, Method, TokensArgument};
-use super::models::load;
+use super::args::{CalibrateArguments, ExtractArguments, Layers, Method};
+use super::models::{load, load_named};
 use super::progress::Bar;
 use super::table::table;
 use super::{Outcome, guard, prompts};
-use anyhow::{Context, ensure};
-use pilotfish::guard::{VectorFile, edit, replace_manifest};
-use pilotfish::learn::{self, Classes, ContrastMethod, ContrastOptions};
-use pilotfish::steering::PromptTokens;
+use anyhow::{Context, bail, ensure};
+use pilotfish::guard::{GateCalibration, Intervention, InterventionKind, VectorFile, edit, replace_manifest};
+use pilotfish::learn::{
+    self, BenignProjection, Calibrated, CalibrationOptions, ContrastMethod, ContrastOptions, FirstTokens, SweptLayer,
+};
+use pilotfish::steering::SteeringVector;
 use pilotfish::tensor::LayerIndex;
 use std::io::Write;
 use std::path::Path;
@@ -14,81 +16,197 @@ use std::path::Path;
 pub fn extract(arguments: ExtractArguments) -> anyhow::Result<Outcome> {
     let method = match arguments.method {
         Method::Mean => ContrastMethod::DifferenceOfMeans,
+        Method::Pca => ContrastMethod::PrincipalDifference,
         Method::Lda => ContrastMethod::LinearDiscriminant { shrinkage: arguments.shrinkage },
+        Method::Logistic => ContrastMethod::LogisticRegression { penalty: arguments.penalty },
     };
-    let tokens = match arguments.tokens {
-        TokensArgument::Last => PromptTokens::Last,
-        TokensArgument::Mean => PromptTokens::Mean,
-    };
-    let positive = prompts::read(&arguments.positive)?;
-    let negative = prompts::read(&arguments.negative)?;
+    let contrasts = prompts::read_contrasts(&arguments.positive, &arguments.negative)?;
+    let classes: Vec<_> = contrasts.iter().map(prompts::Contrasted::classes).collect();
     let model = load(&arguments.model)?;
     let layers = match arguments.layers {
         // At the last layer llama.cpp keeps only rows with logits.
         Layers::Auto => {
-            let without = u32::from(tokens == PromptTokens::Mean);
+            let without = u32::from(arguments.tokens.need_every_token());
             (0..model.shape().n_layer.saturating_sub(without)).map(LayerIndex).collect()
         }
         Layers::Chosen(layers) => layers,
     };
+    let options = ContrastOptions {
+        method,
+        tokens: arguments.tokens,
+        weights: arguments.weights,
+        resamples: arguments.resamples,
+        seed: arguments.seed,
+    };
     let found = {
         let bar = Bar::new("reading prompts");
-        let step = &mut |done, total| bar.at(done, total);
-        let options = ContrastOptions { method, tokens };
-        let classes = Classes { positive: &positive, negative: &negative };
-        learn::contrast(&model, &layers, &arguments.name, classes, options, step)?
+        learn::contrast(&model, &layers, &arguments.name, &classes, &options, &mut |done, total| bar.at(done, total))?
     };
-    let file = VectorFile { model: model.identity().clone(), vectors: found.vectors.clone() };
+    let file = VectorFile { model: model.identity().clone(), vectors: found.vectors };
     write(&arguments.output, &file.to_bytes()?)?;
     eprintln!("wrote {} vectors to {}", file.vectors.len(), arguments.output.display());
-    let rows = found.vectors.iter().zip(&found.separation).map(|(vector, (layer, separation))| {
-        [
-            layer.to_string(),
-            format!("{separation:.3}"),
-            format!("{:.3e}", pilotfish::tensor::norm(&vector.values)),
-            format!("{:.2}", vector.mean_norm),
-        ]
-    });
-    let header = ["layer", "AUC, held out", "norm of the vector", "mean norm of the residual"];
-    writeln!(std::io::stdout().lock(), "{}", table(header, rows))?;
+    writeln!(std::io::stdout().lock(), "{}", qualities(&file.vectors))?;
+    if let Some(strength) = arguments.sweep {
+        // Of every contrast some.
+        let some = |class: fn(&learn::Classes<'_>) -> Vec<String>| -> Vec<String> {
+            let each = arguments.sweep_prompts.div_ceil(classes.len());
+            classes.iter().flat_map(|classes| class(classes).into_iter().take(each)).collect()
+        };
+        let positive = some(|classes| classes.positive.to_vec());
+        let negative = some(|classes| classes.negative.to_vec());
+        let bar = Bar::new("steering with each vector");
+        let first_tokens = FirstTokens::new(&model, &arguments.effect_tokens, &positive, &negative)?;
+        // At the last layer there is no residual of every token to measure by.
+        let last = model.shape().n_layer - 1;
+        let inner: Vec<_> = file.vectors.into_iter().filter(|vector| vector.layer.0 < last).collect();
+        let measure = |guard: &_| first_tokens.measure(guard);
+        let step = &mut |done, total| bar.at(done, total);
+        let swept = learn::sweep(&model, &inner, strength, &negative, measure, step)?;
+        drop(bar);
+        writeln!(std::io::stdout().lock(), "{}", sweep_table(&swept, arguments.sweep_kl))?;
+    }
     Ok(Outcome::Done)
 }
 
+fn sweep_table(swept: &[SweptLayer], most: f64) -> comfy_table::Table {
+    let best = learn::best_of_sweep(swept, most).map(|best| best.layer);
+    let rows = swept.iter().map(|layer| {
+        let mark = if Some(layer.layer) == best { " *" } else { "" };
+        [
+            format!("{}{mark}", layer.layer),
+            format!("{:+.3}", layer.effect),
+            format!("{:.4}", layer.kl),
+            format!("{:.3}", layer.deviation),
+        ]
+    });
+    table(["layer (* best)", "effect: change of log-odds", "KL on negative prompts", "deviation"], rows)
+}
+
+/// What is known of each vector; the layer that tells held-out prompts apart best is marked.
+fn qualities(vectors: &[SteeringVector]) -> comfy_table::Table {
+    let best = best_layer(vectors);
+    let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.3}"));
+    let rows = vectors.iter().filter_map(|vector| Some((vector, vector.quality.as_ref()?))).map(|(vector, quality)| {
+        let sets: Vec<_> = quality.auc.iter().map(|auc| format!("{auc:.3}")).collect();
+        let mark = if Some(vector.layer) == best { " *" } else { "" };
+        [
+            format!("{}{mark}", vector.layer),
+            sets.join(", "),
+            number(quality.stability.map(|stability| stability.mean_cosine)),
+            number(quality.cosine_before),
+            number(quality.cosine_after),
+            format!("{:.3e}", quality.norm),
+            format!("{:.2}", vector.mean_norm),
+        ]
+    });
+    let header = [
+        "layer (* best)",
+        "AUC, held out",
+        "stability",
+        "cosine to the layer before",
+        "to the one after",
+        "norm of the vector",
+        "mean norm of the residual",
+    ];
+    table(header, rows)
+}
+
+/// The layer whose vector has the highest cross-validated AUC; the first of several.
+pub fn best_layer(vectors: &[SteeringVector]) -> Option<LayerIndex> {
+    let rated = vectors.iter().filter_map(|vector| Some((vector.layer, vector.quality.as_ref()?.mean_auc())));
+    rated
+        .fold(None, |best: Option<(LayerIndex, f64)>, (layer, auc)| match best {
+            Some((_, highest)) if highest >= auc => best,
+            _ => Some((layer, auc)),
+        })
+        .map(|(layer, _)| layer)
+}
+
 pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
+    let directory = arguments.guard.as_path();
+    let path = directory.join(pilotfish::guard::MANIFEST_FILE);
+    let text = || std::fs::read_to_string(&path).with_context(|| format!("can't read `{}`", path.display()));
+    let guard = guard::load_guard(directory)?;
+    if let Some(rate) = arguments.operating_point {
+        let guard = guard.at_rate(rate)?;
+        replace_manifest(directory, &edit::set_thresholds(&text()?, &guard)?)?;
+        eprintln!("guard `{}`: thresholds that let {} of benign prompts fire", guard.name(), percent(rate));
+        return Ok(Outcome::Done);
+    }
     let rate = arguments.false_positive_rate;
     ensure!((0.0..1.0).contains(&rate), "`--false-positive-rate` is a share from 0 to below 1, found {rate}");
-    let benign = prompts::read(&arguments.benign)?;
-    let model = load(&arguments.model)?;
-    let directory = arguments.guard.as_path();
-    let guard = guard::load_guard(directory)?;
-    let calibrated = {
-        let bar = Bar::new("scoring benign prompts");
-        learn::calibrate(&model, &guard, &benign, 1.0 - rate, &mut |done, total| bar.at(done, total))?
-    };
-    let path = directory.join(pilotfish::guard::MANIFEST_FILE);
-    let mut text = std::fs::read_to_string(&path).with_context(|| format!("can't read `{}`", path.display()))?;
-    for gate in &calibrated {
-        text = edit::set_gate_calibration(&text, &gate.gate, gate.mean, gate.deviation, gate.threshold)?;
-        eprintln!(
-            "gate `{}`: benign projection {:.3} ± {:.3}, fires from {:+.2} deviations on ({:.1} % of {} benign prompts)",
-            gate.gate,
-            gate.mean,
-            gate.deviation,
-            gate.threshold,
-            100.0 * rate,
-            benign.len()
+    if let Some(confidence) = arguments.confidence {
+        ensure!(
+            confidence > 0.0 && confidence < 1.0 && rate > 0.0,
+            "`--confidence` is a share between 0 and 1, of a rate above 0; found {confidence} of {rate}"
         );
     }
-    let means = {
-        let bar = Bar::new("reading benign prompts");
-        learn::benign_means(&model, &guard, &benign, &mut |done, total| bar.at(done, total))?
+    let (Some(name), Some(benign)) = (&arguments.model, &arguments.benign) else {
+        bail!("a calibration needs `--model` and `--benign`");
     };
-    for (intervention, mean) in means {
-        text = edit::set_ablate_mean(&text, &intervention, mean)?;
-        eprintln!("intervention `{intervention}`: recentred on the benign projection {mean:.3}");
+    let benign = prompts::read(benign)?;
+    let positive = arguments.positive.as_deref().map(prompts::read).transpose()?.unwrap_or_default();
+    let model = load_named(name, &arguments.load)?;
+    let calibrated = {
+        let bar = Bar::new("scoring prompts");
+        let options = CalibrationOptions { false_positive_rate: rate, confidence: arguments.confidence };
+        learn::calibrate(&model, &guard, &benign, &positive, options, &mut |done, total| bar.at(done, total))?
+    };
+    let mut text = text()?;
+    for Calibrated { gate, calibration } in &calibrated {
+        text = edit::set_gate_calibration(&text, gate, calibration)?;
+        eprintln!(
+            "gate `{gate}` on {}: benign projection {:.3} ± {:.3}, fires from {:+.2} deviations on",
+            calibration.quantization, calibration.mean, calibration.deviation, calibration.threshold
+        );
+        writeln!(std::io::stdout().lock(), "{}", operating_points(calibration))?;
+    }
+    let strength = arguments.strength_sd;
+    let measured = |intervention: &Intervention| match intervention.kind {
+        InterventionKind::Ablate { .. } => true,
+        InterventionKind::Add { .. } => strength.is_some() || intervention.deviation.is_some(),
+        _ => false,
+    };
+    let projections = {
+        let bar = Bar::new("reading benign prompts");
+        learn::benign_projections(&model, &guard, measured, &benign, &mut |done, total| bar.at(done, total))?
+    };
+    for BenignProjection { intervention: name, mean, deviation } in projections {
+        let intervention = guard.interventions().iter().find(|known| known.name == name).expect("one of the guard's");
+        if matches!(intervention.kind, InterventionKind::Ablate { .. }) {
+            text = edit::set_ablate_mean(&text, &name, mean)?;
+            eprintln!("intervention `{name}`: recentred on the benign projection {mean:.3}");
+        } else {
+            let strength = strength.unwrap_or(f64::from(intervention.strength));
+            text = edit::set_strength_deviation(&text, &name, strength, deviation)?;
+            eprintln!("intervention `{name}`: adds {strength} × {deviation:.3}, the deviation of benign projections");
+        }
     }
     replace_manifest(directory, &text)?;
     Ok(Outcome::Done)
+}
+
+fn operating_points(calibration: &GateCalibration) -> comfy_table::Table {
+    let rows = calibration.points.iter().map(|point| {
+        let mark = if point.threshold == calibration.threshold { " *" } else { "" };
+        [
+            format!("{}{mark}", percent(point.rate)),
+            format!("{:+.3}", point.threshold),
+            format!("{} of {}", point.fired, calibration.n_benign),
+            format!("{} to {}", percent(point.low), percent(point.high)),
+            point.detection.map_or_else(|| "–".to_owned(), percent),
+        ]
+    });
+    table(
+        ["benign that may fire (* in use)", "threshold", "fired", "share of all such, 95 %", "positive that fire"],
+        rows,
+    )
+}
+
+fn percent(share: f64) -> String {
+    // Without the zeros of a number that needs none.
+    let figure = format!("{:.2}", 100.0 * share);
+    format!("{} %", figure.trim_end_matches('0').trim_end_matches('.'))
 }
 
 /// Writes beside `path` and renames, so that nobody ever sees half a file.

@@ -1,6 +1,7 @@
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use pilotfish::learn::Classes;
 use serde::Deserialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Column names that hold the prompt in the usual CSV files, in any case.
 const COLUMNS: [&str; 3] = ["prompt", "goal", "instruction"];
@@ -20,6 +21,30 @@ pub fn read(path: &Path) -> anyhow::Result<Vec<String>> {
         bail!("`{}` holds no prompts", path.display());
     }
     Ok(prompts)
+}
+
+/// Prompts of one contrast: with a property, and without it.
+pub struct Contrasted {
+    positive: Vec<String>,
+    negative: Vec<String>,
+}
+
+impl Contrasted {
+    pub fn classes(&self) -> Classes<'_> {
+        Classes { positive: &self.positive, negative: &self.negative }
+    }
+}
+
+/// Reads `--positive` and `--negative`, of which there is one each for every contrast.
+pub fn read_contrasts(positive: &[PathBuf], negative: &[PathBuf]) -> anyhow::Result<Vec<Contrasted>> {
+    ensure!(
+        positive.len() == negative.len(),
+        "each `--positive` needs a `--negative` that it is compared with: there are {} and {}",
+        positive.len(),
+        negative.len()
+    );
+    let pair = |(p, n): (&PathBuf, &PathBuf)| Ok(Contrasted { positive: read(p)?, negative: read(n)? });
+    positive.iter().zip(negative).map(pair).collect()
 }
 
 fn jsonl(text: &str) -> anyhow::Result<Vec<String>> {

@@ -2,7 +2,7 @@
 
 use super::activations::ActivationReader;
 use super::model::{Model, backend, shape_of};
-use super::{EngineError, PromptTemplate, identity_of};
+use super::{EngineError, PromptTemplate, identity_of, quantization_of};
 use crate::guard::{Guard, Probe};
 use crate::hook::GuardedContext;
 use crate::program::{Calibration, Program};
@@ -64,10 +64,24 @@ pub fn program_for(
             });
         }
     }
-    let program = Program::stack(guards, shape_of(model), options.calibration)?;
+    let quantization = quantization_of(model);
+    let of_this_file: Vec<_> = guards.iter().map(|guard| guard.calibrated_for(&quantization)).collect();
+    let calibrated: Vec<&Guard> = of_this_file.iter().map(|(guard, _)| guard.as_ref()).collect();
+    let program = Program::stack(&calibrated, shape_of(model), options.calibration)?;
     for guard in guards.iter().filter(|_| options.probe) {
         if let Some(probe) = &guard.target().probe {
             check_probe(model, backend, guard, probe)?;
+        }
+    }
+    // Of the right model only: what is another one has its error.
+    if options.calibration == Calibration::Required {
+        for (guard, without) in &of_this_file {
+            for gate in without {
+                tracing::warn!(
+                    "guard `{}`: gate `{gate}` is not calibrated on {quantization}, so its default figures are used; run `pilotfish calibrate`",
+                    guard.name()
+                );
+            }
         }
     }
     Ok(program)

@@ -19,11 +19,11 @@ mod session;
 
 pub use activations::{ActivationReader, Activations};
 pub use attach::{GuardOptions, guard_context, measure_probe, probe_of, program_for};
-pub use identity::identity_of;
+pub use identity::{identity_of, quantization_of};
 pub use lock_step::LockStep;
 pub use model::{Model, ModelOptions, backend};
 pub use parallel::ParallelSampler;
-pub use prompt::{PromptLayout, PromptTemplate};
+pub use prompt::{PromptLayout, PromptTemplate, tokens_spelling};
 pub use replaced::ReplacedReader;
 pub use sampling::Sampling;
 pub use scheduler::Scheduler;

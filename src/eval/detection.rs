@@ -89,13 +89,13 @@ pub fn detection(
         let layers: Vec<LayerIndex> = layers.into_iter().collect();
         let mut read = |prompts: &[String]| -> Result<Activations, LearnError> {
             let read =
-                prompt_activations(model, &layers, prompts, tokens, &mut |step, _| progress(done + step, total))?;
+                prompt_activations(model, &layers, prompts, &tokens, &mut |step, _| progress(done + step, total))?;
             done += prompts.len();
             Ok(read)
         };
         let (positive, negative) = (read(positive)?, read(negative)?);
         let own = match native {
-            Some(native) => own_directions(&layers, &read(native.positive)?, &read(native.negative)?, tokens)?,
+            Some(native) => own_directions(&layers, &read(native.positive)?, &read(native.negative)?, &tokens)?,
             None => Vec::new(),
         };
         for layer in layers {
@@ -147,9 +147,12 @@ fn own_directions(
     layers: &[LayerIndex],
     positive: &Activations,
     negative: &Activations,
-    tokens: PromptTokens,
+    tokens: &PromptTokens,
 ) -> Result<Vec<OwnVector>, LearnError> {
-    let by = |method| contrast_of(layers, "own", positive, negative, ContrastOptions { method, tokens });
+    let by = |method| {
+        let options = ContrastOptions { method, tokens: tokens.clone(), ..Default::default() };
+        contrast_of(layers, "own", positive, negative, options)
+    };
     let means = by(ContrastMethod::DifferenceOfMeans)?;
     let discriminants = by(ContrastMethod::LinearDiscriminant { shrinkage: DEFAULT_SHRINKAGE })?;
     let mut own = Vec::new();

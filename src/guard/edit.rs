@@ -2,26 +2,85 @@
 //! valid is for [`replace_manifest`](super::replace_manifest) to find.
 
 use super::error::{GuardError, Location, shown};
-use super::{MANIFEST_FILE, MeasuredResult, Probe, location};
-use toml_edit::{ArrayOfTables, DocumentMut, InlineTable, Item, Table, TableLike, Value, value};
+use super::{GateCalibration, Guard, MANIFEST_FILE, MeasuredResult, OperatingPoint, Probe, location};
+use toml_edit::{Array, ArrayOfTables, DocumentMut, InlineTable, Item, Table, TableLike, Value, value};
 
-/// Sets what `calibrate` finds for the gate of that name: mean and standard deviation of benign projections, and the threshold in these
-/// deviations.
+/// Sets what `calibrate` finds for the gate of that name: as its default, and as its figures of that quantization in place of older ones.
 ///
 /// # Errors
 /// Text that is not TOML, or no such gate.
-pub fn set_gate_calibration(
-    text: &str,
-    gate: &str,
-    mean: f64,
-    deviation: f64,
-    threshold: f64,
-) -> Result<String, GuardError> {
+pub fn set_gate_calibration(text: &str, gate: &str, found: &GateCalibration) -> Result<String, GuardError> {
+    let GateCalibration { quantization, n_benign, mean, deviation, threshold, points } = found;
     let mut document = parse(text)?;
     let entry = named_entry(&mut document, "gate", &["name"], gate)?;
-    for (key, number) in [("threshold", threshold), ("mean", mean), ("deviation", deviation)] {
+    let figures = [("threshold", *threshold), ("mean", *mean), ("deviation", *deviation)];
+    for (key, number) in figures {
         set(entry, key, number.into());
     }
+    if entry.get("calibration").is_none() {
+        entry.insert("calibration", Item::ArrayOfTables(ArrayOfTables::new()));
+    }
+    let list = entry.get_mut("calibration").expect("it is there now");
+    let points: Array = points.iter().map(point_table).collect();
+    let mut keys: Vec<(&str, Value)> =
+        vec![("quantization", quantization.into()), ("n_benign", i64::try_from(*n_benign).unwrap_or(i64::MAX).into())];
+    keys.extend(figures.map(|(key, number)| (key, number.into())));
+    keys.push(("operating_point", points.into()));
+    put(list, "calibration", |table| has(table, "quantization", quantization), keys)?;
+    Ok(document.to_string())
+}
+
+fn point_table(point: &OperatingPoint) -> Value {
+    let OperatingPoint { rate, threshold, fired, low, high, detection } = *point;
+    let mut table = InlineTable::new();
+    table.insert("rate", rate.into());
+    table.insert("threshold", threshold.into());
+    table.insert("fired", i64::try_from(fired).unwrap_or(i64::MAX).into());
+    table.insert("low", low.into());
+    table.insert("high", high.into());
+    if let Some(detection) = detection {
+        table.insert("detection", detection.into());
+    }
+    table.into()
+}
+
+/// Sets the thresholds that `guard`, which the text is of, has now: those of an operating point (see [`Guard::at_rate`]).
+///
+/// # Errors
+/// Text that is not TOML, or not of that guard.
+pub fn set_thresholds(text: &str, guard: &Guard) -> Result<String, GuardError> {
+    let mut document = parse(text)?;
+    for gate in guard.gates() {
+        let entry = named_entry(&mut document, "gate", &["name"], &gate.name)?;
+        if let Some(threshold) = gate.threshold {
+            set(entry, "threshold", threshold.into());
+        }
+        let mut tables = entry.get_mut("calibration").map(tables_of).unwrap_or_default();
+        for known in &gate.calibrations {
+            let table = tables.iter_mut().find(|table| has(&***table, "quantization", &known.quantization));
+            if let Some(table) = table {
+                set(&mut **table, "threshold", known.threshold.into());
+            }
+        }
+    }
+    Ok(document.to_string())
+}
+
+/// Sets the strength of an `add` in units of the `deviation` of benign projections along its vector.
+///
+/// # Errors
+/// Text that is not TOML, or no such intervention.
+pub fn set_strength_deviation(
+    text: &str,
+    intervention: &str,
+    strength: f64,
+    deviation: f64,
+) -> Result<String, GuardError> {
+    let mut document = parse(text)?;
+    let entry = named_entry(&mut document, "intervention", &["name", "vector"], intervention)?;
+    set(entry, "strength", strength.into());
+    set(entry, "unit", "deviation".into());
+    set(entry, "deviation", deviation.into());
     Ok(document.to_string())
 }
 
@@ -74,20 +133,31 @@ pub fn add_result(text: &str, result: &MeasuredResult) -> Result<String, GuardEr
 
     let results = document.entry("result").or_insert(Item::ArrayOfTables(ArrayOfTables::new()));
     let same = |table: &dyn TableLike| has(table, "name", name) && has(table, "on", on);
-    let there = tables_of(results).into_iter().find(|table| same(*table));
-    if let Some(table) = there {
-        if command.is_none() {
-            table.remove("command");
+    put(results, "result", same, entries)?;
+    Ok(document.to_string())
+}
+
+/// Puts `entries` into the table of a list that is the `same`, where they replace all that is there, or into a new one at its end.
+fn put(
+    list: &mut Item,
+    what: &str,
+    same: impl Fn(&dyn TableLike) -> bool,
+    entries: Vec<(&str, Value)>,
+) -> Result<(), GuardError> {
+    if let Some(table) = tables_of(list).into_iter().find(|table| same(&**table)) {
+        let old: Vec<String> = table.iter().map(|(key, _)| key.to_owned()).collect();
+        for key in old.iter().filter(|key| entries.iter().all(|(kept, _)| kept != key)) {
+            table.remove(key);
         }
         entries.into_iter().for_each(|(key, new)| set(table, key, new));
-    } else if let Some(tables) = results.as_array_of_tables_mut() {
+    } else if let Some(tables) = list.as_array_of_tables_mut() {
         tables.push(Table::from_iter(entries));
-    } else if let Some(array) = results.as_array_mut() {
+    } else if let Some(array) = list.as_array_mut() {
         array.push(InlineTable::from_iter(entries));
     } else {
-        return Err(GuardError::value("a list of tables named `result`", results.type_name()));
+        return Err(GuardError::value(format!("a list of tables named `{what}`"), list.type_name()));
     }
-    Ok(document.to_string())
+    Ok(())
 }
 
 fn parse(text: &str) -> Result<DocumentMut, GuardError> {

@@ -1,7 +1,7 @@
 //! The manifest as it is written: TOML and nothing else checked. [`Guard`](super::Guard) is what it becomes.
 
 use super::error::{GuardError, Location, shown};
-use super::{Digest, Fingerprint, MAX_MANIFEST_BYTES, ModelIdentity, location};
+use super::{Digest, Fingerprint, GateCalibration, MAX_MANIFEST_BYTES, ModelIdentity, location};
 use crate::steering::VectorKind;
 use crate::tensor::{LayerIndex, LayerStack};
 use serde::{Deserialize, Serialize};
@@ -209,6 +209,9 @@ pub struct GateEntry {
     pub deviation: Option<f64>,
     #[serde(default)]
     pub on_fire: OnFire,
+    /// Figures of single quantizations of the target, each once.
+    #[serde(default, rename = "calibration", skip_serializing_if = "Vec::is_empty")]
+    pub calibrations: Vec<GateCalibration>,
 }
 
 /// What a gate reads.
@@ -280,6 +283,12 @@ pub struct InterventionEntry {
     pub mapping: Option<String>,
     #[serde(default = "one")]
     pub strength: f64,
+    /// `add` only.
+    #[serde(default, skip_serializing_if = "is_vector")]
+    pub unit: StrengthUnit,
+    /// With the unit `deviation` only: that of benign projections on the vector's unit direction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deviation: Option<f64>,
     #[serde(default)]
     pub positions: Positions,
     /// A rule over gates, as `harmful and not research`; always where absent.
@@ -312,6 +321,8 @@ impl InterventionEntry {
             vector,
             mapping,
             strength: one(),
+            unit: StrengthUnit::Vector,
+            deviation: None,
             positions: Positions::default(),
             when: None,
             first_position: false,
@@ -321,6 +332,21 @@ impl InterventionEntry {
             angle: None,
         }
     }
+}
+
+/// What a strength of 1 adds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StrengthUnit {
+    /// The vector as it was extracted and mapped.
+    #[default]
+    Vector,
+    /// One standard deviation of benign projections along it.
+    Deviation,
+}
+
+fn is_vector(unit: &StrengthUnit) -> bool {
+    *unit == StrengthUnit::Vector
 }
 
 fn one() -> f64 {

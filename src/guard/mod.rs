@@ -5,6 +5,7 @@
 //! never learns of a network, a clock or a loaded model. The format, its limits and what they defend against are in
 //! `docs/guard-format.md`.
 
+mod calibration;
 mod digest;
 pub mod edit;
 mod error;
@@ -22,18 +23,21 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use calibration::{GateCalibration, OperatingPoint};
 pub use digest::Digest;
 pub use error::{GuardError, Location};
 pub use identity::{Fingerprint, ModelIdentity};
-pub use manifest::{Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source};
+pub use manifest::{
+    Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source, StrengthUnit,
+};
 pub use mapping_file::{CarryError, MappingFile, carry};
 pub use rule::{Rule, Truth};
 pub use vector_file::{VectorFile, class_mean_tensors};
-pub use write::{from_control_vector, replace_manifest, write_guard};
+pub use write::{compose_guard, from_control_vector, replace_manifest, write_guard};
 
 use crate::mapping::{MapQuality, ResidualMap, Standardization};
 use crate::steering::VectorKind;
-use crate::tensor::{LayerIndex, LayerStack};
+use crate::tensor::{LayerIndex, LayerStack, norm};
 use folder::{Folder, InMemory};
 use std::path::Path;
 
@@ -129,6 +133,8 @@ pub struct Gate {
     pub calibration: Option<Calibration>,
     /// In benign standard deviations from the benign mean; a score at or above it fires.
     pub threshold: Option<f64>,
+    /// Figures of single quantizations: where the loaded file's is among them, these count and not the two above.
+    pub calibrations: Vec<GateCalibration>,
     pub on_fire: OnFire,
 }
 
@@ -167,8 +173,10 @@ pub struct Calibration {
 pub struct Intervention {
     pub name: String,
     pub kind: InterventionKind,
-    /// 1.0 is the intervention as its formula has it, 0 is off.
+    /// 1.0 is the intervention as its formula has it, 0 is off. Of an `add` with a `deviation`, in units of that.
     pub strength: f32,
+    /// `add` only: standard deviation of benign projections on the vector's unit direction, where the strength is in these.
+    pub deviation: Option<f64>,
     pub positions: Positions,
     /// `None` acts always.
     pub when: Option<Rule>,
@@ -216,6 +224,18 @@ impl InterventionKind {
             Self::Switch { .. } => None,
         }
     }
+}
+
+impl Intervention {
+    /// What an `add` multiplies its vector, `direction`, by.
+    pub fn multiplier(&self, direction: &[f32]) -> f32 {
+        multiplier(f64::from(self.strength), self.deviation, direction)
+    }
+}
+
+/// The strength of an `add` in units of its vector.
+fn multiplier(strength: f64, deviation: Option<f64>, direction: &[f32]) -> f32 {
+    deviation.map_or(strength, |deviation| strength * deviation / norm(direction)) as f32
 }
 
 impl Guard {
@@ -335,7 +355,7 @@ impl Guard {
         })?;
         let mut changed = self.clone();
         let found = &mut changed.interventions[index];
-        found.strength = validate::strength(strength, found.kind, &self.vectors)?;
+        found.strength = validate::strength(strength, found.deviation, found.kind, &self.vectors)?;
         Ok(changed)
     }
 }

@@ -6,7 +6,9 @@ use crate::mapping::{
     AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, Factors, FitQuality, MappingQuality,
     ReplacementQuality, Standardization,
 };
-use crate::steering::{ClassMeans, ControlVector, ExtractionMethod, PromptTokens, SteeringVector};
+use crate::steering::{
+    ClassMeans, ControlVector, ExtractionMethod, PromptTokens, Stability, SteeringVector, VectorQuality,
+};
 use crate::tensor::norm;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -197,6 +199,7 @@ fn everything_said_is_in_the_guard() {
         direction: harm.direction.clone(),
         calibration: Some(Calibration { mean: -2.5, deviation: 0.75 }),
         threshold: Some(1.7),
+        calibrations: Vec::new(),
         on_fire: OnFire::Block,
     };
     assert_eq!(guard.gates(), [gate]);
@@ -204,6 +207,7 @@ fn everything_said_is_in_the_guard() {
         name: "refusal".into(),
         kind: InterventionKind::Add { vector: 1 },
         strength: 1.2,
+        deviation: None,
         positions: Positions::Generated,
         when: Some(Rule::Gate(0)),
         first_position: false,
@@ -212,6 +216,7 @@ fn everything_said_is_in_the_guard() {
         name: "unharm".into(),
         kind: InterventionKind::Ablate { vector: 0, mean: -2.5 },
         strength: 1.0,
+        deviation: None,
         positions: Positions::All,
         when: None,
         first_position: true,
@@ -999,6 +1004,113 @@ fn the_content_hash_is_the_manifests_sha256() {
     assert_ne!(commented.content_hash(), valid().content_hash());
 }
 
+fn calibration(mean: f64, deviation: f64, threshold: f64) -> GateCalibration {
+    let point =
+        |rate, threshold, fired, low, high, detection| OperatingPoint { rate, threshold, fired, low, high, detection };
+    GateCalibration {
+        quantization: "Q4_K_M".into(),
+        n_benign: 200,
+        mean,
+        deviation,
+        threshold,
+        points: vec![point(0.01, 1.7, 2, 0.001, 0.04, Some(0.5)), point(0.05, 1.25, 10, 0.02, 0.09, None)],
+    }
+}
+
+/// A guard's folder with figures of two quantizations for its gate, and its manifest's text.
+fn with_two_calibrations() -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let (tensors, mapping) = (tensors(), mapping_file().to_bytes().unwrap());
+    fs::write(folder.path().join("tensors.safetensors"), &tensors).unwrap();
+    fs::write(folder.path().join("small.map.safetensors"), &mapping).unwrap();
+    let text = with_digests(MANIFEST, &tensors, &mapping);
+    fs::write(folder.path().join(MANIFEST_FILE), &text).unwrap();
+    let eight_bits = GateCalibration { quantization: "Q8_0".into(), ..calibration(1.0, 2.0, 3.0) };
+    let text = edit::set_gate_calibration(&text, "harmful", &eight_bits).unwrap();
+    let text = edit::set_gate_calibration(&text, "harmful", &calibration(-1.0, 0.5, 1.7)).unwrap();
+    (folder, text)
+}
+
+#[test]
+fn figures_are_those_of_the_quantization_or_else_the_default() {
+    let (folder, text) = with_two_calibrations();
+    let guard = replace_manifest(folder.path(), &text).unwrap();
+    let of = |guard: &Guard| (guard.gates()[0].calibration.unwrap().mean, guard.gates()[0].threshold.unwrap());
+    assert_eq!(of(&guard), (-1.0, 1.7), "the last is the default");
+    let (eight_bits, without) = guard.calibrated_for("Q8_0");
+    assert_eq!((of(&eight_bits), without), ((1.0, 3.0), vec![]));
+    let (unknown, without) = guard.calibrated_for("F16");
+    assert_eq!((of(&unknown), without), ((-1.0, 1.7), vec!["harmful"]));
+    // A guard that knows of no quantization is as it always was.
+    let old = valid();
+    let (plain, without) = old.calibrated_for("F16");
+    assert_eq!((of(&plain), without), ((-2.5, 1.7), vec![]));
+}
+
+#[test]
+fn an_operating_point_is_taken_from_the_table() {
+    let (folder, text) = with_two_calibrations();
+    let guard = replace_manifest(folder.path(), &text).unwrap();
+    let chosen = guard.at_rate(0.05).unwrap();
+    let edited = replace_manifest(folder.path(), &edit::set_thresholds(&text, &chosen).unwrap()).unwrap();
+    for guard in [&chosen, &edited] {
+        let gate = &guard.gates()[0];
+        assert_eq!(gate.threshold, Some(1.25));
+        assert!(gate.calibrations.iter().all(|known| known.threshold == 1.25), "{gate:?}");
+    }
+    let unknown = guard.at_rate(0.02).unwrap_err().to_string();
+    assert_eq!(unknown, "there is no operating point `0.02`; known: `0.01`, `0.05`, `0.01`, `0.05`");
+}
+
+#[test]
+fn figures_and_units_that_are_wrong_are_refused() {
+    let (folder, text) = with_two_calibrations();
+    let unit = |more: &str| text.replacen("strength = 1.2", &format!("strength = 1.2\n{more}"), 1);
+    for (text, says) in [
+        (text.replacen("\"Q8_0\"", "\"Q4_K_M\"", 1), "the calibration of `Q4_K_M` is there twice"),
+        (
+            text.replacen("deviation = 2.0", "deviation = 0.0", 1),
+            "`gate[0].calibration[0].deviation`: expected a finite number above 0",
+        ),
+        (text.replacen("rate = 0.05", "rate = 0.01", 1), "the operating point `0.01` is there twice"),
+        (
+            text.replacen("high = 0.04", "high = 1.04", 1),
+            "`gate[0].calibration[0].operating_point[0].high`: expected a share from 0 to 1",
+        ),
+        (text.replacen("n_benign = 200", "n_benign = -1", 1), "n_benign"),
+        (unit("unit = \"deviation\""), "`intervention[0].unit`: missing: the unit `deviation` needs a `deviation`"),
+        (unit("deviation = 2.0"), "`intervention[0].deviation`: does not belong here"),
+        (
+            unit("unit = \"deviation\"\ndeviation = -2.0"),
+            "`intervention[0].deviation`: expected a finite number above 0",
+        ),
+        (unit("unit = \"metre\""), "unknown variant `metre`"),
+        (
+            text.replacen("kind = \"ablate\"", "kind = \"ablate\"\nunit = \"deviation\"\ndeviation = 1.0", 1),
+            "`intervention[1].unit`: does not belong here: it is a key of `add`",
+        ),
+    ] {
+        let error = replace_manifest(folder.path(), &text).unwrap_err().to_string();
+        assert!(error.contains(says), "{says}: {error}");
+    }
+}
+
+#[test]
+fn a_strength_in_deviations_is_that_many_of_them_along_the_vector() {
+    let (folder, text) = with_two_calibrations();
+    let text = edit::set_strength_deviation(&text, "refusal", 1.5, 4.0).unwrap();
+    let guard = replace_manifest(folder.path(), &text).unwrap();
+    let (add, direction) = (&guard.interventions()[0], &guard.vectors()[1].direction);
+    let added = norm(direction) * f64::from(add.multiplier(direction));
+    assert!((added - 6.0).abs() < 1e-6, "{added}");
+    let doubled = guard.with_strength("refusal", 3.0).unwrap();
+    let added = norm(direction) * f64::from(doubled.interventions()[0].multiplier(direction));
+    assert!((added - 12.0).abs() < 1e-6, "{added}");
+    assert!(guard.with_strength("refusal", 3e38).is_err(), "out of `f32`");
+    let ablate = &guard.interventions()[1];
+    assert_eq!((ablate.deviation, ablate.strength), (None, 1.0));
+}
+
 /// The second mean norm is one that serde_json misreads without its feature `float_roundtrip`.
 fn vector_file() -> VectorFile {
     let vector = |name: &str, layer, values: &[f32], mean_norm| SteeringVector {
@@ -1011,11 +1123,35 @@ fn vector_file() -> VectorFile {
         n_positive: 200,
         n_negative: 199,
         class_means: None,
+        quality: None,
     };
     VectorFile {
         model: identity("smollm2 \"135M\"", "llama", SOURCE),
         vectors: vec![vector("harm", 24, &HARM, 0.1 + 0.2), vector("harm.x", 7, &REFUSAL, 3.2292338679946637e299)],
     }
+}
+
+/// Files older than the quality record, and files with it.
+#[test]
+fn a_vectors_quality_travels_with_it_and_may_be_missing() {
+    let mut file = vector_file();
+    let plain = file.to_bytes().unwrap();
+    assert!(!String::from_utf8_lossy(&plain).contains("quality"));
+    file.vectors[0].tokens = PromptTokens::Matching("|prod|".into());
+    file.vectors[0].quality = Some(VectorQuality {
+        auc: vec![0.91, 0.73],
+        stability: Some(Stability { mean_cosine: 0.9, resamples: 20, seed: 7 }),
+        norm: 1.5,
+        cosine_before: None,
+        cosine_after: Some(0.25),
+        regularization: Some(0.1),
+    });
+    let bytes = file.to_bytes().unwrap();
+    let read = VectorFile::from_bytes("v", &bytes).unwrap();
+    assert_eq!(read.to_bytes().unwrap(), bytes);
+    assert!(read.vectors.contains(&file.vectors[0]));
+    file.vectors[0].quality.as_mut().unwrap().auc[1] = f64::NAN;
+    assert!(file.to_bytes().unwrap_err().to_string().contains("finite"));
 }
 
 #[test]
@@ -1127,7 +1263,7 @@ fn a_self_describing_file_says_all_and_nothing_else() {
         (
             r#"{\"method\":\"lda\""#,
             r#"{\"method\":\"magic\""#,
-            "`v`: metadata key `harm.24`: unknown variant `magic`, expected one of `mean`, `lda`, `imported` at line 1 column 17",
+            "`v`: metadata key `harm.24`: unknown variant `magic`, expected one of `mean`, `pca`, `lda`, `logistic`, `imported` at line 1 column 17",
         ),
         (
             r#""harm.24":{"#,
@@ -1321,15 +1457,20 @@ vector = "harm"
 kind = "ablate"
 vector = "harm" # no name of its own
 "#;
-    let calibrated = edit::set_gate_calibration(text, "harmful", -2.5, 0.75, 1.7).unwrap();
-    let expected = text.replace("threshold = 1.0 # by hand", "threshold = 1.7 # by hand").replacen(
-        "vector = \"harm\"\n",
-        "vector = \"harm\"\nmean = -2.5\ndeviation = 0.75\n",
-        1,
-    );
-    assert_eq!(calibrated, expected);
-    assert_eq!(edit::set_gate_calibration(&calibrated, "harmful", -2.5, 0.75, 1.7).unwrap(), calibrated);
-    let unknown = edit::set_gate_calibration(text, "harm", 0.0, 1.0, 1.0).unwrap_err().to_string();
+    let figures = calibration(-2.5, 0.75, 1.7);
+    let calibrated = edit::set_gate_calibration(text, "harmful", &figures).unwrap();
+    let entry = "\n[[gate.calibration]]\nquantization = \"Q4_K_M\"\nn_benign = 200\nthreshold = 1.7\nmean = -2.5\ndeviation = 0.75\noperating_point = [{ rate = 0.01, threshold = 1.7, fired = 2, low = 0.001, high = 0.04, detection = 0.5 }, { rate = 0.05, threshold = 1.25, fired = 10, low = 0.02, high = 0.09 }]\n";
+    for line in ["threshold = 1.7 # by hand\n", "\nmean = -2.5\ndeviation = 0.75\n", entry] {
+        assert!(calibrated.contains(line), "no {line:?} in\n{calibrated}");
+    }
+    // Nothing else is changed, and a second time nothing at all.
+    let without = calibrated.replace(entry, "").replace("threshold = 1.7 # by hand", "threshold = 1.0 # by hand");
+    assert_eq!(without.replacen("mean = -2.5\ndeviation = 0.75\n", "", 1), text);
+    assert_eq!(edit::set_gate_calibration(&calibrated, "harmful", &figures).unwrap(), calibrated);
+    let other = GateCalibration { quantization: "Q8_0".into(), points: Vec::new(), ..figures.clone() };
+    let both = edit::set_gate_calibration(&calibrated, "harmful", &other).unwrap();
+    assert_eq!(both.matches("[[gate.calibration]]").count(), 2);
+    let unknown = edit::set_gate_calibration(text, "harm", &figures).unwrap_err().to_string();
     assert_eq!(unknown, "there is no gate `harm`; known: `harmful`, `other`");
 
     assert_eq!(edit::set_ablate_mean(text, "harm", 3.0).unwrap(), format!("{text}mean = 3.0\n"));
@@ -1373,7 +1514,7 @@ fn an_edited_manifest_is_what_the_guard_then_says() {
     write_guard(guards.path(), &manifest(), &guard_tensors(), &carried).unwrap();
     let text = fs::read_to_string(guards.path().join(MANIFEST_FILE)).unwrap();
     let (mean, deviation, threshold) = (0.1 + 0.2, 1.0 / 3.0, 1e-7);
-    let text = edit::set_gate_calibration(&text, "harmful", mean, deviation, threshold).unwrap();
+    let text = edit::set_gate_calibration(&text, "harmful", &calibration(mean, deviation, threshold)).unwrap();
     let text = edit::set_ablate_mean(&text, "unharm", 1e21).unwrap();
     let probe = Probe { spread: 0.0, ..valid().target().probe.clone().unwrap() };
     let text = edit::set_probe(&text, &probe).unwrap();
@@ -1382,7 +1523,7 @@ fn an_edited_manifest_is_what_the_guard_then_says() {
     assert_eq!(guard.gates()[0].threshold, Some(threshold));
     assert_eq!(guard.interventions()[1].kind, InterventionKind::Ablate { vector: 0, mean: 1e21 });
     assert_eq!(guard.target().probe, Some(probe));
-    let broken = edit::set_gate_calibration(&text, "harmful", 0.0, 0.0, 1.0).unwrap();
+    let broken = edit::set_gate_calibration(&text, "harmful", &calibration(0.0, 0.0, 1.0)).unwrap();
     assert!(replace_manifest(guards.path(), &broken).is_err());
     assert_eq!(Guard::load(guards.path()).unwrap(), guard);
 }
@@ -1450,7 +1591,7 @@ proptest! {
         for edited in [
             edit::add_result(&text, &result),
             edit::set_ablate_mean(&text, "harm", 1.0),
-            edit::set_gate_calibration(&text, "harm", 0.0, 1.0, 1.0),
+            edit::set_gate_calibration(&text, "harm", &calibration(0.0, 1.0, 1.0)),
         ] {
             edited.err().as_ref().map_or(Ok(()), one_line)?;
         }
@@ -1503,6 +1644,7 @@ proptest! {
                 n_positive: usize::MAX,
                 n_negative: 0,
                 class_means: None,
+                quality: None,
             })
             .collect();
         vectors.sort_by_key(|vector| vector.layer.to_string());

@@ -8,8 +8,9 @@ use super::manifest::{
 };
 use super::tensors::TensorFile;
 use super::{
-    Calibration, Digest, Gate, GateScope, Guard, GuardVector, Intervention, InterventionKind, MAX_ENTRIES, MappedFrom,
-    MappingFile, Positions, Probe, Rule, SwitchMap, Target, carry, class_mean_tensors, location, rule,
+    Calibration, Digest, Gate, GateCalibration, GateScope, Guard, GuardVector, Intervention, InterventionKind,
+    MAX_ENTRIES, MappedFrom, MappingFile, Positions, Probe, Rule, StrengthUnit, SwitchMap, Target, carry,
+    class_mean_tensors, location, multiplier, rule,
 };
 use crate::steering::{ClassMeans, VectorKind};
 use crate::tensor::norm;
@@ -361,9 +362,11 @@ impl<F: Files> Check<'_, F> {
                 }
             };
             let direction = read_along(&vectors[vector], entry.readout).at(at("readout"))?;
-            let GateEntry { name, readout, threshold, on_fire, .. } = entry;
+            check_calibrations(index, entry)?;
+            let GateEntry { name, readout, threshold, on_fire, calibrations, .. } = entry;
             let (name, readout, threshold, on_fire) = (name.clone(), *readout, *threshold, *on_fire);
-            Ok(Gate { name, vector, scope, readout, direction, calibration, threshold, on_fire })
+            let calibrations = calibrations.clone();
+            Ok(Gate { name, vector, scope, readout, direction, calibration, threshold, calibrations, on_fire })
         };
         self.manifest.gates.iter().enumerate().map(gate).collect()
     }
@@ -381,10 +384,12 @@ impl<F: Files> Check<'_, F> {
         let intervention = |(index, entry): (usize, &InterventionEntry)| {
             let at = |key: &str| format!("intervention[{index}].{key}");
             let kind = kind_of(index, entry, vectors, switches)?;
+            let deviation = deviation_of(index, entry)?;
             Ok(Intervention {
                 name: intervention_name(entry).to_owned(),
                 kind,
-                strength: strength(entry.strength, kind, vectors).at(at("strength"))?,
+                strength: strength(entry.strength, deviation, kind, vectors).at(at("strength"))?,
+                deviation,
                 positions: entry.positions,
                 when: entry.when.as_ref().map(|when| Rule::parse(when, gate)).transpose().at(at("when"))?,
                 first_position: entry.first_position,
@@ -527,16 +532,84 @@ fn kind_of(
     }
 }
 
-/// `strength` as a program uses it.
-pub(super) fn strength(strength: f64, kind: InterventionKind, vectors: &[GuardVector]) -> Result<f32, GuardError> {
+/// `strength` as an intervention holds it.
+pub(super) fn strength(
+    strength: f64,
+    deviation: Option<f64>,
+    kind: InterventionKind,
+    vectors: &[GuardVector],
+) -> Result<f32, GuardError> {
     check_finite_f32(strength)?;
-    let scale = strength as f32;
-    if let InterventionKind::Add { vector } = kind
-        && vectors[vector].direction.iter().any(|value| !(scale * value).is_finite())
-    {
-        return Err(GuardError::Strength { strength });
+    if let InterventionKind::Add { vector } = kind {
+        let direction = &vectors[vector].direction;
+        let scale = multiplier(strength, deviation, direction);
+        if direction.iter().any(|value| !(scale * value).is_finite()) {
+            return Err(GuardError::Strength { strength });
+        }
     }
-    Ok(scale)
+    Ok(strength as f32)
+}
+
+/// The deviation that the strength of an `add` is in units of, if it is.
+fn deviation_of(index: usize, entry: &InterventionEntry) -> Result<Option<f64>, Problem> {
+    let at = |key: &str| format!("intervention[{index}].{key}");
+    match (entry.unit, entry.deviation) {
+        (StrengthUnit::Vector, None) => Ok(None),
+        (StrengthUnit::Vector, Some(_)) => {
+            let why = "it is a key of `add` with `unit = \"deviation\"`".to_owned();
+            Err(GuardError::Misplaced { why }).at(at("deviation"))
+        }
+        (StrengthUnit::Deviation, _) if entry.kind != InterventionName::Add => {
+            Err(GuardError::Misplaced { why: "it is a key of `add`".to_owned() }).at(at("unit"))
+        }
+        (StrengthUnit::Deviation, None) => {
+            let why = "the unit `deviation` needs a `deviation`; `calibrate --strength-sd` sets both".to_owned();
+            Err(GuardError::Missing { why }).at(at("unit"))
+        }
+        (StrengthUnit::Deviation, Some(deviation)) => {
+            check_positive(deviation).at(at("deviation"))?;
+            Ok(Some(deviation))
+        }
+    }
+}
+
+fn check_calibrations(gate: usize, entry: &GateEntry) -> Result<(), Problem> {
+    if entry.calibrations.len() > MAX_ENTRIES {
+        let reason = GuardError::value(format!("at most {MAX_ENTRIES} entries"), entry.calibrations.len());
+        return Err(reason).at(format!("gate[{gate}].calibration"));
+    }
+    let mut seen = BTreeSet::new();
+    for (index, calibration) in entry.calibrations.iter().enumerate() {
+        let at = |key: &str| format!("gate[{gate}].calibration[{index}].{key}");
+        let GateCalibration { quantization, n_benign: _, mean, deviation, threshold, points } = calibration;
+        check_label(quantization).at(at("quantization"))?;
+        if !seen.insert(quantization) {
+            let name = quantization.clone();
+            return Err(GuardError::Duplicate { what: "calibration of", name }).at(at("quantization"));
+        }
+        check_finite(*mean).at(at("mean"))?;
+        check_positive(*deviation).at(at("deviation"))?;
+        check_finite(*threshold).at(at("threshold"))?;
+        if points.len() > MAX_ENTRIES {
+            let reason = GuardError::value(format!("at most {MAX_ENTRIES} entries"), points.len());
+            return Err(reason).at(at("operating_point"));
+        }
+        for (index, point) in points.iter().enumerate() {
+            let at = |key: &str| at(&format!("operating_point[{index}].{key}"));
+            check_finite(point.threshold).at(at("threshold"))?;
+            let shares = [("rate", Some(point.rate)), ("low", Some(point.low)), ("high", Some(point.high))];
+            for (key, share) in shares.into_iter().chain([("detection", point.detection)]) {
+                if let Some(found) = share.filter(|share| !(0.0..=1.0).contains(share)) {
+                    return Err(GuardError::value("a share from 0 to 1", found)).at(at(key));
+                }
+            }
+            if points[..index].iter().any(|other| other.rate == point.rate) {
+                let name = point.rate.to_string();
+                return Err(GuardError::Duplicate { what: "operating point", name }).at(at("rate"));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check_probe(probe: &Probe, vectors: &[GuardVector]) -> Result<(), Problem> {

@@ -2,7 +2,7 @@ use super::error::{GuardError, shown};
 use super::tensors::{self, TensorData, TensorFile};
 use super::validate::check_name;
 use super::{MAX_WIDTH, ModelIdentity};
-use crate::steering::{ClassMeans, ExtractionMethod, PromptTokens, SteeringVector};
+use crate::steering::{ClassMeans, ExtractionMethod, PromptTokens, SteeringVector, VectorQuality};
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -36,6 +36,8 @@ struct Description {
     mean_norm: f64,
     n_positive: usize,
     n_negative: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    quality: Option<VectorQuality>,
 }
 
 impl VectorFile {
@@ -64,16 +66,18 @@ impl VectorFile {
                 return Err(GuardError::value(expected, found));
             }
             let mut values = means.chain([&vector.values]).flatten();
-            if !vector.mean_norm.is_finite() || values.any(|value| !value.is_finite()) {
+            let mut figures = vector.quality.iter().flat_map(VectorQuality::numbers).chain([vector.mean_norm]);
+            if !figures.all(f64::is_finite) || values.any(|value| !value.is_finite()) {
                 let found = format!("one that is not in vector `{tensor}`");
                 return Err(GuardError::value("finite values", found));
             }
             let description = Description {
                 method: vector.method,
-                tokens: vector.tokens,
+                tokens: vector.tokens.clone(),
                 mean_norm: vector.mean_norm,
                 n_positive: vector.n_positive,
                 n_negative: vector.n_negative,
+                quality: vector.quality.clone(),
             };
             let description = serde_json::to_string(&description).expect("finite numbers are JSON");
             metadata.insert(tensor.clone(), description);
@@ -118,7 +122,7 @@ impl VectorFile {
                 file: shown(file),
                 reason: format!("expected tensors named `NAME.LAYER`, found `{}`", shown(&tensor)),
             })?;
-            let Description { method, tokens: prompt_tokens, mean_norm, n_positive, n_negative } =
+            let Description { method, tokens: prompt_tokens, mean_norm, n_positive, n_negative, quality } =
                 described.json(&tensor)?;
             let values = tensors.direction(&tensor)?;
             let means = class_mean_tensors(&tensor);
@@ -139,6 +143,7 @@ impl VectorFile {
                 n_positive,
                 n_negative,
                 class_means,
+                quality,
             });
         }
         if n_class_means != class_means.len() {

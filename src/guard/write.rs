@@ -47,6 +47,17 @@ pub fn write_guard(
     Guard::load(directory)
 }
 
+/// A guard of vectors that need no mapping, with no folder: the tensors that `manifest` names, and it with their sha256 filled in.
+///
+/// # Errors
+/// A guard that does not validate.
+pub fn compose_guard(manifest: &Manifest, tensors: &[(String, Vec<f32>)]) -> Result<Guard, GuardError> {
+    let tensors = tensor_bytes(tensors)?;
+    let mut manifest = manifest.clone();
+    manifest.tensors.sha256 = Digest::of(&tensors);
+    Guard::from_parts(MANIFEST_FILE, manifest.to_toml()?.as_bytes(), &tensors, &[])
+}
+
 /// Replaces the manifest of the guard in `directory` by `text` (see [`edit`](super::edit)), if the guard is valid with it.
 ///
 /// # Errors

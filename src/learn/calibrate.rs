@@ -1,52 +1,87 @@
+use super::operating::{RATES, operating_point, prompts_needed};
 use super::{LearnError, Progress};
-use crate::engine::{GuardOptions, Model, Session, SessionOptions};
-use crate::guard::Guard;
+use crate::engine::{GuardOptions, Model, Session, SessionOptions, quantization_of};
+use crate::guard::{GateCalibration, Guard};
 use crate::program::Calibration;
-use crate::tensor::{mean_and_deviation, quantile};
+use crate::tensor::mean_and_deviation;
+
+/// Which share of benign prompts may fire a gate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CalibrationOptions {
+    /// From 0 to below 1.
+    pub false_positive_rate: f64,
+    /// That the share among all such prompts is no higher, and not just among those at hand: above 0, below 1.
+    pub confidence: Option<f64>,
+}
 
 /// A gate's benign statistics on the model that it guards.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Calibrated {
     pub gate: String,
-    /// Mean and standard deviation of benign projections, aggregated as the gate does.
-    pub mean: f64,
-    pub deviation: f64,
-    /// In those deviations: the benign quantile that was asked for.
-    pub threshold: f64,
+    /// Of the quantization that was loaded, the threshold at the rate that was asked for, with a table of others.
+    pub calibration: GateCalibration,
 }
 
-/// Sets every gate of `guard` on the benign prompts: the score's scale from their mean and deviation, the threshold at their
-/// `benign_quantile` (0.95 lets one benign prompt in twenty fire).
+/// Sets every gate of `guard` on the benign prompts: the score's scale from their mean and deviation, the threshold by the share of them that may
+/// fire. `positive` prompts, which may be none, say what share of them each threshold catches.
 ///
 /// Projections are read through the guard's own program on `model`, as they will be when it runs.
 ///
 /// # Errors
-/// Fewer than two prompts, prompts that all score alike, or a guard that is not for this model.
+/// Too few prompts, prompts that all score alike, or a guard that is not for this model.
 pub fn calibrate(
     model: &Model,
     guard: &Guard,
     benign: &[String],
-    benign_quantile: f64,
+    positive: &[String],
+    options: CalibrationOptions,
     progress: Progress<'_>,
 ) -> Result<Vec<Calibrated>, LearnError> {
-    let options = GuardOptions { calibration: Calibration::Ignored, probe: true };
-    let mut session = Session::new(model, &[guard], SessionOptions { guard: options, ..Default::default() })?;
-    let mut projections = vec![Vec::with_capacity(benign.len()); guard.gates().len()];
-    for (index, prompt) in benign.iter().enumerate() {
-        let readings = session.score(&model.prompt_tokens(prompt)?)?;
-        for (gate, reading) in projections.iter_mut().zip(readings) {
-            gate.push(reading.score.ok_or(LearnError::NothingRead { gate: reading.gate, index })?);
-        }
-        progress(index + 1, benign.len());
+    let CalibrationOptions { false_positive_rate: rate, confidence } = options;
+    let needed = confidence.map_or(2, |confidence| prompts_needed(rate, confidence).max(2));
+    if benign.len() < needed {
+        return Err(LearnError::TooFewPrompts { what: "a calibration", needed, found: benign.len() });
     }
-    let calibrated = |(gate, projections): (&crate::guard::Gate, Vec<f64>)| {
-        let too_few = LearnError::TooFewPrompts { what: "a calibration", needed: 2, found: projections.len() };
-        let (mean, deviation) = mean_and_deviation(&projections).ok_or(too_few)?;
-        if deviation <= 0.0 {
-            return Err(LearnError::NoSpread { gate: gate.name.clone(), found: projections.len() });
+    let total = benign.len() + positive.len();
+    let guard_options = GuardOptions { calibration: Calibration::Ignored, probe: true };
+    let mut session = Session::new(model, &[guard], SessionOptions { guard: guard_options, ..Default::default() })?;
+    let mut done = 0;
+    let mut read = |prompts: &[String]| -> Result<Vec<Vec<f64>>, LearnError> {
+        let mut projections = vec![Vec::with_capacity(prompts.len()); guard.gates().len()];
+        for (index, prompt) in prompts.iter().enumerate() {
+            for (gate, reading) in projections.iter_mut().zip(session.score(&model.prompt_tokens(prompt)?)?) {
+                gate.push(reading.score.ok_or(LearnError::NothingRead { gate: reading.gate, index })?);
+            }
+            done += 1;
+            progress(done, total);
         }
-        let threshold = (quantile(&projections, benign_quantile) - mean) / deviation;
-        Ok(Calibrated { gate: gate.name.clone(), mean, deviation, threshold })
+        Ok(projections)
     };
-    guard.gates().iter().zip(projections).map(calibrated).collect()
+    let (benign, positive) = (read(benign)?, read(positive)?);
+    let quantization = quantization_of(model.llama());
+    let calibrated = |((gate, benign), positive): ((&crate::guard::Gate, Vec<f64>), Vec<f64>)| {
+        let found = benign.len();
+        let no_spread = || LearnError::NoSpread { gate: gate.name.clone(), found };
+        let (mean, deviation) = mean_and_deviation(&benign).filter(|(_, d)| *d > 0.0).ok_or_else(no_spread)?;
+        let scores = |projections: Vec<f64>| -> Vec<f64> {
+            projections.into_iter().map(|projection| (projection - mean) / deviation).collect()
+        };
+        let (benign, positive) = (scores(benign), scores(positive));
+        let chosen = operating_point(&benign, &positive, rate, confidence);
+        let chosen = chosen.ok_or(LearnError::TooFewPrompts { what: "a calibration", needed, found })?;
+        let mut rates: Vec<f64> = RATES.into_iter().chain([rate]).collect();
+        rates.sort_by(f64::total_cmp);
+        rates.dedup();
+        let points = rates.into_iter().filter_map(|rate| operating_point(&benign, &positive, rate, confidence));
+        let calibration = GateCalibration {
+            quantization: quantization.clone(),
+            n_benign: found,
+            mean,
+            deviation,
+            threshold: chosen.threshold,
+            points: points.collect(),
+        };
+        Ok(Calibrated { gate: gate.name.clone(), calibration })
+    };
+    guard.gates().iter().zip(benign).zip(positive).map(calibrated).collect()
 }

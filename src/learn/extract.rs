@@ -1,103 +1,158 @@
-use super::{Classes, LearnError, Progress, threads};
-use crate::engine::{ActivationReader, Activations, Model};
+use super::{Classes, LearnError, Progress, prompt_activations, separation, threads};
+use crate::engine::{Activations, Model};
 use crate::mapping::Standardization;
 use crate::steering::{
-    Extracted, PromptTokens, SteeringError, SteeringVector, difference_of_means, linear_discriminant,
+    ContrastSet, DEFAULT_PENALTY, DEFAULT_SHRINKAGE, Extracted, ExtractionMethod, PromptTokens, SteeringError,
+    SteeringVector, VectorQuality, difference_of_means, linear_discriminant, logistic_regression, principal_difference,
 };
-use crate::tensor::{LayerIndex, Residual, auc, dot};
+use crate::tensor::{LayerIndex, Residual, cosine, norm};
 
-/// Steering vectors from two classes of prompts, one a layer, each with how well it tells them apart.
+/// Steering vectors from classes of prompts, one a layer, each with how well it tells them apart.
 #[derive(Debug, Clone)]
 pub struct Contrast {
+    /// Each with its quality.
     pub vectors: Vec<SteeringVector>,
-    /// Area under the ROC curve of projections on held-out prompts (five-fold), a layer each.
+    /// Area under the ROC curve on held-out prompts (five-fold), a layer each: the mean over the sets.
     pub separation: Vec<(LayerIndex, f64)>,
-    /// Of all prompts of both classes, a layer each.
+    /// Of all prompts of all classes, a layer each.
     pub standardization: Vec<Standardization>,
 }
 
-/// Folds of the cross-validated separation.
-const FOLDS: usize = 5;
-
-/// The longest prompt, in tokens with its template.
-const CAPACITY: usize = 2048;
-
-/// How vectors are made from two classes of prompts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// How vectors are made from classes of prompts.
+#[derive(Debug, Clone, PartialEq)]
 pub struct ContrastOptions {
     pub method: ContrastMethod,
     pub tokens: PromptTokens,
+    /// What each set has to say beside the others; the same where there are none.
+    pub weights: Vec<f64>,
+    /// Bootstrap resamples for the vectors' stability; with 0 it is not measured.
+    pub resamples: u32,
+    /// Of the resamples.
+    pub seed: u64,
+}
+
+impl Default for ContrastOptions {
+    /// The difference of the means at the last token, sets with equal say, no resamples.
+    fn default() -> Self {
+        let (method, tokens) = (ContrastMethod::DifferenceOfMeans, PromptTokens::Last);
+        Self { method, tokens, weights: Vec::new(), resamples: 0, seed: 0 }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ContrastMethod {
     /// [`difference_of_means`]
     DifferenceOfMeans,
+    /// [`principal_difference`]
+    PrincipalDifference,
     /// [`linear_discriminant`]
     LinearDiscriminant { shrinkage: f64 },
+    /// [`logistic_regression`]
+    LogisticRegression { penalty: f64 },
 }
 
 impl ContrastMethod {
-    fn extract(self, positive: Residual<'_>, negative: Residual<'_>) -> Result<Extracted, SteeringError> {
+    /// The method that a vector was made by, with its own regularization where it is known; `None` of an imported one.
+    pub fn of(vector: &SteeringVector) -> Option<Self> {
+        let known = vector.quality.as_ref().and_then(|quality| quality.regularization);
+        Some(match vector.method {
+            ExtractionMethod::DifferenceOfMeans => Self::DifferenceOfMeans,
+            ExtractionMethod::PrincipalDifference => Self::PrincipalDifference,
+            ExtractionMethod::LinearDiscriminant => {
+                Self::LinearDiscriminant { shrinkage: known.unwrap_or(DEFAULT_SHRINKAGE) }
+            }
+            ExtractionMethod::LogisticRegression => {
+                Self::LogisticRegression { penalty: known.unwrap_or(DEFAULT_PENALTY) }
+            }
+            ExtractionMethod::Imported => return None,
+        })
+    }
+
+    pub(super) fn extract(self, sets: &[ContrastSet<'_>]) -> Result<Extracted, SteeringError> {
         match self {
-            Self::DifferenceOfMeans => difference_of_means(positive, negative),
-            Self::LinearDiscriminant { shrinkage } => linear_discriminant(positive, negative, shrinkage),
+            Self::DifferenceOfMeans => difference_of_means(sets),
+            Self::PrincipalDifference => principal_difference(sets),
+            Self::LinearDiscriminant { shrinkage } => linear_discriminant(sets, shrinkage),
+            Self::LogisticRegression { penalty } => logistic_regression(sets, penalty),
         }
     }
+
+    fn regularization(self) -> Option<f64> {
+        match self {
+            Self::DifferenceOfMeans | Self::PrincipalDifference => None,
+            Self::LinearDiscriminant { shrinkage } => Some(shrinkage),
+            Self::LogisticRegression { penalty } => Some(penalty),
+        }
+    }
+
+    /// Whether row `i` of one class goes with row `i` of the other.
+    pub(super) fn is_paired(self) -> bool {
+        self == Self::PrincipalDifference
+    }
 }
 
-/// Activations at `layers` of every prompt, one row a prompt, all layers in one pass: of its last token, or their mean over all its
-/// tokens but the first.
+/// Activations of the prompts of one set, as [`prompt_activations`] gives them.
+#[derive(Debug, Clone)]
+pub struct ClassActivations {
+    pub positive: Activations,
+    pub negative: Activations,
+}
+
+/// Activations at `layers` of the prompts of every set. Prompts that several sets share are read once.
 ///
 /// # Errors
-/// A prompt that the model can't run, or of which nothing is left without its first token; and, for a mean, the model's last layer.
-pub fn prompt_activations(
+/// What [`prompt_activations`] refuses.
+pub fn class_activations(
     model: &Model,
     layers: &[LayerIndex],
-    prompts: &[String],
-    tokens: PromptTokens,
+    sets: &[Classes<'_>],
+    tokens: &PromptTokens,
     progress: Progress<'_>,
-) -> Result<Activations, LearnError> {
-    let mut reader = ActivationReader::of(model, layers.to_vec(), CAPACITY)?;
-    let mut all = Activations::default();
-    for (index, prompt) in prompts.iter().enumerate() {
-        let prompt = model.prompt_tokens(prompt)?;
-        all.append(match tokens {
-            PromptTokens::Last => reader.last_token(&prompt)?,
-            PromptTokens::Mean => reader.every_token(&prompt)?.mean().ok_or(LearnError::NothingToAverage { index })?,
-        });
-        progress(index + 1, prompts.len());
+) -> Result<Vec<ClassActivations>, LearnError> {
+    let mut distinct: Vec<&[String]> = Vec::new();
+    for class in sets.iter().flat_map(|set| [set.positive, set.negative]) {
+        if !distinct.contains(&class) {
+            distinct.push(class);
+        }
     }
-    Ok(all)
+    let total = distinct.iter().map(|class| class.len()).sum();
+    let (mut read, mut done) = (Vec::new(), 0);
+    for class in &distinct {
+        read.push(prompt_activations(model, layers, class, tokens, &mut |step, _| progress(done + step, total))?);
+        done += class.len();
+    }
+    let of = |class: &[String]| {
+        let index = distinct.iter().position(|known| *known == class).expect("every class is among the distinct ones");
+        read[index].clone()
+    };
+    Ok(sets.iter().map(|set| ClassActivations { positive: of(set.positive), negative: of(set.negative) }).collect())
 }
 
-/// A vector at every layer of `layers` that tells the positive class of prompts from the negative one (arXiv 2503.04429, section 3, for the difference
-/// in means).
+/// A vector at every layer of `layers` that tells the positive classes of the `sets` from their negative ones (arXiv 2503.04429, section 3, for the
+/// difference in means of one set).
 ///
 /// # Errors
-/// Fewer than five prompts in a class, or what [`prompt_activations`] refuses.
+/// Fewer than five prompts in a class, weights that are not one a set, or what [`prompt_activations`] and the method refuse.
 pub fn contrast(
     model: &Model,
     layers: &[LayerIndex],
     name: &str,
-    Classes { positive, negative }: Classes<'_>,
-    options: ContrastOptions,
+    sets: &[Classes<'_>],
+    options: &ContrastOptions,
     progress: Progress<'_>,
 ) -> Result<Contrast, LearnError> {
-    for (what, prompts) in [("the positive class", positive), ("the negative class", negative)] {
-        if prompts.len() < FOLDS {
-            return Err(LearnError::TooFewPrompts { what, needed: FOLDS, found: prompts.len() });
+    for set in sets {
+        for (what, prompts) in [("the positive class", set.positive), ("the negative class", set.negative)] {
+            if prompts.len() < separation::FOLDS {
+                return Err(LearnError::TooFewPrompts { what, needed: separation::FOLDS, found: prompts.len() });
+            }
         }
     }
-    let total = positive.len() + negative.len();
-    let tokens = options.tokens;
-    let positive = prompt_activations(model, layers, positive, tokens, &mut |done, _| progress(done, total))?;
-    let before = positive.n_rows();
-    let negative = prompt_activations(model, layers, negative, tokens, &mut |done, _| progress(before + done, total))?;
-    contrast_of(layers, name, &positive, &negative, options)
+    let read = class_activations(model, layers, sets, &options.tokens, progress)?;
+    contrast_of_sets(layers, name, &read, options)
 }
 
-/// As [`contrast`], of activations that are at hand: what [`prompt_activations`] gave for `layers` and the tokens of `options`.
+/// As [`contrast`], of one set's activations that are at hand: what [`prompt_activations`] gave for `layers` and the tokens of `options`.
 ///
 /// # Errors
 /// As [`contrast`].
@@ -108,46 +163,74 @@ pub fn contrast_of(
     negative: &Activations,
     options: ContrastOptions,
 ) -> Result<Contrast, LearnError> {
+    let set = ClassActivations { positive: positive.clone(), negative: negative.clone() };
+    contrast_of_sets(layers, name, &[set], &options)
+}
+
+/// As [`contrast`], of activations that are at hand: what [`class_activations`] gave for `layers` and the tokens of `options`.
+///
+/// # Errors
+/// As [`contrast`].
+pub fn contrast_of_sets(
+    layers: &[LayerIndex],
+    name: &str,
+    sets: &[ClassActivations],
+    options: &ContrastOptions,
+) -> Result<Contrast, LearnError> {
+    if !options.weights.is_empty() && options.weights.len() != sets.len() {
+        return Err(LearnError::Weights { sets: sets.len(), found: options.weights.len() });
+    }
     let one = |layer: LayerIndex| -> Result<_, SteeringError> {
-        let (positive, negative) = (positive.layer(layer), negative.layer(layer));
-        let vector = options.method.extract(positive, negative)?.named(name, layer, options.tokens);
-        let both = [positive.values(), negative.values()].concat();
-        let both = Residual::new(&both, positive.width()).expect("rows of the same width");
-        Ok((vector, separation(positive, negative, options.method)?, Standardization::of(both)))
+        let sets = sets_at(sets, layer, &options.weights);
+        let mut vector = options.method.extract(&sets)?.named(name, layer, options.tokens.clone());
+        vector.quality = Some(VectorQuality {
+            auc: separation::held_out(&sets, options.method)?,
+            stability: separation::stability(&sets, options.method, &vector.values, options.resamples, options.seed),
+            norm: norm(&vector.values),
+            cosine_before: None,
+            cosine_after: None,
+            regularization: options.method.regularization(),
+        });
+        let all: Vec<f32> =
+            sets.iter().flat_map(|set| [set.positive.values(), set.negative.values()]).flatten().copied().collect();
+        let all = Residual::new(&all, sets[0].positive.width()).expect("rows of the same width");
+        Ok((vector, Standardization::of(all)))
     };
-    let mut all = Contrast { vectors: Vec::new(), separation: Vec::new(), standardization: Vec::new() };
-    // A discriminant takes a thread a second or more a layer.
+    // A discriminant, its folds and its resamples take a thread a second or more a layer.
     let found = threads::each(layers, &mut |_, _| (), |layer| {
         one(*layer).map_err(|source| LearnError::Steering { layer: *layer, source })
     })?;
-    for (layer, (vector, separation, standardization)) in layers.iter().zip(found) {
-        all.vectors.push(vector);
-        all.separation.push((*layer, separation));
-        all.standardization.push(standardization);
-    }
-    Ok(all)
+    let (mut vectors, standardization): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+    compare_neighbours(&mut vectors);
+    let separation = vectors.iter().map(|vector| (vector.layer, auc_of(vector))).collect();
+    Ok(Contrast { vectors, separation, standardization })
 }
 
-/// Cross-validated AUC: every prompt is scored by a vector that was made without its fold.
-fn separation(positive: Residual<'_>, negative: Residual<'_>, method: ContrastMethod) -> Result<f64, SteeringError> {
-    let split = |class: Residual<'_>, fold: usize| {
-        let (mut kept, mut held) = (Vec::new(), Vec::new());
-        for (index, row) in class.rows().enumerate() {
-            if index % FOLDS == fold { &mut held } else { &mut kept }.extend_from_slice(row);
-        }
-        (kept, held)
+/// The sets' rows at `layer`.
+pub(super) fn sets_at<'a>(sets: &'a [ClassActivations], layer: LayerIndex, weights: &[f64]) -> Vec<ContrastSet<'a>> {
+    let at = |(index, set): (usize, &'a ClassActivations)| ContrastSet {
+        positive: set.positive.layer(layer),
+        negative: set.negative.layer(layer),
+        weight: weights.get(index).copied().unwrap_or(1.0),
     };
-    let mut total = 0.0;
-    for fold in 0..FOLDS {
-        let width = positive.width();
-        let rows = |values| Residual::new(values, width).expect("whole rows of the same width");
-        let (kept_positive, held_positive) = split(positive, fold);
-        let (kept_negative, held_negative) = split(negative, fold);
-        let direction = method.extract(rows(&kept_positive), rows(&kept_negative))?.values;
-        let scores = |values: &[f32]| -> Vec<f64> {
-            values.chunks_exact(width).map(|row| f64::from(dot(row, &direction))).collect()
-        };
-        total += auc(&scores(&held_positive), &scores(&held_negative));
+    sets.iter().enumerate().map(at).collect()
+}
+
+fn auc_of(vector: &SteeringVector) -> f64 {
+    vector.quality.as_ref().map_or(f64::NAN, VectorQuality::mean_auc)
+}
+
+fn compare_neighbours(vectors: &mut [SteeringVector]) {
+    let cosine_to = |vectors: &[SteeringVector], of: usize, layer: Option<u32>| {
+        let other = vectors.iter().find(|other| Some(other.layer.0) == layer)?;
+        Some(cosine(&vectors[of].values, &other.values))
+    };
+    for index in 0..vectors.len() {
+        let layer = vectors[index].layer.0;
+        let (before, after) =
+            (cosine_to(vectors, index, layer.checked_sub(1)), cosine_to(vectors, index, layer.checked_add(1)));
+        if let Some(quality) = &mut vectors[index].quality {
+            (quality.cosine_before, quality.cosine_after) = (before, after);
+        }
     }
-    Ok(total / FOLDS as f64)
 }

@@ -4,33 +4,45 @@
 //! [`mapping`](crate::mapping), the running of models in [`engine`](crate::engine); this room brings the two together and never
 //! touches a file.
 
+mod activations;
 mod autoencoder;
 mod calibrate;
 mod choose;
 mod corpus;
 mod extract;
 mod map;
+mod operating;
 mod recentre;
 mod replacement;
+mod separation;
+mod strength;
 mod survey;
+mod sweep;
 mod threads;
 
+pub use activations::prompt_activations;
 pub use autoencoder::{
     AutoencoderOptions, AutoencoderTrainer, Epoch, LayerPair, MappedByAutoencoder, PairedRows, TrainingError,
     TrainingWatch, map_by_autoencoder,
 };
-pub use calibrate::{Calibrated, calibrate};
+pub use calibrate::{Calibrated, CalibrationOptions, calibrate};
 pub use choose::separation_by_map;
 pub use corpus::{CorpusOptions, sample_corpus, set_aside};
-pub use extract::{Contrast, ContrastMethod, ContrastOptions, contrast, contrast_of, prompt_activations};
+pub use extract::{
+    ClassActivations, Contrast, ContrastMethod, ContrastOptions, class_activations, contrast, contrast_of,
+    contrast_of_sets,
+};
 pub use map::{MapOptions, Mapped, map};
-pub use recentre::benign_means;
+pub use operating::clopper_pearson;
+pub use recentre::{BenignProjection, benign_projections};
 pub use replacement::replacement;
+pub use strength::{StrengthOptions, StrengthSearch, TriedStrength, search_strength};
 pub use survey::{RankBy, Survey, SurveyedPair};
+pub use sweep::{FirstTokens, SweptLayer, adding, best_of_sweep, sweep};
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;
-use crate::steering::SteeringError;
+use crate::steering::{PromptTokens, SteeringError};
 use crate::tensor::{LayerIndex, LayerStack};
 
 /// Why a guard's part could not be learnt.
@@ -53,11 +65,13 @@ pub enum LearnError {
     TooFewPrompts { what: &'static str, needed: usize, found: usize },
     #[error("the two tokenizers share no token ends in the corpus of {documents} documents: is it text?")]
     NoPairs { documents: usize },
-    #[error("prompt {index} has no token but its first, which is left out, so there is nothing to take the mean of")]
-    NothingToAverage { index: usize },
+    #[error("prompt {index} has no such tokens as `{tokens}` but perhaps its first, which is left out")]
+    NoSuchToken { tokens: PromptTokens, index: usize },
+    #[error("there are {found} weights for {sets} contrast sets")]
+    Weights { sets: usize, found: usize },
     #[error("gate `{gate}` read nothing from prompt {index}")]
     NothingRead { gate: String, index: usize },
-    #[error("gate `{gate}`: the {found} benign prompts all score alike, so there is no scale to set a threshold on")]
+    #[error("`{gate}`: the {found} benign prompts all score alike, so there is no scale to measure others by")]
     NoSpread { gate: String, found: usize },
     #[error("sampling from the model gave {found} usable documents after {tries} tries, {wanted} were asked for")]
     Corpus { found: usize, wanted: usize, tries: usize },

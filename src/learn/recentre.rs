@@ -1,47 +1,57 @@
 use super::{LearnError, Progress};
 use crate::engine::{ActivationReader, Model};
-use crate::guard::{Guard, InterventionKind};
-use crate::tensor::{LayerIndex, dot, unit};
+use crate::guard::{Guard, Intervention};
+use crate::tensor::{LayerIndex, dot, mean_and_deviation, unit};
 
 /// Longest prompt, in tokens with its template.
 const CAPACITY: usize = 2048;
 
-/// The benign mean projection that every `ablate` of `guard` should recentre on, by the intervention's name: over all tokens of the
-/// benign prompts but the first. Plain ablation (a mean of 0) often wrecks a model.
+/// What benign prompts give along an intervention's unit vector at its layer, over all their tokens but the first.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BenignProjection {
+    pub intervention: String,
+    /// What an `ablate` should leave: plain ablation (a mean of 0) often wrecks a model.
+    pub mean: f64,
+    /// The unit in which an `add` can be measured.
+    pub deviation: f64,
+}
+
+/// The benign projections of those interventions of `guard` that are `wanted` and have a vector.
 ///
 /// # Errors
-/// A prompt that the model can't run, or an `ablate` at the model's last layer.
-pub fn benign_means(
+/// A prompt that the model can't run, an intervention at the model's last layer, or fewer than two tokens in all.
+pub fn benign_projections(
     model: &Model,
     guard: &Guard,
+    wanted: impl Fn(&Intervention) -> bool,
     benign: &[String],
     progress: Progress<'_>,
-) -> Result<Vec<(String, f64)>, LearnError> {
-    let ablated: Vec<_> = guard
-        .interventions()
-        .iter()
-        .filter_map(|intervention| match intervention.kind {
-            InterventionKind::Ablate { vector, .. } => Some((intervention.name.clone(), &guard.vectors()[vector])),
-            _ => None,
-        })
-        .collect();
-    if ablated.is_empty() {
+) -> Result<Vec<BenignProjection>, LearnError> {
+    let of = |intervention: &Intervention| {
+        let vector = &guard.vectors()[intervention.kind.vector()?];
+        Some((intervention.name.clone(), vector.layer, unit(&vector.direction)?))
+    };
+    let measured: Vec<_> = guard.interventions().iter().filter(|known| wanted(known)).filter_map(of).collect();
+    if measured.is_empty() {
         return Ok(Vec::new());
     }
-    let mut layers: Vec<LayerIndex> = ablated.iter().map(|(_, vector)| vector.layer).collect();
+    let mut layers: Vec<LayerIndex> = measured.iter().map(|(_, layer, _)| *layer).collect();
     layers.sort_unstable();
     layers.dedup();
-    let directions: Vec<Vec<f32>> =
-        ablated.iter().map(|(_, vector)| unit(&vector.direction).unwrap_or_default()).collect();
     let mut reader = ActivationReader::of(model, layers, CAPACITY)?;
-    let (mut sums, mut rows) = (vec![0.0; ablated.len()], 0usize);
+    let mut projections = vec![Vec::new(); measured.len()];
     for (index, prompt) in benign.iter().enumerate() {
         let activations = reader.every_token(&model.prompt_tokens(prompt)?)?;
-        rows += activations.n_rows();
-        for ((sum, direction), (_, vector)) in sums.iter_mut().zip(&directions).zip(&ablated) {
-            *sum += activations.layer(vector.layer).rows().map(|row| f64::from(dot(row, direction))).sum::<f64>();
+        for (projections, (_, layer, unit)) in projections.iter_mut().zip(&measured) {
+            projections.extend(activations.layer(*layer).rows().map(|row| f64::from(dot(row, unit))));
         }
         progress(index + 1, benign.len());
     }
-    Ok(ablated.into_iter().zip(sums).map(|((name, _), sum)| (name, sum / rows.max(1) as f64)).collect())
+    let projection = |((intervention, ..), projections): ((String, LayerIndex, Vec<f32>), Vec<f64>)| {
+        let (mean, deviation) = mean_and_deviation(&projections)
+            .filter(|(_, deviation)| *deviation > 0.0)
+            .ok_or(LearnError::NoSpread { gate: intervention.clone(), found: benign.len() })?;
+        Ok(BenignProjection { intervention, mean, deviation })
+    };
+    measured.into_iter().zip(projections).map(projection).collect()
 }

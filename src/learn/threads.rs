@@ -49,9 +49,9 @@ mod tests {
         assert_eq!(doubled, items.iter().map(|item| item * 2).collect::<Vec<_>>());
         assert_eq!(reported, (1..=100).map(|done| (done, 100)).collect::<Vec<_>>());
         let failing = |item: &u64| {
-            if *item == 7 { Err(LearnError::NothingToAverage { index: 7 }) } else { Ok(()) }
+            if *item == 7 { Err(LearnError::NoPairs { documents: 7 }) } else { Ok(()) }
         };
-        assert!(matches!(each(&items, &mut |_, _| (), failing), Err(LearnError::NothingToAverage { index: 7 })));
+        assert!(matches!(each(&items, &mut |_, _| (), failing), Err(LearnError::NoPairs { documents: 7 })));
         assert!(each(&[] as &[u64], &mut |_, _| (), |item| Ok(*item)).unwrap().is_empty());
     }
 }

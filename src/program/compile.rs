@@ -224,7 +224,8 @@ impl Compiling<'_> {
         let vector = |index: usize| &self.guard.vectors()[index].direction;
         let op = match intervention.kind {
             InterventionKind::Add { vector: index } => {
-                let bias = vector(index).iter().map(|x| strength * x).collect();
+                let scale = intervention.multiplier(vector(index));
+                let bias = vector(index).iter().map(|x| scale * x).collect();
                 LowRank {
                     keep: 1.0,
                     read: Box::default(),

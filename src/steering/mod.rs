@@ -4,16 +4,34 @@
 //! bytes. This room never runs a model and never touches a file: which rows to compare, and where bytes come from, is the
 //! caller's business.
 
+mod contrast;
 mod control_vector;
+#[cfg(feature = "learn")]
 mod discriminant;
 mod extract;
 mod gguf;
+#[cfg(feature = "learn")]
+mod logistic;
+#[cfg(feature = "learn")]
+mod principal;
+mod quality;
+#[cfg(feature = "learn")]
+mod solve;
 mod stack;
+mod tokens;
 
+pub use contrast::ContrastSet;
 pub use control_vector::ControlVector;
+#[cfg(feature = "learn")]
 pub use discriminant::{DEFAULT_SHRINKAGE, linear_discriminant};
 pub use extract::{Extracted, difference_of_means};
+#[cfg(feature = "learn")]
+pub use logistic::{DEFAULT_PENALTY, logistic_regression};
+#[cfg(feature = "learn")]
+pub use principal::principal_difference;
+pub use quality::{Stability, VectorQuality};
 pub use stack::stacked;
+pub use tokens::PromptTokens;
 
 use crate::tensor::LayerIndex;
 use serde::{Deserialize, Serialize};
@@ -37,9 +55,12 @@ pub struct SteeringVector {
     pub n_negative: usize,
     /// Between which the vector lies; `None` where imported, or found before they were kept.
     pub class_means: Option<ClassMeans>,
+    /// Measured when it was made; `None` in older files, and where imported.
+    pub quality: Option<VectorQuality>,
 }
 
-/// Mean residual of each class: what a map that is not linear carries in place of their difference.
+/// Mean residual of each class, over several contrast sets the weighted mean of theirs: what a map that is not linear carries in place of
+/// their difference.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClassMeans {
     /// `[width]`
@@ -55,9 +76,15 @@ pub enum ExtractionMethod {
     /// See [`difference_of_means`].
     #[serde(rename = "mean")]
     DifferenceOfMeans,
+    /// See [`principal_difference`].
+    #[serde(rename = "pca")]
+    PrincipalDifference,
     /// See [`linear_discriminant`].
     #[serde(rename = "lda")]
     LinearDiscriminant,
+    /// See [`logistic_regression`].
+    #[serde(rename = "logistic")]
+    LogisticRegression,
     /// Read from a file that does not say.
     #[serde(rename = "imported")]
     Imported,
@@ -74,33 +101,37 @@ pub enum VectorKind {
     Discriminant,
 }
 
-/// Which tokens of a prompt a vector was made from: how a gate on it should read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PromptTokens {
-    /// The last, where the answer begins.
-    #[default]
-    Last,
-    /// The mean over all but the first.
-    Mean,
-}
-
 impl ExtractionMethod {
+    pub const ALL: [Self; 5] = [
+        Self::DifferenceOfMeans,
+        Self::PrincipalDifference,
+        Self::LinearDiscriminant,
+        Self::LogisticRegression,
+        Self::Imported,
+    ];
+
     pub fn kind(self) -> VectorKind {
         match self {
-            Self::LinearDiscriminant => VectorKind::Discriminant,
-            Self::DifferenceOfMeans | Self::Imported => VectorKind::Direction,
+            Self::LinearDiscriminant | Self::LogisticRegression => VectorKind::Discriminant,
+            Self::DifferenceOfMeans | Self::PrincipalDifference | Self::Imported => VectorKind::Direction,
+        }
+    }
+
+    /// As files and the command line call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DifferenceOfMeans => "mean",
+            Self::PrincipalDifference => "pca",
+            Self::LinearDiscriminant => "lda",
+            Self::LogisticRegression => "logistic",
+            Self::Imported => "imported",
         }
     }
 }
 
 impl fmt::Display for ExtractionMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::DifferenceOfMeans => "mean",
-            Self::LinearDiscriminant => "lda",
-            Self::Imported => "imported",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -108,12 +139,8 @@ impl FromStr for ExtractionMethod {
     type Err = SteeringError;
 
     fn from_str(text: &str) -> Result<Self, SteeringError> {
-        match text {
-            "mean" => Ok(Self::DifferenceOfMeans),
-            "lda" => Ok(Self::LinearDiscriminant),
-            "imported" => Ok(Self::Imported),
-            _ => Err(SteeringError::UnknownMethod { found: text.to_owned() }),
-        }
+        let found = Self::ALL.into_iter().find(|method| method.name() == text);
+        found.ok_or_else(|| SteeringError::UnknownMethod { found: text.to_owned() })
     }
 }
 
@@ -121,13 +148,23 @@ impl FromStr for ExtractionMethod {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SteeringError {
-    #[error("unknown extraction method `{found}`, expected `mean`, `lda` or `imported`")]
+    #[error("unknown extraction method `{found}`, expected `mean`, `pca`, `lda`, `logistic` or `imported`")]
     UnknownMethod { found: String },
+    #[error("`{found}` are no tokens of a prompt, expected `last`, `mean`, `-2` (the last but one) or `matching=TEXT`")]
+    UnknownTokens { found: String },
 
+    #[error("there are no prompts to compare")]
+    NoSets,
+    #[error("the weight of a contrast set is {found}, expected a number above 0")]
+    Weight { found: f64 },
     #[error("the {class} class has no rows")]
     EmptyClass { class: &'static str },
-    #[error("rows of the positive class have width {positive}, those of the negative class {negative}")]
-    ClassWidths { positive: usize, negative: usize },
+    #[error("rows of the {class} class have width {found}, expected {expected}")]
+    ClassWidths { class: &'static str, expected: usize, found: usize },
+    #[error(
+        "paired differences need classes of equal size, the first prompt of one against the first of the other and so on, found {positive} positive and {negative} negative"
+    )]
+    Unpaired { positive: usize, negative: usize },
     #[error("row {row} of the {class} class has a non-finite value ({value}) at index {index}")]
     NonFiniteRow { class: &'static str, row: usize, index: usize, value: f32 },
     #[error("the two classes have the same mean: there is no direction between them")]
@@ -136,6 +173,10 @@ pub enum SteeringError {
     TooFewRows { positive: usize, negative: usize },
     #[error("the shrinkage is {found}, expected a number above 0, up to 1")]
     Shrinkage { found: f64 },
+    #[error("the penalty is {found}, expected a number above 0")]
+    Penalty { found: f64 },
+    #[error("the logistic regression did not converge in {iterations} steps: raise the penalty")]
+    NotConverged { iterations: usize },
     #[error("no row differs from its class's mean, so there is no variance to weigh dimensions by")]
     NoVariance,
     #[error("the direction does not fit in `f32`: index {index} is {value}")]
@@ -172,7 +213,9 @@ mod tests {
     fn a_method_is_spelt_the_same_everywhere() {
         for (method, name) in [
             (ExtractionMethod::DifferenceOfMeans, "mean"),
+            (ExtractionMethod::PrincipalDifference, "pca"),
             (ExtractionMethod::LinearDiscriminant, "lda"),
+            (ExtractionMethod::LogisticRegression, "logistic"),
             (ExtractionMethod::Imported, "imported"),
         ] {
             assert_eq!(method.to_string(), name);

@@ -47,7 +47,15 @@ const SPOILED: &[Spoil] = &[
         |f| f.edit_manifest("[target]\n", "[target]\nquantisation = \"Q4\"\n"),
         &["guard.toml", "quantisation"],
     ),
-    ("a gate is not calibrated", |f| f.edit_manifest("deviation = ", "# deviation = "), &["deviation", "calibrate"]),
+    (
+        "a gate is not calibrated",
+        |f| {
+            // The gate's own, which comes before those of single quantizations.
+            let text = std::fs::read_to_string(f.manifest()).unwrap();
+            std::fs::write(f.manifest(), text.replacen("deviation = ", "# deviation = ", 1)).unwrap();
+        },
+        &["deviation", "calibrate"],
+    ),
     ("it is no TOML", |f| f.edit_manifest("[target]", "[target"), &["guard.toml:6", "unclosed"]),
     ("the format is another", |f| f.edit_manifest("format = 1", "format = 2"), &["format"]),
     ("the manifest is not there", |f| std::fs::remove_file(f.manifest()).unwrap(), &["guard.toml"]),
@@ -353,7 +361,12 @@ fn a_mapped_guard_is_made_and_measured_by_the_commands() {
     };
     let wrong = build(&["--layer", "1:3"]);
     assert!(wrong.code == 2 && wrong.stderr.contains("1:1") && wrong.stderr.contains("1:2"), "{wrong:?}");
-    let built = build(&["--positive", positive, "--negative", negative]);
+    // Each prompt is judged by a vector made without it, in the model that the vectors are of.
+    let nowhere = build(&["--positive", positive, "--negative", negative]);
+    assert!(nowhere.code == 2 && nowhere.stderr.contains("give `--source`"), "{nowhere:?}");
+    let other = build(&["--positive", positive, "--negative", negative, "--source", &large]);
+    assert!(other.code == 2 && other.stderr.contains("another model"), "{other:?}");
+    let built = build(&["--positive", positive, "--negative", negative, "--source", fixture.model()]);
     assert_eq!(built.code, 0, "{built:?}");
     assert!(built.stderr.contains("chose layers 1:"), "{built:?}");
     done(&["calibrate", "--model", &large, "--guard", &guard, "--benign", negative, "--false-positive-rate", "0.1"]);

@@ -341,6 +341,7 @@ fn gate(vector: &str, aggregate: Aggregate, threshold: f64, on_fire: OnFire) -> 
         mean: Some(BENIGN.0),
         deviation: Some(BENIGN.1),
         on_fire,
+        calibrations: Vec::new(),
     }
 }
 

@@ -1,191 +1,295 @@
-//! What is learnt of two tiny models: autoencoders by the command, and what becomes of a model whose residual is replaced.
+//! Making guards by the command: vectors, what is recorded of them, and figures for each quantization.
 
-use crate::support::{Fixture, done, pilotfish};
+use crate::support::{Fixture, LAYER, done, pilotfish};
 use crate::tiny_model::{Architecture, TinyModel};
 use pilotfish::Guard;
-use pilotfish::engine::{ActivationReader, Model, ModelOptions, ReplacedReader};
-use pilotfish::guard::{MappingFile, VectorFile};
-use pilotfish::tensor::{LayerIndex, TokenPosition};
+use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
+use pilotfish::guard::VectorFile;
+use pilotfish::learn::{FirstTokens, adding, prompt_activations};
+use pilotfish::steering::{PromptTokens, SteeringVector};
+use pilotfish::tensor::LayerIndex;
+use serde_json::Value;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
-const TEXT: &str = "the shark swims to the sea and eats pilot fish";
-
-fn tiny(architecture: Architecture) -> (tempfile::TempDir, Model) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("tiny.gguf");
-    TinyModel::new(architecture).write(&path);
-    let model = Model::load(&path, "tiny", &ModelOptions::default()).unwrap();
-    (folder, model)
+/// Prompts in the files of a folder.
+struct Prompts {
+    folder: TempDir,
 }
 
-#[test]
-fn a_row_replaced_by_itself_changes_nothing_and_by_another_all_that_follows() {
-    for architecture in [Architecture::Llama, Architecture::Gemma3] {
-        let (_folder, model) = tiny(architecture);
-        let tokens = model.prompt_tokens(TEXT).unwrap();
-        let layers: Vec<LayerIndex> = (0..model.shape().n_layer - 1).map(LayerIndex).collect();
-        let mut reader = ActivationReader::of(&model, layers.clone(), tokens.len()).unwrap();
-        let rows = reader.every_token(&tokens).unwrap();
-        let mut replacing = ReplacedReader::of(&model, tokens.len()).unwrap();
-        let mut logits = |replaced: Option<(LayerIndex, &[TokenPosition], pilotfish::tensor::Residual<'_>)>| {
-            let mut all = Vec::new();
-            replacing.logits(&tokens, replaced, |_, logits| all.push(logits.to_vec())).unwrap();
-            all
-        };
-        let own = logits(None);
-        assert_eq!(own.len(), tokens.len());
-        let (at, other) = (tokens.len() / 2, 1);
-        for layer in layers {
-            let all: Vec<_> = rows.positions().to_vec();
-            assert_eq!(
-                logits(Some((layer, &all, rows.layer(layer)))),
-                own,
-                "{architecture:?}, layer {layer}: by itself"
-            );
-            // Rows start at the second token.
-            let stranger = rows.select(std::iter::once(other - 1));
-            let changed = logits(Some((layer, &[TokenPosition(at as i32)], stranger.layer(layer))));
-            assert_eq!(changed[..at], own[..at], "{architecture:?}, layer {layer}: what came before");
-            assert_ne!(changed[at], own[at], "{architecture:?}, layer {layer}: its own token");
-            assert!(changed[at + 1..] != own[at + 1..], "{architecture:?}, layer {layer}: what attends to it");
-        }
-        assert_eq!(logits(None), own, "{architecture:?}: a replacement ends with its decode");
-    }
-}
-
-#[test]
-fn what_can_not_be_replaced_is_an_error() {
-    let (_folder, model) = tiny(Architecture::Llama);
-    let tokens = model.prompt_tokens(TEXT).unwrap();
-    let mut replacing = ReplacedReader::of(&model, tokens.len()).unwrap();
-    let mut problem = |layer, positions: &[TokenPosition], width: usize| {
-        let values = vec![0.5; positions.len() * width];
-        let rows = pilotfish::tensor::Residual::new(&values, width).unwrap();
-        replacing.logits(&tokens, Some((LayerIndex(layer), positions, rows)), |_, _| ()).unwrap_err().to_string()
-    };
-    let width = model.shape().n_embd.0;
-    let narrow = problem(1, &[TokenPosition(2)], width - 1);
-    assert!(narrow.contains(&format!("its rows have {width} values, those to replace them {}", width - 1)), "{narrow}");
-    let nowhere = problem(77, &[TokenPosition(2)], width);
-    assert!(nowhere.contains("no layer 77"), "{nowhere}");
-    let outside = problem(1, &[TokenPosition(tokens.len() as i32)], width);
-    assert!(outside.contains(&format!("has {} tokens", tokens.len())), "{outside}");
-}
-
-/// Two tiny models, texts for both, and the vector of the small one.
-struct Pair {
-    fixture: Fixture,
-}
-
-impl Pair {
+impl Prompts {
+    /// Twelve prompts about each of two things, and as many more about one of them as `extra` says.
     fn new() -> Self {
-        let pair = Self { fixture: Fixture::new(&[]) };
-        let mut large = TinyModel::new(Architecture::Gemma3);
-        large.n_embd = 96;
-        large.write(pair.at("large.gguf").as_ref());
-        let corpus: String =
-            (0..60).map(|n| format!("the shark {n} swims to the sea and eats {} pilot fish\n", n * 7)).collect();
-        std::fs::write(pair.at("corpus.txt"), corpus).unwrap();
-        pair
+        let prompts = Self { folder: tempfile::tempdir().unwrap() };
+        let of =
+            |word: &str, n: usize| (0..n).map(|n| format!("{word} {}\n", "sea ".repeat(n + 1))).collect::<String>();
+        for (name, text) in
+            [("sharks.txt", of("shark", 12)), ("fish.txt", of("pilot fish", 12)), ("birds.txt", of("bird song", 40))]
+        {
+            std::fs::write(prompts.folder.path().join(name), text).unwrap();
+        }
+        prompts
     }
 
     fn at(&self, name: &str) -> String {
-        self.fixture.folder.path().join(name).to_str().unwrap().to_owned()
+        self.folder.path().join(name).to_str().unwrap().to_owned()
     }
 
-    fn map(&self, output: &str, more: &[&str]) -> Vec<String> {
-        let (large, corpus, output) = (self.at("large.gguf"), self.at("corpus.txt"), self.at(output));
-        let models = ["map", "--source", self.fixture.model(), "--target", &large, "--corpus", &corpus];
-        let all = [&models[..], &["--layers", "1:2", "--kind", "autoencoder", "-o", &output], more].concat();
-        all.into_iter().map(str::to_owned).collect()
+    fn model(&self) -> String {
+        let path = self.at("tiny.gguf");
+        TinyModel::new(Architecture::Llama).write(Path::new(&path));
+        path
     }
 
-    fn read(&self, name: &str) -> Vec<u8> {
-        std::fs::read(self.at(name)).unwrap()
+    /// `extract`, sharks against fish, with `more`; the file's bytes.
+    fn extract(&self, model: &str, name: &str, more: &[&str]) -> Vec<u8> {
+        let output = self.at(name);
+        let (positive, negative) = (self.at("sharks.txt"), self.at("fish.txt"));
+        let plain = ["extract", "--model", model, "--positive", &positive, "--negative", &negative, "-o", &output];
+        done(&[&plain[..], more].concat());
+        std::fs::read(output).unwrap()
     }
 }
 
-const MAPPING: &str = "m.map.safetensors";
-
-#[test]
-fn an_autoencoder_is_trained_and_a_guard_carries_a_vector_by_it() {
-    let pair = Pair::new();
-    let table = done(&pair.map(MAPPING, &["--epochs", "30", "--learning-rate", "0.003", "--replacement", "5"]));
-    assert!(table.contains("autoencoder") && table.contains("documents set aside"), "{table}");
-    let file = MappingFile::from_bytes("m", &pair.read(MAPPING)).unwrap();
-    let (map, quality) = &file.autoencoders[0];
-    assert!(quality.fraction_unexplained < 0.9, "{quality:?}");
-    let replaced = file.replacements[&(LayerIndex(1).into(), LayerIndex(2))];
-    assert!(replaced.kl < replaced.kl_mean_ablation && replaced.replaced > 0.5, "{replaced:?}");
-    assert_eq!(replaced.n_documents, 5);
-    assert!(!Path::new(&pair.at("m.1-2.checkpoint.safetensors")).exists(), "nothing is left of the training");
-
-    let (large, vectors, mapping, guard) =
-        (pair.at("large.gguf"), pair.at("vectors.safetensors"), pair.at(MAPPING), pair.at("mapped"));
-    let build = ["guard", "build", "--name", "mapped", "--model", &large, "--vectors", &vectors, "--layer", "1:2"];
-    done(&[&build[..], &["--mapping", &mapping, "--gate", "sharks", "--intervene", "add", "-o", &guard]].concat());
-    let negative = pair.fixture.negative.to_str().unwrap();
-    done(&["calibrate", "--model", &large, "--guard", &guard, "--benign", negative]);
-    done(&["guard", "verify", &guard, "--model", &large]);
-
-    // By hand, from the files alone.
-    let source = VectorFile::from_bytes("v", &std::fs::read(&vectors).unwrap()).unwrap();
-    let means = source.vectors[0].class_means.as_ref().unwrap();
-    let mapped = |mean: &[f32]| map.apply(&mean.iter().map(|value| f64::from(*value)).collect::<Vec<_>>());
-    let expected: Vec<f32> =
-        mapped(&means.positive).iter().zip(mapped(&means.negative)).map(|(p, n)| (p - n) as f32).collect();
-    let built = Guard::load(guard.as_ref()).unwrap();
-    assert_eq!(built.vectors()[0].direction, expected);
-    assert_eq!(built.vectors()[0].layer, LayerIndex(2));
-    assert_eq!(done(&["guard", "inspect", &guard]).matches("unexplained").count(), 1);
+fn vectors(bytes: &[u8]) -> Vec<SteeringVector> {
+    VectorFile::from_bytes("v", bytes).unwrap().vectors
 }
 
 #[test]
-fn a_training_that_is_killed_goes_on_to_the_same_file() {
-    let pair = Pair::new();
-    let long = ["--epochs", "50", "--patience", "50"];
-    done(&pair.map("whole.map.safetensors", &long));
-
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pilotfish"))
-        .args(pair.map("cut.map.safetensors", &long))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let checkpoint = pair.at("cut.1-2.checkpoint.safetensors");
-    let start = Instant::now();
-    while !Path::new(&checkpoint).exists() {
-        assert!(start.elapsed() < Duration::from_secs(60), "no checkpoint was written");
-        std::thread::sleep(Duration::from_millis(1));
+fn every_method_is_recorded_and_the_same_twice() {
+    let prompts = Prompts::new();
+    let model = prompts.model();
+    for method in ["mean", "pca", "lda", "logistic"] {
+        let more = ["--method", method, "--resamples", "6", "--seed", "3"];
+        let first = prompts.extract(&model, "first.safetensors", &more);
+        assert!(first == prompts.extract(&model, "second.safetensors", &more), "{method}: not the same bytes");
+        let found = vectors(&first);
+        assert_eq!(found.len(), 4);
+        for vector in &found {
+            let quality = vector.quality.as_ref().unwrap();
+            assert_eq!(vector.method.to_string(), method);
+            assert_eq!(quality.auc.len(), 1);
+            assert!((0.0..=1.0).contains(&quality.auc[0]), "{quality:?}");
+            let stability = quality.stability.unwrap();
+            assert!(stability.resamples == 6 && stability.seed == 3 && stability.mean_cosine > 0.0, "{quality:?}");
+            assert!((quality.norm - pilotfish::tensor::norm(&vector.values)).abs() < 1e-9 * quality.norm);
+            assert_eq!(
+                (quality.cosine_before.is_some(), quality.cosine_after.is_some()),
+                (vector.layer.0 > 0, vector.layer.0 < 3)
+            );
+        }
+        let other =
+            prompts.extract(&model, "other.safetensors", &["--method", method, "--resamples", "6", "--seed", "4"]);
+        let mean_cosine =
+            |vectors: &[SteeringVector]| vectors[1].quality.as_ref().unwrap().stability.unwrap().mean_cosine;
+        assert_ne!(mean_cosine(&found), mean_cosine(&vectors(&other)), "{method}: another seed");
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(!Path::new(&pair.at("cut.map.safetensors")).exists(), "it was killed too late to tell");
+}
 
-    let other =
-        pilotfish(&pair.map("cut.map.safetensors", &[&long[..], &["--resume", "--learning-rate", "0.5"]].concat()));
-    assert!(other.code == 2 && other.stderr.contains("its options differ"), "{other:?}");
-    let resumed = pilotfish(&pair.map("cut.map.safetensors", &[&long[..], &["--resume"]].concat()));
-    assert_eq!(resumed.code, 0, "{resumed:?}");
-    assert!(!resumed.stderr.contains("epoch 1:"), "it began anew: {}", resumed.stderr);
-    assert!(pair.read("cut.map.safetensors") == pair.read("whole.map.safetensors"), "another map");
+/// The table of a sweep, and what the library gives for one layer of it.
+#[test]
+fn a_sweep_steers_with_every_vector_and_says_what_that_does() {
+    let prompts = Prompts::new();
+    let path = prompts.model();
+    let (positive, negative, output) = (prompts.at("sharks.txt"), prompts.at("fish.txt"), prompts.at("v.safetensors"));
+    let plain = ["extract", "--model", &path, "--positive", &positive, "--negative", &negative, "-o", &output];
+    let told = done(&[&plain[..], &["--sweep", "3", "--sweep-prompts", "5", "--effect-tokens", " sea"]].concat());
+    let table = told.split("effect").nth(1).unwrap();
+    assert_eq!(table.lines().filter(|line| line.contains(['+', '-']) && line.contains("0.")).count(), 3, "{told}");
+
+    let model = Model::load(Path::new(&path), "tiny", &ModelOptions::default()).unwrap();
+    let vector = &vectors(&std::fs::read(&output).unwrap())[1];
+    let (steered, kept) = (["shark".to_owned()], ["pilot fish".to_owned()]);
+    let first_tokens = FirstTokens::new(&model, &[" sea".to_owned()], &steered, &kept).unwrap();
+    let measured = |strength: f64| first_tokens.measure(&adding(&model, vector, strength, 2.0).unwrap()).unwrap();
+    assert_eq!(measured(0.0), (0.0, 0.0), "nothing added, nothing changed");
+    let (some, more) = (measured(1.0), measured(20.0));
+    assert!(some.0 != 0.0 && some.1 > 0.0 && more.1 > some.1, "{some:?} {more:?}");
+    // The same by hand: log-odds of the one token, guarded and not.
+    let sea = model.llama().vocab().tokenize(b" sea", false, false)[0];
+    let odds = |guards: &[&Guard]| {
+        let mut session = Session::new(&model, guards, SessionOptions::default()).unwrap();
+        let last = session.prefill(&model.prompt_tokens("shark").unwrap()).unwrap();
+        let log = pilotfish::tensor::log_softmax(session.logits(last))[sea.0 as usize];
+        log - (-log.exp()).ln_1p()
+    };
+    let expected = odds(&[&adding(&model, vector, 1.0, 2.0).unwrap()]) - odds(&[]);
+    assert!((some.0 - expected).abs() < 1e-6, "{} and {expected}", some.0);
 }
 
 #[test]
-fn what_an_autoencoder_can_not_do_is_said() {
-    let pair = Pair::new();
-    let mut auto = pair.map(MAPPING, &[]);
-    let layers = auto.iter().position(|argument| argument == "1:2").unwrap();
-    auto[layers] = "auto".to_owned();
-    let ran = pilotfish(&auto);
-    assert!(ran.code == 2 && ran.stderr.contains("`--layers S:T`"), "{ran:?}");
-    let ran = pilotfish(&pair.map(MAPPING, &["--learning-rate", "1e30"]));
-    assert!(ran.code == 2 && ran.stderr.contains("the training has diverged"), "{ran:?}");
-    let ran = pilotfish(&pair.map(MAPPING, &["--replacement", "60"]));
-    assert!(ran.code == 2 && ran.stderr.contains("the corpus has 60 documents"), "{ran:?}");
-    std::fs::write(pair.at("m.1-2.checkpoint.safetensors"), "no checkpoint").unwrap();
-    let ran = pilotfish(&pair.map(MAPPING, &["--resume"]));
-    assert!(ran.code == 2 && ran.stderr.contains("not a checkpoint"), "{ran:?}");
+fn several_contrasts_have_equal_say_or_their_weights() {
+    let prompts = Prompts::new();
+    let model = prompts.model();
+    let (sharks, birds) = (prompts.at("sharks.txt"), prompts.at("birds.txt"));
+    let one = vectors(&prompts.extract(&model, "one.safetensors", &[]));
+    let again = ["--positive", &sharks, "--negative", &birds];
+    let both = vectors(&prompts.extract(&model, "both.safetensors", &again));
+    let heavy = vectors(&prompts.extract(&model, "heavy.safetensors", &[&again[..], &["--weights", "3,1"]].concat()));
+    let other = {
+        let output = prompts.at("other.safetensors");
+        done(&["extract", "--model", &model, "--positive", &sharks, "--negative", &birds, "-o", &output]);
+        vectors(&std::fs::read(output).unwrap())
+    };
+    for layer in 0..4 {
+        assert_eq!(both[layer].quality.as_ref().unwrap().auc.len(), 2);
+        assert_eq!((both[layer].n_positive, both[layer].n_negative), (24, 52));
+        for index in 0..one[layer].values.len() {
+            let (a, b) = (one[layer].values[index], other[layer].values[index]);
+            assert!((both[layer].values[index] - (a + b) / 2.0).abs() < 1e-5);
+            assert!((heavy[layer].values[index] - (3.0 * a + b) / 4.0).abs() < 1e-5);
+        }
+    }
+    let wrong = |more: &[&str]| {
+        let output = prompts.at("wrong.safetensors");
+        let plain = ["extract", "--model", &model, "--positive", &sharks, "--negative", &birds, "-o", &output];
+        let ran = pilotfish(&[&plain[..], more].concat());
+        assert!(ran.code == 2 && !Path::new(&output).exists(), "{ran:?}");
+        ran.stderr
+    };
+    assert!(wrong(&["--positive", &sharks]).contains("there are 2 and 1"));
+    assert!(wrong(&["--weights", "1,2"]).contains("2 weights for 1 contrast"));
+    assert!(wrong(&["--method", "pca"]).contains("equal size"));
+    assert!(wrong(&["--method", "logistic", "--penalty", "0"]).contains("the penalty is 0"));
+}
+
+/// Rows as the model has them, token by token.
+#[test]
+fn chosen_and_matching_tokens_are_the_ones_that_are_read() {
+    let prompts = Prompts::new();
+    let path = prompts.model();
+    let model = Model::load(Path::new(&path), "tiny", &ModelOptions::default()).unwrap();
+    let layer = LayerIndex(LAYER);
+    let text = ["the pilot fish eats".to_owned()];
+    let read = |tokens: &str| {
+        let tokens: PromptTokens = tokens.parse().unwrap();
+        prompt_activations(&model, &[layer], &text, &tokens, &mut |_, _| ())
+            .map(|read| read.layer(layer).row(0).to_vec())
+    };
+    let ids = model.prompt_tokens(&text[0]).unwrap();
+    let mut reader = pilotfish::engine::ActivationReader::of(&model, vec![layer], 64).unwrap();
+    let all = reader.every_token(&ids).unwrap();
+    let row = |token: usize| all.layer(layer).row(token - 1).to_vec();
+    assert_eq!(read("-2").unwrap(), row(ids.len() - 2));
+    assert_eq!(read("-1").unwrap(), read("last").unwrap());
+
+    let pieces: Vec<_> = ids.iter().map(|id| model.llama().vocab().token_to_piece(*id, true, None)).collect();
+    let spells = |word: &str| pieces.iter().position(|piece| piece.trim_ascii() == word.as_bytes()).unwrap();
+    assert_eq!(read("matching=fish").unwrap(), row(spells("fish")));
+    let both = read("matching=pilot fish").unwrap();
+    for (index, found) in both.iter().enumerate() {
+        let expected = (row(spells("pilot"))[index] + row(spells("fish"))[index]) / 2.0;
+        assert!((found - expected).abs() < 1e-5);
+    }
+    for none in ["matching=shark", "-50"] {
+        let error = read(none).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{none}`")) && error.contains("prompt 0"), "{error}");
+    }
+}
+
+/// One model in several quantizations, which have another residual each, and so other figures.
+#[test]
+fn a_gate_goes_by_the_figures_of_the_file_that_is_loaded() {
+    let prompts = Prompts::new();
+    let file = |quantization: &str| {
+        let output = prompts.at(&format!("{quantization}.gguf"));
+        let sizes = ["--width", "64", "--layers", "4", "--heads", "4", "--kv-heads", "2", "--head-width", "16"];
+        let more = ["--feed-forward", "128", "--vocabulary", "600", "--context", "512", "--quantization", quantization];
+        done(&[&["models", "synthesize", "--preset", "llama-8b", "-o", &output][..], &sizes, &more].concat());
+        output
+    };
+    let [first, second, third] = ["q8_0", "f16", "q4_0"].map(file);
+    prompts.extract(&first, "v.safetensors", &[]);
+    let guard = prompts.at("guard");
+    let build = [
+        "guard",
+        "build",
+        "--name",
+        "sharks",
+        "--model",
+        &first,
+        "--vectors",
+        &prompts.at("v.safetensors"),
+        "-o",
+        &guard,
+    ];
+    done(&[&build[..], &["--layer", "1", "--gate", "sharks", "--intervene", "add"]].concat());
+    // Random weights of one quantization are no quantization of those of another.
+    let manifest = format!("{guard}/guard.toml");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let (before, probe) = text.split_once("[target.probe]").unwrap();
+    let after = probe.split_once("\n[").unwrap().1;
+    std::fs::write(&manifest, format!("{before}[{after}")).unwrap();
+
+    let benign = prompts.at("birds.txt");
+    let calibrate = |model: &str, more: &[&str]| {
+        let (sharks, plain) = (prompts.at("sharks.txt"), ["calibrate", "--model", model, "--guard", &guard]);
+        done(&[&plain[..], &["--benign", &benign, "--positive", &sharks], more].concat())
+    };
+    let told = calibrate(&first, &["--strength-sd", "2.5"]);
+    assert!(told.contains("0.5 %") && told.contains("of 40"), "{told}");
+    let after_one = Guard::load(guard.as_ref()).unwrap();
+    calibrate(&second, &[]);
+    let loaded = Guard::load(guard.as_ref()).unwrap();
+    let known = &loaded.gates()[0].calibrations;
+    assert_eq!(known.iter().map(|known| known.quantization.as_str()).collect::<Vec<_>>(), ["Q8_0", "F16"]);
+    assert_eq!(known[0], after_one.gates()[0].calibrations[0], "the first one's figures stay");
+    assert_ne!(known[0].mean, known[1].mean);
+    assert!(known[0].points.len() >= 6 && known[0].points.iter().all(|point| point.detection.is_some()));
+    // The strength asked for stays; what it is in units of is measured anew.
+    let added = |guard: &Guard| (guard.interventions()[0].strength, guard.interventions()[0].deviation.unwrap());
+    assert_eq!((added(&after_one).0, added(&loaded).0), (2.5, 2.5));
+    assert_ne!(added(&after_one).1, added(&loaded).1);
+
+    // Benign scores have mean 0 and deviation 1 on either file.
+    let scores = |model: &str| -> Vec<f64> {
+        let lines = done(&["score", "--model", model, "--guard", &guard, "--prompts", &benign, "--json"]);
+        let score = |line: &str| serde_json::from_str::<Value>(line).unwrap()["gates"]["sharks"]["score"].as_f64();
+        lines.lines().map(|line| score(line).unwrap()).collect()
+    };
+    for model in [&first, &second] {
+        let (mean, deviation) = pilotfish::tensor::mean_and_deviation(&scores(model)).unwrap();
+        assert!(mean.abs() < 1e-4 && (deviation - 1.0).abs() < 1e-4, "{model}: {mean} ± {deviation}");
+    }
+    // One that was never measured runs on the last one's, and says so.
+    let ran = pilotfish(&["score", "--model", &third, "--guard", &guard, "--prompts", &benign, "--json"]);
+    assert!(ran.code == 0 && ran.stderr.contains("`sharks` is not calibrated on Q4_0"), "{ran:?}");
+    assert!(
+        !pilotfish(&["score", "--model", &first, "--guard", &guard, "--prompts", &benign])
+            .stderr
+            .contains("calibrated")
+    );
+
+    // An operating point of the table, for all of them.
+    done(&["calibrate", "--guard", &guard, "--use", "0.1"]);
+    let chosen = Guard::load(guard.as_ref()).unwrap();
+    for known in &chosen.gates()[0].calibrations {
+        assert_eq!(known.threshold, known.point(0.1).unwrap().threshold);
+        assert_eq!(known.point(0.1).unwrap().fired, 4);
+    }
+    assert_eq!(chosen.gates()[0].threshold, Some(chosen.gates()[0].calibrations[1].threshold));
+    let unknown = pilotfish(&["calibrate", "--guard", &guard, "--use", "0.3"]);
+    assert!(unknown.code == 2 && unknown.stderr.contains("operating point `0.3`"), "{unknown:?}");
+}
+
+#[test]
+fn being_sure_of_a_rate_takes_more_prompts() {
+    let fixture = Fixture::new(&[]);
+    let benign = fixture.folder.path().join("benign.txt");
+    let prompts: String = (0..60).map(|n| format!("bird {}\n", "song ".repeat(n + 1))).collect();
+    std::fs::write(&benign, &prompts).unwrap();
+    let calibrate = |more: &[&str]| {
+        let plain =
+            ["calibrate", "--model", fixture.model(), "--guard", fixture.guard(), "--benign", benign.to_str().unwrap()];
+        pilotfish(&[&plain[..], more].concat())
+    };
+    assert_eq!(calibrate(&["--confidence", "0.95"]).code, 0);
+    let sure = Guard::load(&fixture.guard).unwrap();
+    let point = sure.gates()[0].calibrations[0].point(0.05).unwrap();
+    assert_eq!((point.fired, point.threshold), (0, sure.gates()[0].threshold.unwrap()));
+    assert_eq!(calibrate(&[]).code, 0);
+    assert_eq!(Guard::load(&fixture.guard).unwrap().gates()[0].calibrations[0].point(0.05).unwrap().fired, 3);
+    let few = calibrate(&["--confidence", "0.95", "--false-positive-rate", "0.01"]);
+    assert!(few.code == 2 && few.stderr.contains("at least 299 prompts, found 60"), "{few:?}");
+    assert_eq!(calibrate(&["--confidence", "1.5"]).code, 2);
 }

@@ -2,6 +2,7 @@
 //! they have been pulled (`pilotfish models pull`) and say so where they are skipped.
 
 mod architecture;
+mod autoencoder;
 mod command_line;
 #[path = "../support/counting_allocator.rs"]
 mod counting_allocator;
@@ -10,6 +11,7 @@ mod learning;
 #[path = "../support/raw_llama.rs"]
 mod raw_llama;
 mod real;
+mod reference;
 mod support;
 mod synthetic;
 #[path = "../support/tiny_model.rs"]

@@ -134,6 +134,7 @@ fn gate(vector: &str) -> GateEntry {
         mean: Some(0.0),
         deviation: Some(1.0),
         on_fire: OnFire::Steer,
+        calibrations: Vec::new(),
     }
 }
 
