@@ -110,6 +110,7 @@ impl Map {
             seed: 0,
             pairs: Vec::new(),
             autoencoders: Vec::new(),
+            replacements: Default::default(),
         };
         let (fraction_unexplained, cosine, n_train, n_heldout) = (1.0, 0.0, 0, 0);
         match self {

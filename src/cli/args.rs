@@ -1,8 +1,9 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::learn::AutoencoderOptions;
 use pilotfish::steering::PromptTokens;
 use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
-use pilotfish::tensor::LayerIndex;
+use pilotfish::tensor::{LayerIndex, LayerStack};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
@@ -240,7 +241,8 @@ impl std::str::FromStr for Layers {
 #[derive(Debug, Clone, PartialEq)]
 pub enum LayerPairs {
     Auto,
-    Chosen(Vec<(LayerIndex, LayerIndex)>),
+    All,
+    Chosen(Vec<(LayerStack, LayerIndex)>),
 }
 
 impl std::str::FromStr for LayerPairs {
@@ -250,15 +252,26 @@ impl std::str::FromStr for LayerPairs {
         if text == "auto" {
             return Ok(Self::Auto);
         }
+        if text == "all" {
+            return Ok(Self::All);
+        }
         let pair = |part: &str| {
             let (source, target) = part.split_once(':')?;
-            Some((LayerIndex(source.trim().parse().ok()?), LayerIndex(target.trim().parse().ok()?)))
+            Some((source.trim().parse().ok()?, LayerIndex(target.trim().parse().ok()?)))
         };
         let pairs: Option<Vec<_>> = text.split(',').map(pair).collect();
         pairs
             .map(Self::Chosen)
-            .ok_or_else(|| format!("`{text}` is no list of layer pairs; give `auto` or `24:10,27:12`"))
+            .ok_or_else(|| format!("`{text}` is no list of layer pairs; give `auto`, `all`, `24:10,27:12`, or `14+16+18:9` for layers read beside each other"))
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RankArgument {
+    /// The least variance unexplained, cross-validated
+    Unexplained,
+    /// The highest mean squared canonical correlation
+    Canonical,
 }
 
 #[derive(Debug, Args)]
@@ -272,9 +285,19 @@ pub struct MapArguments {
     /// Texts that both models read (.jsonl, .csv or .txt), or `self`: the source model writes them. May be given several times
     #[arg(long, value_name = "F|self", required = true)]
     pub corpus: Vec<String>,
-    /// Pairs of source and target layers, as `24:10,27:12`; `auto` surveys the candidates and keeps the best
-    #[arg(long, default_value = "auto", value_name = "auto|S:T,…")]
+    /// Pairs of source and target layers, as `24:10,27:12`, or `14+16+18:9` to read several source layers beside each other; `auto` surveys the
+    /// likely ones and keeps the best, `all` surveys every pair
+    #[arg(long, default_value = "auto", value_name = "auto|all|S:T,…")]
     pub layers: LayerPairs,
+    /// Rank of the maps, stored as two thin factors each; full where absent
+    #[arg(long, value_name = "R")]
+    pub rank: Option<usize>,
+    /// What makes a pair of layers the best: the variance that is explained in cross-validation, or canonical correlation
+    #[arg(long, value_enum, default_value_t = RankArgument::Unexplained)]
+    pub rank_by: RankArgument,
+    /// Where to write what was found of every pair, as JSON
+    #[arg(long, value_name = "FILE.json")]
+    pub survey: Option<PathBuf>,
     /// How many target layers to keep a source layer, best first
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub keep: usize,
@@ -283,9 +306,14 @@ pub struct MapArguments {
     /// Documents that `self` writes
     #[arg(long, default_value_t = 400, value_name = "N")]
     pub documents: usize,
-    /// Seed of the corpus and of the held-out split
+    /// Documents to set aside, on which the target's residuals are replaced by mapped ones to see what becomes of its output
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub replacement: usize,
+    /// Seed of the corpus, of the held-out split and of a training
     #[arg(long, default_value_t = 0)]
     pub seed: u32,
+    #[command(flatten)]
+    pub training: TrainingArguments,
     #[command(flatten)]
     pub load: LoadArguments,
     /// Where to write the mapping
@@ -297,6 +325,35 @@ pub struct MapArguments {
 pub enum MappingKindArgument {
     /// Standardised ridge regression
     Affine,
+    /// Two layers with a ReLU between, trained on standardised rows
+    Autoencoder,
+}
+
+/// Of `--kind autoencoder`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Training of an autoencoder")]
+pub struct TrainingArguments {
+    /// Hidden width; the geometric mean of the two models' unless given
+    #[arg(long, value_name = "N")]
+    pub hidden: Option<usize>,
+    /// Of AdamW
+    #[arg(long, default_value_t = AutoencoderOptions::default().learning_rate, value_name = "X")]
+    pub learning_rate: f64,
+    /// Of AdamW
+    #[arg(long, default_value_t = AutoencoderOptions::default().weight_decay, value_name = "X")]
+    pub weight_decay: f64,
+    /// Rows a step takes
+    #[arg(long, default_value_t = AutoencoderOptions::default().batch_size, value_name = "N")]
+    pub batch_size: usize,
+    /// Passes over the rows at most
+    #[arg(long, default_value_t = AutoencoderOptions::default().epochs, value_name = "N")]
+    pub epochs: usize,
+    /// Epochs after which to stop if held-out documents are predicted no better
+    #[arg(long, default_value_t = AutoencoderOptions::default().patience, value_name = "N")]
+    pub patience: usize,
+    /// Go on from the checkpoints beside the output, as if training had never stopped
+    #[arg(long)]
+    pub resume: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -14,14 +14,14 @@ use pilotfish::guard::manifest::{
 };
 use pilotfish::guard::{
     Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Readout, Source,
-    VectorFile, carry, from_control_vector, write_guard,
+    VectorFile, carry, class_mean_tensors, from_control_vector, write_guard,
 };
 use pilotfish::hook::ExecutorKind;
 use pilotfish::learn::{self, Classes};
-use pilotfish::mapping::AffineMap;
+use pilotfish::mapping::{AffineMap, MapQuality, MappingQuality, ResidualMap};
 use pilotfish::program::Calibration;
-use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind};
-use pilotfish::tensor::{LayerIndex, norm};
+use pilotfish::steering::{ControlVector, PromptTokens, SteeringVector, VectorKind, stacked};
+use pilotfish::tensor::{LayerIndex, LayerStack, norm};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -186,9 +186,11 @@ fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::
             format!("{:.2}", norm(&vector.direction)),
             text(vector.mapped_from.as_ref().map(|from| {
                 // The regression that carried it.
-                let unexplained = match (vector.kind, from.quality.backward) {
-                    (VectorKind::Discriminant, Some(backward)) => backward.fraction_unexplained,
-                    _ => from.quality.fraction_unexplained,
+                let unexplained = match (vector.kind, from.quality) {
+                    (VectorKind::Discriminant, MapQuality::Affine(MappingQuality { backward: Some(backward), .. })) => {
+                        backward.fraction_unexplained
+                    }
+                    (_, quality) => quality.fraction_unexplained(),
                 };
                 format!("layer {} by `{}`, {unexplained:.2} unexplained", from.layer, from.mapping)
             })),
@@ -371,34 +373,29 @@ fn build_to(
         VectorKind::Direction if mapping.is_some() && !policy.baked => Readout::Standardized,
         VectorKind::Direction | VectorKind::Discriminant => Readout::Projection,
     });
-    let (vector, map) = choose(target, &file, mapping.as_ref(), readout, choice)?;
+    let maps = mapping.as_ref().map(MappingFile::maps).unwrap_or_default();
+    ensure!(mapping.is_none() || !maps.is_empty(), "the mapping has no pairs of layers");
+    let (vector, map) = choose(target, &file, &maps, readout, choice)?;
 
     let name = vector.name.clone();
     let (mut mappings, mut mapping_files) = (Vec::new(), Vec::new());
     let carried = match (&mapping, map) {
         (Some(mapping), Some(map)) if !policy.baked => {
             // Only the pair that is used, and only the way it is used: a guard is to be small.
-            let (map, mut quality) =
-                mapping.pair(map.source_layer(), map.target_layer()).expect("the chosen pair").clone();
-            let map = if kind == VectorKind::Direction {
-                quality.backward = None;
-                map.without_backward()
-            } else {
-                map
-            };
             let pair_name = format!(
                 "{}-{}-to-{}-{}",
                 mapping.source.name,
-                map.source_layer(),
+                map.source_layer().to_string().replace('+', "."),
                 mapping.target.name,
                 map.target_layer()
             );
             let (source_layer, target_layer) = (map.source_layer(), map.target_layer());
-            let bytes = MappingFile { pairs: vec![(map, quality)], ..mapping.clone() }.to_bytes()?;
+            let (mapping_kind, only) = only_pair(mapping, map, kind);
+            let bytes = only.to_bytes()?;
             mappings.push(MappingEntry {
                 name: pair_name.clone(),
                 sha256: Digest::of(&bytes),
-                kind: MappingKind::Affine,
+                kind: mapping_kind,
                 source_layer,
                 target_layer,
             });
@@ -408,15 +405,22 @@ fn build_to(
         _ => None,
     };
     let in_target = match map {
-        Some(map) => carry(map, kind, &vector.values).with_context(|| {
-            format!("the mapping can carry directions only, and `{vectors_label}` has discriminants: make it anew with `pilotfish map`")
-        })?,
+        Some(map) => carry(map, kind, &vector.values, vector.class_means.as_ref())
+            .with_context(|| format!("the mapping can't carry vector `{name}` of `{vectors_label}`"))?,
         None => vector.values.clone(),
     };
     let target_layer = map.map_or(vector.layer, |map| map.target_layer());
-    let (layer, values) =
-        if carried.is_some() { (vector.layer, vector.values.clone()) } else { (target_layer, in_target.clone()) };
-    let tensor = format!("{name}.{layer}");
+    let (layer, values) = match map {
+        Some(map) if carried.is_some() => (map.source_layer(), vector.values.clone()),
+        _ => (target_layer.into(), in_target.clone()),
+    };
+    // A plus is no character of names.
+    let tensor = format!("{name}.{}", layer.to_string().replace('+', "."));
+    let mut tensors = vec![(tensor.clone(), values)];
+    // What is carried is the difference of the two: the vector alone would not do.
+    if let (Some(ResidualMap::Autoencoder(_)), Some(_), Some(means)) = (map, &carried, &vector.class_means) {
+        tensors.extend(class_mean_tensors(&tensor).into_iter().zip([means.positive.clone(), means.negative.clone()]));
+    }
 
     let source = map.map(|_| Source { model: file.model.name.clone(), fingerprint: file.model.fingerprint });
     let last_layer = target.shape().n_layer - 1;
@@ -469,9 +473,30 @@ fn build_to(
         ..Manifest::new(policy.name, target.identity())
     };
     manifest.target.probe = probe;
-    let guard = write_guard(output, &manifest, &[(tensor, values)], &mapping_files)?;
+    let guard = write_guard(output, &manifest, &tensors, &mapping_files)?;
     eprintln!("wrote guard `{}` to {}", guard.name(), output.display());
     Ok(())
+}
+
+/// The file with `map` alone, and of it only what carries vectors of `kind`.
+fn only_pair(mapping: &MappingFile, map: &ResidualMap, kind: VectorKind) -> (MappingKind, MappingFile) {
+    let source_layer = map.source_layer();
+    let is_it = |source: &LayerStack, target| *source == source_layer && target == map.target_layer();
+    let mut only = mapping.clone();
+    only.pairs.retain(|(pair, _)| is_it(pair.source_layer(), pair.target_layer()));
+    only.autoencoders.retain(|(pair, _)| is_it(&pair.source_layer().into(), pair.target_layer()));
+    only.replacements.retain(|(source, target), _| is_it(source, *target));
+    if kind == VectorKind::Direction {
+        let forward = |(map, quality): (AffineMap, MappingQuality)| {
+            (map.without_backward(), MappingQuality { backward: None, ..quality })
+        };
+        only.pairs = only.pairs.into_iter().map(forward).collect();
+    }
+    let mapping_kind = match map {
+        ResidualMap::Affine(_) => MappingKind::Affine,
+        ResidualMap::Autoencoder(_) => MappingKind::Autoencoder,
+    };
+    (mapping_kind, only)
 }
 
 /// The model that the vectors were learnt on, to make them anew without some prompts.
@@ -491,50 +516,48 @@ fn source_of(file: &VectorFile, name: Option<&str>, load: &LoadArguments) -> any
 
 fn choose<'a>(
     target: &Model,
-    file: &'a VectorFile,
-    mapping: Option<&'a MappingFile>,
+    file: &VectorFile,
+    maps: &'a [(ResidualMap, MapQuality)],
     readout: Readout,
     choice: LayerChoice<'_>,
-) -> anyhow::Result<(&'a SteeringVector, Option<&'a AffineMap>)> {
-    let vector_at = |layer: LayerIndex| {
-        file.vectors.iter().find(|vector| vector.layer == layer).with_context(|| {
-            let layers: Vec<_> = file.vectors.iter().map(|vector| vector.layer.to_string()).collect();
-            format!("there is no vector of layer {layer}; there are {}", layers.join(", "))
+) -> anyhow::Result<(SteeringVector, Option<&'a ResidualMap>)> {
+    let vector_at = |layers: &LayerStack| {
+        stacked(&file.vectors, layers).with_context(|| {
+            let known: Vec<_> = file.vectors.iter().map(|vector| vector.layer.to_string()).collect();
+            format!("there is no vector of layer {layers}; there are {}", known.join(", "))
         })
     };
-    let Some(mapping) = mapping else {
+    if maps.is_empty() {
         return match choice {
             LayerChoice::Given(layer) => {
                 let layer = layer.parse().map(LayerIndex);
                 let layer = layer.context("without a mapping `--layer` is one layer, as `10`")?;
-                Ok((vector_at(layer)?, None))
+                Ok((vector_at(&layer.into())?, None))
             }
             LayerChoice::Best | LayerChoice::Separating { .. } => match file.vectors.as_slice() {
-                [only] => Ok((only, None)),
+                [only] => Ok((only.clone(), None)),
                 several => {
                     let best = best_layer(several).with_context(|| {
                         format!("there are vectors of {} layers: choose one with `--layer`", several.len())
                     })?;
                     eprintln!("chose layer {best}, whose vector tells held-out prompts apart best");
-                    Ok((vector_at(best)?, None))
+                    Ok((vector_at(&best.into())?, None))
                 }
             },
         };
-    };
+    }
     // Best first, by held-out variance explained.
-    let mut pairs: Vec<_> = mapping.pairs.iter().collect();
-    pairs.sort_by(|a, b| a.1.fraction_unexplained.total_cmp(&b.1.fraction_unexplained));
-    pairs.retain(|(map, _)| vector_at(map.source_layer()).is_ok());
+    let mut pairs: Vec<_> = maps.iter().collect();
+    pairs.sort_by(|a, b| a.1.fraction_unexplained().total_cmp(&b.1.fraction_unexplained()));
+    pairs.retain(|(map, _)| vector_at(&map.source_layer()).is_ok());
     ensure!(!pairs.is_empty(), "the mapping has no pair from a layer that there is a vector of");
-    let maps: Vec<&AffineMap> = pairs.iter().map(|(map, _)| map).collect();
+    let maps: Vec<&ResidualMap> = pairs.iter().map(|(map, _)| map).collect();
     let map = match choice {
         LayerChoice::Best => maps[0],
         LayerChoice::Given(pair) => {
-            let wanted = pair.split_once(':').and_then(|(s, t)| Some((s.parse().ok()?, t.parse().ok()?)));
+            let wanted = pair.split_once(':').and_then(|(s, t)| Some((s.parse::<LayerStack>().ok()?, t.parse().ok()?)));
             let (source, to) = wanted.context("with a mapping `--layer` is a pair of layers, as `24:10`")?;
-            let found = maps
-                .iter()
-                .find(|map| map.source_layer() == LayerIndex(source) && map.target_layer() == LayerIndex(to));
+            let found = maps.iter().find(|map| map.source_layer() == source && map.target_layer() == LayerIndex(to));
             found.copied().with_context(|| {
                 let known: Vec<_> =
                     maps.iter().map(|map| format!("{}:{}", map.source_layer(), map.target_layer())).collect();
@@ -550,7 +573,7 @@ fn choose<'a>(
             };
             let mut rated: Vec<_> = maps.iter().zip(separations).filter_map(|(map, auc)| Some((*map, auc?))).collect();
             rated.sort_by(|a, b| b.1.total_cmp(&a.1));
-            let row = |(map, auc): &(&AffineMap, f64)| {
+            let row = |(map, auc): &(&ResidualMap, f64)| {
                 [format!("{} → {}", map.source_layer(), map.target_layer()), format!("{auc:.3}")]
             };
             eprintln!("{}", table(["layers", "AUC, held out"], rated.iter().map(row)));
@@ -564,5 +587,5 @@ fn choose<'a>(
             map
         }
     };
-    Ok((vector_at(map.source_layer())?, Some(map)))
+    Ok((vector_at(&map.source_layer())?, Some(map)))
 }

@@ -1,20 +1,13 @@
-use super::args::{
-    CalibrateArguments, ExtractArguments, LayerPairs, Layers, MapArguments, MappingKindArgument, Method,
-};
+use super::args::{CalibrateArguments, ExtractArguments, Layers, Method};
 use super::models::{load, load_named};
 use super::progress::Bar;
 use super::table::table;
 use super::{Outcome, guard, prompts};
 use anyhow::{Context, bail, ensure};
-use pilotfish::engine::Model;
-use pilotfish::guard::{
-    GateCalibration, Intervention, InterventionKind, MAPPING_SUFFIX, MappingFile, VectorFile, edit, replace_manifest,
-};
+use pilotfish::guard::{GateCalibration, Intervention, InterventionKind, VectorFile, edit, replace_manifest};
 use pilotfish::learn::{
-    self, BenignProjection, Calibrated, CalibrationOptions, ContrastMethod, ContrastOptions, CorpusOptions,
-    FirstTokens, MapOptions, SweptLayer,
+    self, BenignProjection, Calibrated, CalibrationOptions, ContrastMethod, ContrastOptions, FirstTokens, SweptLayer,
 };
-use pilotfish::mapping::RidgeOptions;
 use pilotfish::steering::SteeringVector;
 use pilotfish::tensor::LayerIndex;
 use std::io::Write;
@@ -129,90 +122,6 @@ pub fn best_layer(vectors: &[SteeringVector]) -> Option<LayerIndex> {
         .map(|(layer, _)| layer)
 }
 
-pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
-    let MappingKindArgument::Affine = arguments.kind;
-    let source = load_named(&arguments.source, &arguments.load)?;
-    let target = load_named(&arguments.target, &arguments.load)?;
-    let sampled = CorpusOptions { documents: arguments.documents, seed: arguments.seed, ..Default::default() };
-    let corpus = corpus_of(&source, &arguments.corpus, sampled)?;
-    let layers = match arguments.layers {
-        LayerPairs::Auto => MapOptions::survey_all(source.shape().n_layer, target.shape().n_layer),
-        LayerPairs::Chosen(pairs) => pairs,
-    };
-    let options = MapOptions {
-        keep: arguments.keep,
-        layers,
-        ridge: RidgeOptions { seed: u64::from(arguments.seed), ..Default::default() },
-    };
-    ensure!(
-        arguments.output.to_string_lossy().ends_with(MAPPING_SUFFIX),
-        "`{}`: a mapping's file name ends in `{MAPPING_SUFFIX}`, so that guards can find it",
-        arguments.output.display()
-    );
-    let mapped = {
-        let bar = Bar::new("reading and fitting");
-        learn::map(&source, &target, &corpus.documents, &options, &mut |done, total| bar.at(done, total))?
-    };
-    let file = MappingFile {
-        source: source.identity().clone(),
-        target: target.identity().clone(),
-        corpus: corpus.provenance,
-        seed: options.ridge.seed,
-        pairs: mapped.maps.clone(),
-        autoencoders: Vec::new(),
-    };
-    write(&arguments.output, &file.to_bytes()?)?;
-    eprintln!("wrote {} layer pairs to {}", mapped.maps.len(), arguments.output.display());
-    let rows = mapped.maps.iter().map(|(map, quality)| {
-        [
-            format!("{} → {}", map.source_layer(), map.target_layer()),
-            format!("{:.3}", quality.fraction_unexplained),
-            format!("{:.3}", quality.cosine),
-            quality.backward.map_or_else(String::new, |fit| format!("{:.3}", fit.fraction_unexplained)),
-            format!("{:.1e}", quality.lambda),
-        ]
-    });
-    let mut out = std::io::stdout().lock();
-    writeln!(
-        out,
-        "{}",
-        table(["layers", "variance unexplained, held out", "cosine", "unexplained backwards", "λ / token"], rows)
-    )?;
-    writeln!(
-        out,
-        "{} paired tokens of {} documents; {} layer pairs surveyed",
-        mapped.n_tokens,
-        mapped.n_documents,
-        mapped.survey.len()
-    )?;
-    Ok(Outcome::Done)
-}
-
-/// What both models read, and where it is from.
-struct Corpus {
-    documents: Vec<String>,
-    provenance: String,
-}
-
-/// Reads the files and samples from `source` where one is called `self`.
-fn corpus_of(source: &Model, parts: &[String], sampled: CorpusOptions) -> anyhow::Result<Corpus> {
-    let (mut documents, mut provenance) = (Vec::new(), Vec::new());
-    for part in parts {
-        let (texts, from) = if part == "self" {
-            let bar = Bar::new("sampling the corpus");
-            let texts = learn::sample_corpus(source, sampled, &mut |done, total| bar.at(done, total))?;
-            (texts, format!("that {} wrote (seed {})", source.identity().name, sampled.seed))
-        } else {
-            let path = Path::new(part);
-            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-            (prompts::read(path)?, format!("of {name}"))
-        };
-        provenance.push(format!("{} documents {from}", texts.len()));
-        documents.extend(texts);
-    }
-    Ok(Corpus { documents, provenance: provenance.join(", ") })
-}
-
 pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
     let directory = arguments.guard.as_path();
     let path = directory.join(pilotfish::guard::MANIFEST_FILE);
@@ -301,7 +210,7 @@ fn percent(share: f64) -> String {
 }
 
 /// Writes beside `path` and renames, so that nobody ever sees half a file.
-fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+pub fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let written = || -> std::io::Result<()> {
         std::fs::create_dir_all(directory)?;

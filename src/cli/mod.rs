@@ -9,6 +9,7 @@ mod demo;
 mod eval;
 mod guard;
 mod learn;
+mod map;
 mod models;
 mod progress;
 mod prompts;
@@ -64,7 +65,7 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Demo(arguments) => demo::demo(arguments),
         Command::Models(command) => models::models(command),
         Command::Extract(arguments) => learn::extract(arguments),
-        Command::Map(arguments) => learn::map(arguments),
+        Command::Map(arguments) => map::map(arguments),
         Command::Guard(command) => guard::guard(command),
         Command::Calibrate(arguments) => learn::calibrate(arguments),
         Command::Score(arguments) => run::score(arguments),

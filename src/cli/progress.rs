@@ -24,6 +24,11 @@ impl Bar {
         bar
     }
 
+    /// Prints a line above the bar, or on stderr where there is none.
+    pub fn say(&self, line: &str) {
+        if self.0.is_hidden() { eprintln!("{line}") } else { self.0.println(line) }
+    }
+
     /// Told of steps done and in all. A new total starts the bar anew.
     pub fn at(&self, done: usize, total: usize) {
         self.0.set_length(total as u64);

@@ -1,11 +1,12 @@
 use super::EngineError;
 use super::model::{Model, backend, context_params, shape_of};
-use crate::hook::{GuardedBatch, GuardedContext};
-use crate::program::{ModelShape, Program, RowKind};
-use crate::tensor::{LayerIndex, Residual, SequenceId, TokenPosition};
+use crate::hook::{CaptureRows, GuardedBatch, GuardedContext};
+use crate::program::{ModelShape, Program};
+use crate::tensor::{LayerIndex, LayerStack, Residual, SequenceId, TokenPosition};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::token::LlamaToken;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -54,8 +55,7 @@ impl<'model> ActivationReader<'model> {
         }
         let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
         let params = context_params(size, size);
-        let mut context = GuardedContext::new(model, backend, params, Arc::new(Program::observer(shape)))?;
-        context.capture(layers.iter().copied());
+        let context = GuardedContext::new(model, backend, params, Arc::new(Program::observer(shape)))?;
         Ok(Self { context, shape, layers, batch: GuardedBatch::new(size as usize), capacity: size as usize })
     }
 
@@ -92,6 +92,8 @@ impl<'model> ActivationReader<'model> {
         }
         self.context.clear();
         self.batch.clear();
+        let which = if only_last { CaptureRows::PromptEnds } else { CaptureRows::AfterFirst };
+        self.context.capture_rows(self.layers.iter().copied(), which);
         if only_last {
             self.batch.add_prompt(ONLY, TokenPosition(0), tokens)
         } else {
@@ -103,15 +105,10 @@ impl<'model> ActivationReader<'model> {
 
         let mut read = Activations { width: self.shape.n_embd.0, ..Default::default() };
         for captured in self.context.take_captured() {
-            let wanted =
-                if only_last { captured.row.kind == RowKind::PromptEnd } else { !captured.row.position.is_sink() };
-            if !wanted {
-                continue;
-            }
             if captured.layer == self.layers[0] {
-                read.positions.push(captured.row.position);
+                read.positions = captured.rows.iter().map(|row| row.position).collect();
             }
-            read.layers.entry(captured.layer).or_default().extend_from_slice(&captured.values);
+            read.layers.insert(captured.layer, captured.values);
         }
         Ok(read)
     }
@@ -125,6 +122,20 @@ impl Activations {
     pub fn layer(&self, layer: LayerIndex) -> Residual<'_> {
         let values = self.layers.get(&layer).map_or(&[][..], Vec::as_slice);
         Residual::new(values, self.width).expect("rows of the model's width")
+    }
+
+    /// Rows at the layers of `stack` beside each other, and how wide they are.
+    ///
+    /// # Panics
+    /// On activations that no reader made.
+    pub fn stacked(&self, stack: &LayerStack) -> (Cow<'_, [f32]>, usize) {
+        let layers: Vec<Residual<'_>> = stack.layers().iter().map(|layer| self.layer(*layer)).collect();
+        let [first, rest @ ..] = layers.as_slice() else { unreachable!("a stack has a layer") };
+        if rest.is_empty() {
+            return (Cow::Borrowed(first.values()), self.width);
+        }
+        let rows = (0..first.n_rows()).flat_map(|row| layers.iter().flat_map(move |layer| layer.row(row)));
+        (Cow::Owned(rows.copied().collect()), layers.len() * self.width)
     }
 
     pub fn positions(&self) -> &[TokenPosition] {

@@ -12,6 +12,7 @@ mod maybe_guarded;
 mod model;
 mod parallel;
 mod prompt;
+mod replaced;
 mod sampling;
 pub mod scheduler;
 mod session;
@@ -23,6 +24,7 @@ pub use lock_step::LockStep;
 pub use model::{Model, ModelOptions, backend};
 pub use parallel::ParallelSampler;
 pub use prompt::{PromptLayout, PromptTemplate, tokens_spelling};
+pub use replaced::ReplacedReader;
 pub use sampling::Sampling;
 pub use scheduler::Scheduler;
 pub use session::{GateReading, Session, SessionOptions};
@@ -30,7 +32,7 @@ pub use session::{GateReading, Session, SessionOptions};
 use crate::guard::GuardError;
 use crate::hook::ContextError;
 use crate::program::CompileError;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, TokenPosition};
 use std::path::PathBuf;
 
 /// Why a model could not be loaded, guarded or run.
@@ -67,6 +69,8 @@ pub enum EngineError {
         "layer {layer} is not a hook point of every token: llama.cpp keeps only rows with logits at the last of the model's layers (0 to {last})"
     )]
     NotEveryToken { layer: LayerIndex, last: u32 },
+    #[error("the prompt has {n_tokens} tokens, so there is nothing at position {}", .position.0)]
+    NoPosition { position: TokenPosition, n_tokens: usize },
     #[error("the model has layers 0 to {last}, so there is no layer {layer}")]
     NoLayer { layer: LayerIndex, last: u32 },
     #[error(transparent)]

@@ -1,4 +1,5 @@
-use super::Digest;
+use super::{CarryError, Digest};
+use crate::tensor::LayerStack;
 use std::fmt;
 
 /// Why a guard, or a file that goes into one, could not be read or written. Each is one line.
@@ -22,8 +23,6 @@ pub enum GuardError {
     Format { expected: String, found: String },
     #[error("expected {expected}, found {found}")]
     Value { expected: String, found: String },
-    #[error("{what} is not supported by this version")]
-    Unsupported { what: &'static str },
     #[error("missing: {why}")]
     Missing { why: String },
     #[error("does not belong here: {why}")]
@@ -44,7 +43,7 @@ pub enum GuardError {
     #[error("mapping `{file}` is {side} {found}, but this guard's {side_of_guard} is {expected}")]
     OtherModel { file: String, side: &'static str, side_of_guard: &'static str, expected: String, found: String },
     #[error("mapping `{file}` has no {kind} pair of layers {source_layer} → {target_layer}; it has {known}")]
-    NoLayerPair { file: String, kind: &'static str, source_layer: u32, target_layer: u32, known: String },
+    NoLayerPair { file: String, kind: &'static str, source_layer: LayerStack, target_layer: u32, known: String },
     #[error("vector `{vector}` has {found} values, but mapping `{mapping}` takes {expected}")]
     MappingWidth { vector: String, mapping: String, expected: usize, found: usize },
     #[error("vector `{vector}` has {found} values in the target, but vector `{other}` has {expected}")]
@@ -62,10 +61,8 @@ pub enum GuardError {
     NonFinite { file: String, tensor: String, index: usize, value: f32 },
     #[error("`{file}`: tensor `{tensor}` is zero everywhere, so it has no direction")]
     ZeroVector { file: String, tensor: String },
-    #[error(
-        "vector `{vector}` is a discriminant, and mapping `{mapping}` can carry directions only: make it anew with `pilotfish map`"
-    )]
-    NoBackward { vector: String, mapping: String },
+    #[error("mapping `{mapping}` can't carry vector `{vector}`: {reason}")]
+    Carry { vector: String, mapping: String, reason: CarryError },
     #[error("mapped by `{mapping}`, vector `{vector}` is {problem}")]
     MappedVector { mapping: String, vector: String, problem: &'static str },
     #[error("at strength {strength} the vector has values that do not fit in `f32`")]

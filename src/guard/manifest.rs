@@ -3,7 +3,7 @@
 use super::error::{GuardError, Location, shown};
 use super::{Digest, Fingerprint, GateCalibration, MAX_MANIFEST_BYTES, ModelIdentity, location};
 use crate::steering::VectorKind;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 use serde::{Deserialize, Serialize};
 
 /// The only `format` this version reads and writes.
@@ -132,8 +132,9 @@ impl Default for TensorsEntry {
 #[serde(deny_unknown_fields)]
 pub struct VectorEntry {
     pub name: String,
-    /// Where the vector was found: a layer of the source with a mapping, of the target without.
-    pub layer: LayerIndex,
+    /// Where the vector was found: a layer of the source with a mapping, of the target without. Several layers of the source, as a list,
+    /// with a mapping that reads them beside each other: the vector is then as wide as all of them.
+    pub layer: LayerStack,
     /// F32 and one-dimensional, in the tensor file.
     pub tensor: String,
     /// What its numbers mean, and so how a mapping carries them.
@@ -158,7 +159,8 @@ pub struct MappingEntry {
     pub name: String,
     pub sha256: Digest,
     pub kind: MappingKind,
-    pub source_layer: LayerIndex,
+    /// A list where the mapping reads several.
+    pub source_layer: LayerStack,
     pub target_layer: LayerIndex,
 }
 

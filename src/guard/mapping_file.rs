@@ -3,11 +3,11 @@ use super::manifest::MappingKind;
 use super::tensors::{self, TensorData, TensorFile};
 use super::{MAX_WIDTH, ModelIdentity};
 use crate::mapping::{
-    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, FitQuality, MappingError, MappingQuality,
-    ResidualMap, Standardization,
+    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, Factors, FitQuality, MapQuality, MappingError,
+    MappingQuality, ReplacementQuality, ResidualMap, Standardization,
 };
-use crate::steering::VectorKind;
-use crate::tensor::LayerIndex;
+use crate::steering::{ClassMeans, VectorKind};
+use crate::tensor::{LayerIndex, LayerStack};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -15,9 +15,10 @@ const FORMAT: &str = "pilotfish-mapping-1";
 
 /// Mappings between the residuals of two models, as `map` writes them. A guard picks one by its pair of layers.
 ///
-/// In safetensors a pair of layers S and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
+/// In safetensors a pair of layers S (`24`, or `14+16+18` where an affine map reads several beside each other) and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
 /// (`[d_s]`), `S-T.target_mean` and `S-T.target_scale` (`[d_t]`), if it can carry discriminants `S-T.backward` (`[d_t, d_s]`), and the metadata
-/// key `S-T`. An autoencoder of hidden width `k` has in place of the weights `S-T.encoder` (`[k, d_s]`), `S-T.encoder_bias` (`[k]`), `S-T.decoder`
+/// key `S-T`. A map of low rank R has in place of the weight its factors `S-T.left` (`[d_s, R]`) and `S-T.right` (`[R, d_t]`), and
+/// `S-T.backward_left` and `S-T.backward_right`. An autoencoder of hidden width `k` has in place of the weights `S-T.encoder` (`[k, d_s]`), `S-T.encoder_bias` (`[k]`), `S-T.decoder`
 /// (`[d_t, k]`) and `S-T.decoder_bias` (`[d_t]`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct MappingFile {
@@ -31,6 +32,8 @@ pub struct MappingFile {
     pub pairs: Vec<(AffineMap, MappingQuality)>,
     /// In the same order. A pair of layers has a map of one kind.
     pub autoencoders: Vec<(Autoencoder, AutoencoderQuality)>,
+    /// Of pairs of layers of which it was measured.
+    pub replacements: BTreeMap<(LayerStack, LayerIndex), ReplacementQuality>,
 }
 
 /// What the metadata says of a pair of layers.
@@ -48,6 +51,18 @@ struct AutoencoderDescription {
     cosine: f64,
     n_train: usize,
     n_heldout: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    replacement: Option<ReplacementDescription>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReplacementDescription {
+    kl: f64,
+    kl_mean_ablation: f64,
+    replaced: f64,
+    n_tokens: usize,
+    n_documents: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,6 +75,11 @@ struct AffineDescription {
     n_heldout: usize,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     backward: Option<BackwardDescription>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    replacement: Option<ReplacementDescription>,
+    /// Where the weights are two factors each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rank: Option<usize>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -72,7 +92,7 @@ struct BackwardDescription {
 
 impl MappingFile {
     /// The pair from `source` to `target`.
-    pub fn pair(&self, source: LayerIndex, target: LayerIndex) -> Option<&(AffineMap, MappingQuality)> {
+    pub fn pair(&self, source: &LayerStack, target: LayerIndex) -> Option<&(AffineMap, MappingQuality)> {
         self.pairs.iter().find(|(map, _)| map.source_layer() == source && map.target_layer() == target)
     }
 
@@ -81,24 +101,64 @@ impl MappingFile {
         self.autoencoders.iter().find(|(map, _)| map.source_layer() == source && map.target_layer() == target)
     }
 
+    /// The map of that kind from `source` to `target`, with its quality.
+    pub fn map_with_quality(
+        &self,
+        kind: MappingKind,
+        source: &LayerStack,
+        target: LayerIndex,
+    ) -> Option<(ResidualMap, MapQuality)> {
+        let map = self.map(kind, source, target)?;
+        let quality = match kind {
+            MappingKind::Affine => MapQuality::Affine(self.pair(source, target)?.1),
+            MappingKind::Autoencoder => MapQuality::Autoencoder(self.autoencoder(source.single()?, target)?.1),
+        };
+        Some((map, quality))
+    }
+
     /// The map of that kind from `source` to `target`.
-    pub fn map(&self, kind: MappingKind, source: LayerIndex, target: LayerIndex) -> Option<ResidualMap> {
+    pub fn map(&self, kind: MappingKind, source: &LayerStack, target: LayerIndex) -> Option<ResidualMap> {
         match kind {
             MappingKind::Affine => self.pair(source, target).map(|(map, _)| ResidualMap::Affine(map.clone())),
             MappingKind::Autoencoder => {
-                self.autoencoder(source, target).map(|(map, _)| ResidualMap::Autoencoder(map.clone()))
+                self.autoencoder(source.single()?, target).map(|(map, _)| ResidualMap::Autoencoder(map.clone()))
             }
         }
     }
 
+    /// Every map with its quality: the affine ones, then the autoencoders.
+    pub fn maps(&self) -> Vec<(ResidualMap, MapQuality)> {
+        let affine = self.pairs.iter().cloned();
+        let affine = affine.map(|(map, quality)| (ResidualMap::Affine(map), MapQuality::Affine(quality)));
+        let autoencoders = self.autoencoders.iter().cloned();
+        affine
+            .chain(autoencoders.map(|(map, quality)| (ResidualMap::Autoencoder(map), MapQuality::Autoencoder(quality))))
+            .collect()
+    }
+
+    /// As the metadata has it.
+    fn replacement(
+        &self,
+        source: &LayerStack,
+        target: LayerIndex,
+    ) -> Result<Option<ReplacementDescription>, GuardError> {
+        let Some(measured) = self.replacements.get(&(source.clone(), target)) else { return Ok(None) };
+        let ReplacementQuality { kl, kl_mean_ablation, replaced, n_tokens, n_documents } = *measured;
+        if ![kl, kl_mean_ablation, replaced].iter().all(|figure| figure.is_finite()) {
+            let found = format!("others in the replacement of the pair {source}-{target}");
+            return Err(GuardError::value("finite quality figures", found));
+        }
+        Ok(Some(ReplacementDescription { kl, kl_mean_ablation, replaced, n_tokens, n_documents }))
+    }
+
     /// Source and target layer of each affine map.
-    pub fn affine_pairs(&self) -> Vec<(LayerIndex, LayerIndex)> {
-        self.pairs.iter().map(|(map, _)| (map.source_layer(), map.target_layer())).collect()
+    pub fn affine_pairs(&self) -> Vec<(LayerStack, LayerIndex)> {
+        self.pairs.iter().map(|(map, _)| (map.source_layer().clone(), map.target_layer())).collect()
     }
 
     /// Source and target layer of each autoencoder.
-    pub fn autoencoder_pairs(&self) -> Vec<(LayerIndex, LayerIndex)> {
-        self.autoencoders.iter().map(|(map, _)| (map.source_layer(), map.target_layer())).collect()
+    pub fn autoencoder_pairs(&self) -> Vec<(LayerStack, LayerIndex)> {
+        self.autoencoders.iter().map(|(map, _)| (map.source_layer().into(), map.target_layer())).collect()
     }
 
     /// The same file for the same pairs, in whatever order.
@@ -138,15 +198,20 @@ impl MappingFile {
                     fraction_unexplained,
                     cosine,
                 }),
+                replacement: self.replacement(map.source_layer(), map.target_layer())?,
+                rank: map.factors().map(|factors| factors.rank),
             });
             if metadata.insert(pair.clone(), json(&description)).is_some() {
                 return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
             }
-            let weight = TensorData { shape: vec![map.source_width(), map.target_width()], values: map.weight() };
-            tensors.insert(format!("{pair}.weight"), weight);
+            if map.backward().is_some() && map.factors().is_some() != map.backward_factors().is_some() {
+                let found = format!("one without the other for the pair {pair}");
+                return Err(GuardError::value("a weight and a backward weight of low rank, or neither", found));
+            }
+            let (source, target) = (map.source_width(), map.target_width());
+            put_weight(&mut tensors, &pair, "", [source, target], map.weight(), map.factors());
             if let Some(values) = map.backward() {
-                let backward = TensorData { shape: vec![map.target_width(), map.source_width()], values };
-                tensors.insert(format!("{pair}.backward"), backward);
+                put_weight(&mut tensors, &pair, "backward", [target, source], values, map.backward_factors());
             }
             for (part, values) in [
                 ("source_mean", &map.source().mean),
@@ -163,7 +228,8 @@ impl MappingFile {
             if !(fraction_unexplained.is_finite() && cosine.is_finite()) {
                 return Err(GuardError::value("finite quality figures", format!("others for the pair {pair}")));
             }
-            let description = AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout };
+            let replacement = self.replacement(&map.source_layer().into(), map.target_layer())?;
+            let description = AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout, replacement };
             if metadata.insert(pair.clone(), json(&Description::Autoencoder(description))).is_some() {
                 return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
             }
@@ -197,9 +263,10 @@ impl MappingFile {
         let corpus = described.text("corpus")?.to_owned();
         let seed = described.parsed("seed")?;
         let (mut pairs, mut autoencoders, mut expected) = (Vec::new(), Vec::new(), 0);
+        let mut replacements = BTreeMap::new();
         for key in described.keys() {
             let layers = layers_of(&key).ok_or_else(|| described.problem(&key, "unknown".to_owned()))?;
-            match described.json(&key)? {
+            let replacement = match described.json(&key)? {
                 Description::Affine(AffineDescription {
                     lambda,
                     fraction_unexplained,
@@ -207,20 +274,34 @@ impl MappingFile {
                     n_train,
                     n_heldout,
                     backward,
+                    replacement,
+                    rank,
                 }) => {
                     let backward = backward.map(|BackwardDescription { lambda, fraction_unexplained, cosine }| {
                         FitQuality { lambda, fraction_unexplained, cosine }
                     });
                     let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout, backward };
-                    expected += 5 + usize::from(backward.is_some());
-                    pairs.push((read_affine(file, &tensors, &key, layers, backward.is_some())?, quality));
+                    expected += 4 + (1 + usize::from(backward.is_some())) * if rank.is_some() { 2 } else { 1 };
+                    let layers = layers.clone();
+                    pairs.push((read_affine(file, &tensors, &key, layers, backward.is_some(), rank)?, quality));
+                    replacement
                 }
                 Description::Autoencoder(description) => {
-                    let AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout } = description;
+                    let AutoencoderDescription { fraction_unexplained, cosine, n_train, n_heldout, replacement } =
+                        description;
                     let quality = AutoencoderQuality { fraction_unexplained, cosine, n_train, n_heldout };
                     expected += 8;
-                    autoencoders.push((read_autoencoder(file, &tensors, &key, layers)?, quality));
+                    let one = layers.0.single();
+                    let source =
+                        one.ok_or_else(|| described.problem(&key, "an autoencoder of several layers".to_owned()));
+                    autoencoders.push((read_autoencoder(file, &tensors, &key, (source?, layers.1))?, quality));
+                    replacement
                 }
+            };
+            if let Some(measured) = replacement {
+                let ReplacementDescription { kl, kl_mean_ablation, replaced, n_tokens, n_documents } = measured;
+                let measured = ReplacementQuality { kl, kl_mean_ablation, replaced, n_tokens, n_documents };
+                replacements.insert(layers, measured);
             }
         }
         // Every pair has read all of its own, and no two share any.
@@ -229,52 +310,126 @@ impl MappingFile {
             let reason = format!("the pairs of layers in its metadata have {expected} tensors, it has {found}");
             return Err(GuardError::Safetensors { file: shown(file), reason });
         }
-        pairs.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
+        pairs.sort_by_key(|(map, _): &(AffineMap, _)| (map.source_layer().clone(), map.target_layer()));
         autoencoders.sort_by_key(|(map, _)| (map.source_layer(), map.target_layer()));
-        Ok(Self { source, target, corpus, seed, pairs, autoencoders })
+        Ok(Self { source, target, corpus, seed, pairs, autoencoders, replacements })
     }
 }
 
-/// A vector of the map's source as one of its target: a direction is pushed forward, a discriminant pulled back. `None` for a discriminant
-/// where the map has no [`backward`](AffineMap::backward) weight.
-pub fn carry(map: &AffineMap, kind: VectorKind, values: &[f32]) -> Option<Vec<f32>> {
-    match kind {
-        VectorKind::Direction => Some(map.apply_direction(values)),
-        VectorKind::Discriminant => map.pull_back(values),
+/// A vector of the map's source as one of its target. An affine map pushes a direction forward and pulls a discriminant back. An autoencoder,
+/// which is not linear, carries the direction between two classes as `f(h₊) − f(h₋)`, `h±` the classes' means, and never as `f(v)` (arXiv
+/// 2503.04429, App. D): `v` is no residual, so the autoencoder has learnt nothing of it.
+///
+/// # Errors
+/// A map and a vector that do not go together.
+pub fn carry(
+    map: &ResidualMap,
+    kind: VectorKind,
+    values: &[f32],
+    class_means: Option<&ClassMeans>,
+) -> Result<Vec<f32>, CarryError> {
+    match (map, kind) {
+        (ResidualMap::Affine(map), VectorKind::Direction) => Ok(map.apply_direction(values)),
+        (ResidualMap::Affine(map), VectorKind::Discriminant) => map.pull_back(values).ok_or(CarryError::NoBackward),
+        (ResidualMap::Autoencoder(map), VectorKind::Direction) => {
+            let ClassMeans { positive, negative } = class_means.ok_or(CarryError::NoClassMeans)?;
+            let mapped = |mean: &[f32]| map.apply(&mean.iter().map(|value| f64::from(*value)).collect::<Vec<_>>());
+            Ok(mapped(positive).iter().zip(mapped(negative)).map(|(p, n)| (p - n) as f32).collect())
+        }
+        (ResidualMap::Autoencoder(_), VectorKind::Discriminant) => Err(CarryError::Discriminant),
     }
+}
+
+/// Why a map can't carry a vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CarryError {
+    #[error(
+        "it is a discriminant, and the mapping can carry directions only: make the mapping anew with `pilotfish map`"
+    )]
+    NoBackward,
+    #[error(
+        "an autoencoder carries the means of its classes, which are not there: make the vector anew with `pilotfish extract`"
+    )]
+    NoClassMeans,
+    #[error(
+        "it is a discriminant, which an autoencoder can't carry: take an affine mapping, or a direction (`--method mean`)"
+    )]
+    Discriminant,
 }
 
 fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("strings and finite numbers are JSON")
 }
 
-/// `24-10` as layers; no other spelling of them.
-fn layers_of(key: &str) -> Option<(LayerIndex, LayerIndex)> {
+/// `24-10` or `14+16-10` as layers; no other spelling of them.
+fn layers_of(key: &str) -> Option<(LayerStack, LayerIndex)> {
     let (source, target) = key.split_once('-')?;
-    let (source, target) = (source.parse::<u32>().ok()?, target.parse::<u32>().ok()?);
-    (format!("{source}-{target}") == key).then_some((LayerIndex(source), LayerIndex(target)))
+    let (source, target) = (source.parse::<LayerStack>().ok()?, target.parse::<LayerStack>().ok()?.single()?);
+    Some((source, target))
 }
 
 fn read_affine(
     file: &str,
     tensors: &TensorFile<'_>,
     pair: &str,
-    (source_layer, target_layer): (LayerIndex, LayerIndex),
+    (source_layer, target_layer): (LayerStack, LayerIndex),
     backward: bool,
+    rank: Option<usize>,
 ) -> Result<AffineMap, GuardError> {
     let weight = format!("{pair}.weight");
-    let (source_width, target_width) = bounded(file, tensors, &weight)?;
+    let (source_width, target_width) = match rank {
+        Some(_) => (
+            bounded(file, tensors, &factor_name(pair, "", "left"))?.0,
+            bounded(file, tensors, &factor_name(pair, "", "right"))?.1,
+        ),
+        None => bounded(file, tensors, &weight)?,
+    };
     let source = standardization(tensors, pair, "source", source_width)?;
     let target = standardization(tensors, pair, "target", target_width)?;
-    let weight = tensors.shaped(&weight, &[source_width, target_width])?;
-    let backward =
-        backward.then(|| tensors.shaped(&format!("{pair}.backward"), &[target_width, source_width])).transpose()?;
-    let map = AffineMap::new(source_layer, target_layer, source, target, weight);
-    map.and_then(|map| match backward {
-        Some(weight) => map.with_backward(weight),
-        None => Ok(map),
-    })
-    .map_err(|error| refused(file, pair, &error))
+    let refused = |error| refused(file, pair, &error);
+    let Some(rank) = rank else {
+        let weight = tensors.shaped(&weight, &[source_width, target_width])?;
+        let map = AffineMap::new(source_layer, target_layer, source, target, weight).map_err(refused)?;
+        if !backward {
+            return Ok(map);
+        }
+        let weight = tensors.shaped(&format!("{pair}.backward"), &[target_width, source_width])?;
+        return map.with_backward(weight).map_err(refused);
+    };
+    let factors = |which, rows, columns| -> Result<Factors, GuardError> {
+        let left = tensors.shaped(&factor_name(pair, which, "left"), &[rows, rank])?;
+        let right = tensors.shaped(&factor_name(pair, which, "right"), &[rank, columns])?;
+        Ok(Factors { rank, left, right })
+    };
+    let forward = factors("", source_width, target_width)?;
+    let map = AffineMap::of_low_rank(source_layer, target_layer, source, target, forward).map_err(refused)?;
+    if !backward {
+        return Ok(map);
+    }
+    map.with_low_rank_backward(factors("backward", target_width, source_width)?).map_err(refused)
+}
+
+/// `S-T.left` for the weight, `S-T.backward_left` for the backward weight.
+fn factor_name(pair: &str, which: &str, side: &str) -> String {
+    if which.is_empty() { format!("{pair}.{side}") } else { format!("{pair}.{which}_{side}") }
+}
+
+fn put_weight<'a>(
+    tensors: &mut BTreeMap<String, TensorData<'a>>,
+    pair: &str,
+    which: &str,
+    shape: [usize; 2],
+    weight: &'a [f32],
+    factors: Option<&'a Factors>,
+) {
+    let Some(Factors { rank, left, right }) = factors else {
+        let name = if which.is_empty() { "weight" } else { which };
+        tensors.insert(format!("{pair}.{name}"), TensorData { shape: shape.to_vec(), values: weight });
+        return;
+    };
+    tensors.insert(factor_name(pair, which, "left"), TensorData { shape: vec![shape[0], *rank], values: left });
+    tensors.insert(factor_name(pair, which, "right"), TensorData { shape: vec![*rank, shape[1]], values: right });
 }
 
 fn read_autoencoder(

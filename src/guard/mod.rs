@@ -30,14 +30,14 @@ pub use identity::{Fingerprint, ModelIdentity};
 pub use manifest::{
     Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source, StrengthUnit,
 };
-pub use mapping_file::{MappingFile, carry};
+pub use mapping_file::{CarryError, MappingFile, carry};
 pub use rule::{Rule, Truth};
-pub use vector_file::VectorFile;
+pub use vector_file::{VectorFile, class_mean_tensors};
 pub use write::{compose_guard, from_control_vector, replace_manifest, write_guard};
 
-use crate::mapping::{MappingQuality, ResidualMap, Standardization};
+use crate::mapping::{MapQuality, ResidualMap, Standardization};
 use crate::steering::VectorKind;
-use crate::tensor::{LayerIndex, norm};
+use crate::tensor::{LayerIndex, LayerStack, norm};
 use folder::{Folder, InMemory};
 use std::path::Path;
 
@@ -102,11 +102,11 @@ pub struct GuardVector {
 /// Where a mapped vector comes from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MappedFrom {
-    /// The source's layer.
-    pub layer: LayerIndex,
+    /// The source's layer, or layers where the mapping reads several.
+    pub layer: LayerStack,
     /// The mapping's name in the manifest.
     pub mapping: String,
-    pub quality: MappingQuality,
+    pub quality: MapQuality,
     /// Of the target's residual, as the mapping knows it.
     pub target: Standardization,
 }
@@ -300,7 +300,7 @@ impl Guard {
     /// On another guard's.
     pub fn layer_of(&self, intervention: &Intervention) -> LayerIndex {
         match intervention.kind {
-            InterventionKind::Switch { map } => self.switches[map].map.source_layer(),
+            InterventionKind::Switch { map } => self.switches[map].map.target_layer(),
             InterventionKind::Add { vector }
             | InterventionKind::Ablate { vector, .. }
             | InterventionKind::Clamp { vector, .. }

@@ -2,8 +2,13 @@
 
 use super::manifest::{InterventionEntry, InterventionName, TargetEntry, TensorsEntry, VectorEntry};
 use super::*;
-use crate::mapping::{AffineMap, FitQuality, Standardization};
-use crate::steering::{ControlVector, ExtractionMethod, PromptTokens, Stability, SteeringVector, VectorQuality};
+use crate::mapping::{
+    AffineMap, Autoencoder, AutoencoderQuality, AutoencoderWeights, Factors, FitQuality, MappingQuality,
+    ReplacementQuality, Standardization,
+};
+use crate::steering::{
+    ClassMeans, ControlVector, ExtractionMethod, PromptTokens, Stability, SteeringVector, VectorQuality,
+};
 use crate::tensor::norm;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -118,6 +123,7 @@ fn mapping_file() -> MappingFile {
         seed: u64::MAX,
         pairs: vec![map(24, 8, 1.0), both_ways(map(24, 10, 4.0))],
         autoencoders: vec![],
+        replacements: Default::default(),
     }
 }
 
@@ -177,7 +183,10 @@ fn everything_said_is_in_the_guard() {
     assert_eq!(harm.layer, LayerIndex(10));
     assert_eq!(harm.direction, map(24, 10, 4.0).0.apply_direction(&HARM));
     let from = harm.mapped_from.as_ref().unwrap();
-    assert_eq!((from.layer, from.mapping.as_str(), from.quality.n_train), (LayerIndex(24), "small-to-large", 80));
+    assert_eq!(
+        (from.layer.clone(), from.mapping.as_str(), from.quality.n_train()),
+        (LayerIndex(24).into(), "small-to-large", 80)
+    );
     assert_eq!((harm.method.as_deref(), harm.mean_norm), (Some("mean"), Some(31.5)));
     assert_eq!((refusal.layer, refusal.direction.as_slice()), (LayerIndex(8), REFUSAL.as_slice()));
     assert_eq!(refusal.mapped_from, None);
@@ -221,6 +230,66 @@ fn everything_said_is_in_the_guard() {
     };
     assert_eq!(guard.interventions(), [add, ablate, clamp]);
     assert_eq!(guard.results()[0].value, 0.94);
+}
+
+/// From layer 24 to 10, with one hidden value that the negative class does not open.
+fn autoencoder_file() -> MappingFile {
+    let weights = AutoencoderWeights {
+        encoder: vec![1.0, -1.0],
+        encoder_bias: vec![-0.5],
+        decoder: vec![1.0, -2.0, 0.5],
+        decoder_bias: vec![7.0, 7.0, 7.0],
+    };
+    let source = Standardization { mean: vec![0.5, -1.0], scale: vec![2.0, 0.5] };
+    let target = Standardization { mean: vec![1.0, 2.0, 3.0], scale: vec![4.0, 1.0, 0.25] };
+    let map = Autoencoder::new(LayerIndex(24), LayerIndex(10), source, target, weights).unwrap();
+    let quality = AutoencoderQuality { fraction_unexplained: 0.25, cosine: 0.5, n_train: 80, n_heldout: 20 };
+    let replacement =
+        ReplacementQuality { kl: 0.1 + 0.2, kl_mean_ablation: 3.5, replaced: 0.75, n_tokens: 90, n_documents: 4 };
+    MappingFile {
+        pairs: vec![],
+        autoencoders: vec![(map, quality)],
+        replacements: [((LayerIndex(24).into(), LayerIndex(10)), replacement)].into(),
+        ..mapping_file()
+    }
+}
+
+#[test]
+fn an_autoencoder_carries_a_vector_by_its_class_means() {
+    let file = autoencoder_file();
+    let bytes = file.to_bytes().unwrap();
+    assert_eq!(MappingFile::from_bytes("m", &bytes).unwrap(), file);
+    let manifest = edited("kind = \"affine\"", "kind = \"autoencoder\"");
+    let (harm, refusal) = (("harm.24", HARM.as_slice()), ("refusal.8", REFUSAL.as_slice()));
+    let (positive, negative) =
+        (("harm.24.positive", [2.5, -1.0].as_slice()), ("harm.24.negative", [1.0, 1.0].as_slice()));
+
+    let guard = load(&manifest, &tensors_of(&[harm, refusal, positive, negative]), &bytes).unwrap();
+    let vector = &guard.vectors()[0];
+    // Hidden: (2.5 − 0.5)/2 − 0 − 0.5 = 0.5, and (1 − 0.5)/2 − (1 + 1)/0.5 − 0.5 < 0. The biases cancel.
+    assert_eq!(vector.direction, [0.5 * 1.0 * 4.0, 0.5 * -2.0, 0.5 * 0.5 * 0.25]);
+    let quality = vector.mapped_from.as_ref().unwrap().quality;
+    assert_eq!((quality.fraction_unexplained(), quality.cosine(), quality.n_train()), (0.25, 0.5, 80));
+
+    let problem = |manifest: &str, tensors: &[(&str, &[f32])]| {
+        load(manifest, &tensors_of(tensors), &bytes).unwrap_err().to_string()
+    };
+    let none = problem(&manifest, &[harm, refusal]);
+    assert!(
+        none.contains(
+            "`vector[0].mapping`: mapping `small-to-large` can't carry vector `harm`: an autoencoder carries the means"
+        ),
+        "{none}"
+    );
+    let one = problem(&manifest, &[harm, refusal, positive]);
+    assert!(one.contains("no tensor `harm.24.negative`"), "{one}");
+    let wide = problem(&manifest, &[harm, refusal, positive, ("harm.24.negative", &REFUSAL)]);
+    assert!(wide.contains("`harm.24.negative`"), "{wide}");
+    let equal = problem(&manifest, &[harm, refusal, positive, ("harm.24.negative", positive.1)]);
+    assert!(equal.contains("zero, so it has no direction"), "{equal}");
+    let reading = manifest.replacen("tensor = \"harm.24\"", "tensor = \"harm.24\"\nkind = \"discriminant\"", 1);
+    let found = problem(&reading, &[harm, refusal, positive, negative]);
+    assert!(found.contains("a discriminant, which an autoencoder can't carry"), "{found}");
 }
 
 #[test]
@@ -282,12 +351,35 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
         ),
         ("tensor = \"refusal.8\"\n", "", "[[vector]]\nname = \"refusal\"", "`vector[1]`: missing field `tensor`"),
         // Values of the wrong kind.
-        ("layer = 8", "layer = -8", "layer = -8", "`vector[1].layer`: invalid value: integer `-8`, expected u32"),
+        (
+            "layer = 8",
+            "layer = -8",
+            "layer = -8",
+            "`vector[1].layer`: invalid value: integer `-8`, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [9, 8]",
+            "layer = [",
+            "`vector[1].layer`: invalid value: sequence, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [8]",
+            "layer = [",
+            "`vector[1].layer`: invalid value: sequence, expected a layer, or a list of two layers or more in rising order",
+        ),
+        (
+            "layer = 8",
+            "layer = [8, 9]",
+            "layer = [",
+            "`vector[1].layer`: expected one layer, for a vector without a mapping, found 8+9",
+        ),
         (
             "layer = 8",
             "layer = 4294967296",
             "layer = 42",
-            "`vector[1].layer`: invalid value: integer `4294967296`, expected u32",
+            "`vector[1].layer`: invalid value: integer `4294967296`, expected a layer, or a list of two layers or more in rising order",
         ),
         (
             "aggregate = \"mean\"",
@@ -1030,6 +1122,7 @@ fn vector_file() -> VectorFile {
         mean_norm,
         n_positive: 200,
         n_negative: 199,
+        class_means: None,
         quality: None,
     };
     VectorFile {
@@ -1074,6 +1167,26 @@ fn a_vector_file_comes_back_and_its_bytes_are_one() {
     }
     // Golden: nothing may change these bytes but a new format.
     assert_eq!(Digest::of(&bytes).to_string(), "701068765c3f357149f3beeea599c78dbb6d37d4d4e6c638cd9b77b6e054bdd2");
+}
+
+#[test]
+fn class_means_come_back_and_are_there_in_pairs() {
+    let means = ClassMeans { positive: vec![2.0, 0.0], negative: vec![0.5, 2.0] };
+    let mut file = vector_file();
+    file.vectors[0].class_means = Some(means.clone());
+    let bytes = file.to_bytes().unwrap();
+    assert_eq!(VectorFile::from_bytes("v", &bytes).unwrap(), file);
+    let renamed = |from: &str, to: &str| {
+        let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+        let mut bytes = bytes.clone();
+        bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
+        VectorFile::from_bytes("v", &bytes).unwrap_err().to_string()
+    };
+    let alone = renamed("harm.24.positive", "harm.23.positive");
+    assert!(alone.starts_with("`v` has no tensor `harm.24.positive`; "), "{alone}");
+    file.vectors[0].class_means = Some(ClassMeans { positive: vec![1.0], ..means });
+    let expected = "expected 2 values in the class means of vector `harm.24`, found 1";
+    assert_eq!(file.to_bytes().unwrap_err().to_string(), expected);
 }
 
 #[test]
@@ -1167,7 +1280,7 @@ fn a_self_describing_file_says_all_and_nothing_else() {
         (
             r#"{\"kind\":\"affine\""#,
             r#"{\"kind\":\"autoencoder\""#,
-            "`m`: metadata key `24-10`: unknown field `lambda`, expected one of `fraction_unexplained`, `cosine`, `n_train`, `n_heldout`",
+            "`m`: metadata key `24-10`: unknown field `lambda`, expected one of `fraction_unexplained`, `cosine`, `n_train`, `n_heldout`, `replacement`",
         ),
         (r#""24-10":""#, r#""24-010":""#, "`m`: metadata key `24-010`: unknown"),
         (
@@ -1530,6 +1643,7 @@ proptest! {
                 mean_norm,
                 n_positive: usize::MAX,
                 n_negative: 0,
+                class_means: None,
                 quality: None,
             })
             .collect();
@@ -1556,7 +1670,7 @@ proptest! {
             tensors: TensorsEntry::default(),
             vectors: vec![VectorEntry {
                 name: text.clone(),
-                layer: LayerIndex(layer),
+                layer: LayerIndex(layer).into(),
                 tensor: text.clone(),
                 kind: VectorKind::Discriminant,
                 mapping: None,
@@ -1575,6 +1689,49 @@ proptest! {
         let toml = written.to_toml().unwrap();
         prop_assert_eq!(Manifest::parse("guard.toml", toml.as_bytes()).unwrap(), written);
     }
+}
+
+/// Two source layers beside each other, and weights that are two factors each.
+#[test]
+fn mappings_of_several_layers_and_of_low_rank_come_back_as_written() {
+    let (full, quality) = map(24, 10, 4.0);
+    let (source, target) = (full.source_width(), full.target_width());
+    let factors = |rows: usize, columns: usize| Factors {
+        rank: 2,
+        left: (0..rows * 2).map(|i| 1.0 - i as f32).collect(),
+        right: (0..2 * columns).map(|i| 0.5 * i as f32).collect(),
+    };
+    let stack: LayerStack = "23+24".parse().unwrap();
+    let low = AffineMap::of_low_rank(
+        stack.clone(),
+        LayerIndex(10),
+        full.source().clone(),
+        full.target().clone(),
+        factors(source, target),
+    )
+    .unwrap();
+    let written = |pair| MappingFile { pairs: vec![pair], ..mapping_file() }.to_bytes();
+    for pair in [(low.clone(), quality), both_ways_of_low_rank((low.clone(), quality), factors(target, source))] {
+        let bytes = written(pair.clone()).unwrap();
+        let read = MappingFile::from_bytes("m", &bytes).unwrap();
+        assert_eq!(read.pair(&stack, LayerIndex(10)), Some(&pair));
+        assert_eq!(read.pair(&LayerIndex(24).into(), LayerIndex(10)), None);
+        for (from, to) in [("\"rank\":2", "\"rank\":3"), (",\"rank\":2", ""), ("23+24-10", "24+23-10")] {
+            let from_json = from.replace('"', "\\\"");
+            let broken = reheaded(&bytes, &from_json, &to.replace('"', "\\\""));
+            MappingFile::from_bytes("m", &broken).expect_err(to);
+        }
+    }
+    let (dense, quality) = both_ways((low, quality));
+    written((dense, quality)).expect_err("a dense backward weight beside a weight of low rank");
+}
+
+fn both_ways_of_low_rank(
+    (map, quality): (AffineMap, MappingQuality),
+    backward: Factors,
+) -> (AffineMap, MappingQuality) {
+    let (_, with) = both_ways((map.clone(), quality));
+    (map.with_low_rank_backward(backward).unwrap(), with)
 }
 
 /// `v/σ²`, with σ the target's scale in the mapping of layers 24 to 10.

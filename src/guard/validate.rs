@@ -9,10 +9,10 @@ use super::manifest::{
 use super::tensors::TensorFile;
 use super::{
     Calibration, Digest, Gate, GateCalibration, GateScope, Guard, GuardVector, Intervention, InterventionKind,
-    MAX_ENTRIES, MappedFrom, MappingFile, Positions, Probe, Rule, StrengthUnit, SwitchMap, Target, carry, location,
-    multiplier, rule,
+    MAX_ENTRIES, MappedFrom, MappingFile, Positions, Probe, Rule, StrengthUnit, SwitchMap, Target, carry,
+    class_mean_tensors, location, multiplier, rule,
 };
-use crate::steering::VectorKind;
+use crate::steering::{ClassMeans, VectorKind};
 use crate::tensor::norm;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -193,20 +193,20 @@ impl<F: Files> Check<'_, F> {
             method: entry.method.clone(),
             mean_norm: entry.mean_norm,
         };
-        let Some(name) = &entry.mapping else { return Ok(vector(entry.layer, values, None)) };
+        let Some(name) = &entry.mapping else {
+            let one = "one layer, for a vector without a mapping";
+            let layer = entry.layer.single().ok_or_else(|| GuardError::value(one, &entry.layer)).at(at("layer"))?;
+            return Ok(vector(layer, values, None));
+        };
 
         let mapping = self.mapping(name).at(at("mapping"))?;
         if entry.layer != mapping.source_layer {
             let expected = format!("{}, the source layer of mapping `{name}`", mapping.source_layer);
-            return Err(GuardError::value(expected, entry.layer)).at(at("layer"));
-        }
-        if mapping.kind == MappingKind::Autoencoder {
-            let what = "a vector carried by an `autoencoder` mapping";
-            return Err(GuardError::Unsupported { what }).at(at("mapping"));
+            return Err(GuardError::value(expected, &entry.layer)).at(at("layer"));
         }
         let pair = mappings
             .get(&mapping.sha256)
-            .and_then(|(_, file)| file.pair(mapping.source_layer, mapping.target_layer))
+            .and_then(|(_, file)| file.map_with_quality(mapping.kind, &mapping.source_layer, mapping.target_layer))
             .ok_or_else(|| self.no_mapping(mapping.sha256));
         let (map, quality) = pair.at(at("mapping"))?;
         if values.len() != map.source_width() {
@@ -214,15 +214,19 @@ impl<F: Files> Check<'_, F> {
             let (expected, found) = (map.source_width(), values.len());
             return Err(GuardError::MappingWidth { vector, mapping, expected, found }).at(at("tensor"));
         }
-        let direction = carry(map, entry.kind, &values)
-            .ok_or_else(|| GuardError::NoBackward { vector: entry.name.clone(), mapping: name.clone() });
+        let class_means = class_means(tensors, &entry.tensor, values.len()).at(at("tensor"))?;
+        let direction = carry(&map, entry.kind, &values, class_means.as_ref()).map_err(|reason| GuardError::Carry {
+            vector: entry.name.clone(),
+            mapping: name.clone(),
+            reason,
+        });
         let direction = direction.at(at("mapping"))?;
         let problem = match norm(&direction) {
             length if !length.is_finite() || direction.iter().any(|value| !value.is_finite()) => "too large for `f32`",
             0.0 => "zero, so it has no direction",
             _ => {
-                let (layer, mapping, target) = (entry.layer, name.clone(), map.target().clone());
-                let from = MappedFrom { layer, mapping, quality: *quality, target };
+                let (layer, mapping, target) = (entry.layer.clone(), name.clone(), map.target().clone());
+                let from = MappedFrom { layer, mapping, quality, target };
                 return Ok(vector(map.target_layer(), direction, Some(from)));
             }
         };
@@ -285,16 +289,17 @@ impl<F: Files> Check<'_, F> {
                 // A switch starts at the residual of the model that runs. What it leads to need not be a model that runs.
                 return other("from the model", "target", &target.fingerprint, &from.fingerprint);
             }
-            let (source, target) = (entry.source_layer, entry.target_layer);
+            let (source, target) = (&entry.source_layer, entry.target_layer);
             let (there, pairs) = match entry.kind {
                 MappingKind::Affine => (mapping.pair(source, target).is_some(), mapping.affine_pairs()),
                 MappingKind::Autoencoder => {
-                    (mapping.autoencoder(source, target).is_some(), mapping.autoencoder_pairs())
+                    let found = source.single().and_then(|source| mapping.autoencoder(source, target));
+                    (found.is_some(), mapping.autoencoder_pairs())
                 }
             };
             if !there {
                 let known = listed(pairs.into_iter().map(|(source, target)| format!("{source} → {target}")));
-                let (source_layer, target_layer) = (source.0, target.0);
+                let (source_layer, target_layer) = (source.clone(), target.0);
                 let kind = entry.kind.name();
                 let reason = GuardError::NoLayerPair { file: file.clone(), kind, source_layer, target_layer, known };
                 return Err(reason).at(at("source_layer"));
@@ -314,8 +319,8 @@ impl<F: Files> Check<'_, F> {
                 continue;
             }
             let entry = self.mapping(name).at(at("mapping"))?;
-            let (source, target) = (entry.source_layer, entry.target_layer);
-            if source != target {
+            let (source, target) = (&entry.source_layer, entry.target_layer);
+            if *source != target {
                 let expected = "a mapping from a layer to the same layer";
                 return Err(GuardError::value(expected, format!("one from {source} to {target}"))).at(at("mapping"));
             }
@@ -392,6 +397,17 @@ impl<F: Files> Check<'_, F> {
         };
         self.manifest.interventions.iter().enumerate().map(intervention).collect()
     }
+}
+
+/// Of the vector in `tensor`, of `width` values, where the file has them.
+fn class_means(tensors: &TensorFile<'_>, tensor: &str, width: usize) -> Result<Option<ClassMeans>, GuardError> {
+    let [positive, negative] = class_mean_tensors(tensor);
+    let names = tensors.names();
+    if !names.contains(&positive) && !names.contains(&negative) {
+        return Ok(None);
+    }
+    let read = |name: &str| tensors.shaped(name, &[width]);
+    Ok(Some(ClassMeans { positive: read(&positive)?, negative: read(&negative)? }))
 }
 
 /// Mapping files by sha256, with their names.

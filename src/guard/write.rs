@@ -86,7 +86,7 @@ pub fn from_control_vector(
         let name = format!("direction.{layer}");
         vectors.push(VectorEntry {
             name: name.clone(),
-            layer,
+            layer: layer.into(),
             tensor: name.clone(),
             kind: VectorKind::Direction,
             mapping: None,

@@ -1,11 +1,11 @@
+use super::capture::{Capture, CapturedLayer, Replacement};
 use super::executor::{AutoExecutor, Executor, ExecutorKind, HostExecutor};
 use super::rows::{BatchRow, GraphInputs, RowTracker, Splitting};
 use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
 use super::{CopyExecutor, DeviceExecutor, HookFault};
 use crate::guard::OnError;
-use crate::program::{Program, Row, Sequences, panic_message};
+use crate::program::{Program, Sequences, panic_message};
 use crate::tensor::{LayerIndex, SequenceId};
-use std::collections::BTreeSet;
 use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -32,6 +32,9 @@ pub struct Hook {
     /// Sequences whose cells may hold what is no number, whatever their guards say of faults.
     tainted: Vec<SequenceId>,
     capture: Option<Capture>,
+    replacement: Option<Replacement>,
+    /// Rows that were replaced in this decode.
+    n_replaced: usize,
     rows: RowTracker,
     micro_batch: MicroBatch,
     /// Layers whose residual came in this decode, and how it was reached where it was guarded.
@@ -47,28 +50,6 @@ pub struct Hook {
 struct Fired {
     layer: LayerIndex,
     executor: Option<ExecutorKind>,
-}
-
-/// Copies of residual rows, as they were after the program patched them.
-#[derive(Debug, Default)]
-pub struct Capture {
-    layers: BTreeSet<LayerIndex>,
-    rows: Vec<CapturedRow>,
-}
-
-/// One row of one layer's residual.
-#[derive(Debug, Clone)]
-pub struct CapturedRow {
-    pub layer: LayerIndex,
-    pub row: Row,
-    /// `[width]`
-    pub values: Vec<f32>,
-}
-
-impl Capture {
-    pub fn new(layers: impl IntoIterator<Item = LayerIndex>) -> Self {
-        Self { layers: layers.into_iter().collect(), rows: Vec::new() }
-    }
 }
 
 /// Finds where a micro-batch begins in the stream of nodes, and which positions it has.
@@ -104,6 +85,8 @@ impl Hook {
             failed: Vec::new(),
             tainted: Vec::new(),
             capture: None,
+            replacement: None,
+            n_replaced: 0,
             rows: RowTracker::default(),
             micro_batch: MicroBatch::default(),
             fired: Vec::new(),
@@ -212,9 +195,15 @@ impl Hook {
         self.capture = capture;
     }
 
-    /// Rows captured since the last call, in the order in which they were computed.
-    pub fn take_captured(&mut self) -> Vec<CapturedRow> {
-        self.capture.as_mut().map(|capture| std::mem::take(&mut capture.rows)).unwrap_or_default()
+    /// Rows captured since the last call, by layer.
+    pub fn take_captured(&mut self) -> Vec<CapturedLayer> {
+        self.capture.as_mut().map(Capture::take).unwrap_or_default()
+    }
+
+    /// Replaces rows of a residual in the decodes that follow, until it is told otherwise. A row of a batch that is to be replaced and does not
+    /// come, or can't be told from others, is a fault of the decode.
+    pub fn set_replacement(&mut self, replacement: Option<Replacement>) {
+        self.replacement = replacement;
     }
 
     /// Prepares for one `llama_decode` of `batch`, whose token ids are `tokens` (as long, or empty where they are not known), on a context
@@ -226,7 +215,8 @@ impl Hook {
         for program in self.sequences.programs() {
             self.wanted.extend(program.points().iter().map(|point| point.layer));
         }
-        self.wanted.extend(self.capture.iter().flat_map(|capture| &capture.layers));
+        self.wanted.extend(self.capture.iter().flat_map(Capture::layers));
+        self.wanted.extend(self.replacement.iter().map(Replacement::layer));
         self.wanted.sort_unstable();
         self.wanted.dedup();
         self.micro_batch = MicroBatch { inputs: std::mem::take(&mut self.micro_batch.inputs), ..Default::default() };
@@ -235,6 +225,7 @@ impl Hook {
         self.fired.clear();
         self.fault = None;
         self.layer_faults.clear();
+        self.n_replaced = 0;
         self.working_on = None;
     }
 
@@ -250,8 +241,8 @@ impl Hook {
         }
         let fired = |layer: &LayerIndex| self.fired.iter().any(|fired| fired.layer == *layer);
         let missing = |layer| HookFault::MissingHookPoint { layer };
-        let uncaptured = || self.capture.as_ref()?.layers.iter().find(|layer| !fired(layer)).copied();
-        let whole = self.fault.take().or_else(|| uncaptured().map(missing));
+        let uncaptured = || self.capture.as_ref()?.layers().find(|layer| !fired(layer));
+        let whole = self.fault.take().or_else(|| uncaptured().map(missing)).or_else(|| self.unreplaced());
         let certain = !self.rows.is_uncertain();
         let mut first = whole.clone();
         for index in 0..self.sequences.batch().len() {
@@ -316,8 +307,9 @@ impl Hook {
     /// guarded at the layer where it happened, and those whose guards let it pass.
     fn latch(&mut self, fault: HookFault) -> bool {
         tracing::debug!(%fault, "guard fault");
-        let captured = |layer| self.capture.as_ref().is_some_and(|capture| capture.layers.contains(&layer));
-        let layer = fault.layer().filter(|layer| !captured(*layer));
+        let captured = |layer| self.capture.as_ref().is_some_and(|capture| capture.has(layer));
+        let replaced = |layer| self.replacement.as_ref().is_some_and(|replacement| replacement.layer() == layer);
+        let layer = fault.layer().filter(|layer| !captured(*layer) && !replaced(*layer));
         let mut programs = self.sequences.batch().iter().filter_map(|sequence| self.sequences.program(*sequence));
         let goes_on = programs.any(|program| {
             program.on_error() == OnError::Pass || layer.is_some_and(|layer| program.point(layer).is_none())
@@ -327,6 +319,16 @@ impl Hook {
             None => drop(self.fault.get_or_insert(fault)),
         }
         goes_on
+    }
+
+    /// What is wrong if not all rows of this decode were replaced that were to be.
+    fn unreplaced(&self) -> Option<HookFault> {
+        let replacement = self.replacement.as_ref()?;
+        let named = self.rows.batch().iter().filter(|row| replacement.has(row.sequence, row.position)).count();
+        (named != self.n_replaced).then(|| HookFault::Residual {
+            layer: replacement.layer(),
+            reason: format!("{named} rows of the batch were to be replaced, {} were", self.n_replaced),
+        })
     }
 
     /// Whether llama.cpp is to stop after this node and show it.
@@ -441,16 +443,21 @@ impl Hook {
         if rows.is_empty() {
             return Ok(());
         }
+        if let Some(replacement) = self.replacement.as_ref().filter(|replacement| replacement.layer() == layer) {
+            if replacement.width() != width {
+                let reason = format!("its rows have {width} values, those to replace them {}", replacement.width());
+                return Err(HookFault::Residual { layer, reason });
+            }
+            // SAFETY: the shape was checked above, and llama.cpp waits for the callback.
+            self.n_replaced += unsafe { replacement.run(rows, &mut tensor) };
+        }
         self.executor
             .run(layer, rows, &mut self.sequences, &mut tensor)
             .map_err(|source| HookFault::Row { layer, source })?;
         self.fired[fired].executor = Some(self.executor.kind());
-        if let Some(capture) = self.capture.as_mut().filter(|capture| capture.layers.contains(&layer)) {
-            let mut values = vec![0.0; n_rows * width];
-            // SAFETY: the shape was checked above.
-            unsafe { tensor.read(&mut values) };
-            let rows = rows.iter().zip(values.chunks_exact(width));
-            capture.rows.extend(rows.map(|(row, values)| CapturedRow { layer, row: *row, values: values.to_vec() }));
+        if let Some(capture) = &mut self.capture {
+            // SAFETY: the shape was checked above, and llama.cpp waits for the callback.
+            unsafe { capture.take_note(layer, rows, width, &mut tensor) };
         }
         Ok(())
     }

@@ -1,4 +1,7 @@
-use super::{BatchRow, Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault, Splitting};
+use super::{
+    BatchRow, Capture, CaptureRows, CapturedLayer, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault,
+    Replacement, Splitting,
+};
 use crate::program::{GateDecision, Program, RowKind};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
@@ -297,12 +300,23 @@ impl<'model> GuardedContext<'model> {
 
     /// Copies the residual rows of `layers`, as they are after the program, in the decodes that follow.
     pub fn capture(&mut self, layers: impl IntoIterator<Item = LayerIndex>) {
-        self.hook.as_mut().set_capture(Some(Capture::new(layers)));
+        self.capture_rows(layers, CaptureRows::All);
     }
 
-    /// Rows captured since the last call.
-    pub fn take_captured(&mut self) -> Vec<CapturedRow> {
+    /// As [`capture`](Self::capture), of some rows alone.
+    pub fn capture_rows(&mut self, layers: impl IntoIterator<Item = LayerIndex>, which: CaptureRows) {
+        self.hook.as_mut().set_capture(Some(Capture::new(layers, which)));
+    }
+
+    /// Rows captured since the last call, by layer.
+    pub fn take_captured(&mut self) -> Vec<CapturedLayer> {
         self.hook.as_mut().take_captured()
+    }
+
+    /// Replaces rows of a residual before the program meets it, in the decodes that follow, until it is told otherwise: for measuring what a model
+    /// makes of another residual. A row of a batch that is to be replaced and does not come is a fault of the decode.
+    pub fn replace(&mut self, replacement: Option<Replacement>) {
+        self.hook.as_mut().set_replacement(replacement);
     }
 
     /// How residuals were reached in the last decode: what the chosen executor could do with where they lie.

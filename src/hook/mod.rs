@@ -12,6 +12,7 @@
 //! Without the `engine` feature there is no [`GuardedContext`] and no linked function table: what remains holds no C++.
 
 mod callback;
+mod capture;
 #[cfg(feature = "engine")]
 mod context;
 mod device;
@@ -23,7 +24,8 @@ mod params;
 mod rows;
 mod table;
 
-pub use callback::{Capture, CapturedRow, Hook};
+pub use callback::Hook;
+pub use capture::{Capture, CaptureRows, CapturedLayer, Replacement};
 #[cfg(feature = "engine")]
 pub use context::{BatchError, ContextError, GuardedBatch, GuardedContext};
 pub use device::{DeviceExecutor, DeviceTable};

@@ -81,6 +81,11 @@ impl Default for RowTracker {
 }
 
 impl RowTracker {
+    /// The batch of this decode.
+    pub fn batch(&self) -> &[BatchRow] {
+        &self.batch
+    }
+
     /// Starts a decode of `batch` with the token ids `tokens`.
     pub fn begin(&mut self, batch: &[BatchRow], tokens: &[i32], splitting: Splitting) {
         self.batch.clear();

@@ -3,8 +3,8 @@ use super::separation::{FOLDS, auc_of_fold, without_fold};
 use super::{Classes, ContrastMethod, LearnError, Progress, class_activations, threads};
 use crate::engine::Model;
 use crate::guard::{Readout, carry};
-use crate::mapping::AffineMap;
-use crate::steering::{SteeringVector, VectorKind};
+use crate::mapping::ResidualMap;
+use crate::steering::{Extracted, SteeringVector, stacked};
 use crate::tensor::LayerIndex;
 
 /// How well each of `maps` carries its source layer's vector over, in the order of `maps`: the cross-validated AUC of what a gate with this
@@ -21,7 +21,7 @@ pub fn separation_by_map(
     source: &Model,
     target: &Model,
     vectors: &[SteeringVector],
-    maps: &[&AffineMap],
+    maps: &[&ResidualMap],
     readout: Readout,
     sets: &[Classes<'_>],
     progress: Progress<'_>,
@@ -32,34 +32,36 @@ pub fn separation_by_map(
             return Err(LearnError::TooFewPrompts { what, needed: FOLDS, found: prompts.len() });
         }
     }
-    let vector_of = |map: &AffineMap| vectors.iter().find(|vector| vector.layer == map.source_layer());
     let Some(first) = vectors.first() else { return Ok(vec![None; maps.len()]) };
-    let usable = || maps.iter().filter(|map| vector_of(map).is_some());
-    let (from, to) =
-        (distinct(usable().map(|map| map.source_layer())), distinct(usable().map(|map| map.target_layer())));
+    let usable: Vec<_> = maps.iter().filter(|map| stacked(vectors, &map.source_layer()).is_some()).collect();
+    let from = distinct(usable.iter().flat_map(|map| map.source_layer().layers().to_vec()));
+    let to = distinct(usable.iter().map(|map| map.target_layer()));
     let from_activations =
         class_activations(source, &from, sets, &first.tokens, &mut |done, total| progress(done, 2 * total))?;
     let to_activations =
         class_activations(target, &to, sets, &first.tokens, &mut |done, total| progress(total + done, 2 * total))?;
 
     // Of each source layer, the vector without each fold.
-    let folds = threads::each(&from, &mut |_, _| (), |layer| {
+    let made = threads::each(&from, &mut |_, _| (), |layer| {
         let vector = vectors.iter().find(|vector| vector.layer == *layer).expect("a layer of a vector");
         let sets = sets_at(&from_activations, *layer, &[]);
         let fold = |fold| match ContrastMethod::of(vector) {
-            Some(method) => without_fold(&sets, method, fold),
-            None => Ok(vector.values.clone()),
+            Some(method) => {
+                let Extracted { values, class_means, .. } = without_fold(&sets, method, fold)?;
+                Ok(SteeringVector { values, class_means: Some(class_means), ..vector.clone() })
+            }
+            None => Ok(vector.clone()),
         };
         let made = (0..FOLDS).map(fold).collect::<Result<Vec<_>, _>>();
         made.map_err(|source| LearnError::Steering { layer: *layer, source })
     })?;
-    let separation = |map: &AffineMap| {
-        let vector = vector_of(map)?;
-        let folds = &folds[from.iter().position(|layer| *layer == map.source_layer())?];
+    let folds: Vec<Vec<SteeringVector>> =
+        (0..FOLDS).map(|fold| made.iter().map(|of_layer| of_layer[fold].clone()).collect()).collect();
+    let separation = |map: &ResidualMap| {
         let sets = sets_at(&to_activations, map.target_layer(), &[]);
         let mut total = 0.0;
-        for (fold, values) in folds.iter().enumerate() {
-            let carried = read_along(map, vector.method.kind(), values, readout)?;
+        for (fold, vectors) in folds.iter().enumerate() {
+            let carried = read_along(map, &stacked(vectors, &map.source_layer())?, readout)?;
             total += sets.iter().map(|set| auc_of_fold(set.positive, set.negative, fold, &carried)).sum::<f64>();
         }
         Some(total / (FOLDS * sets.len()) as f64)
@@ -68,8 +70,8 @@ pub fn separation_by_map(
 }
 
 /// What a gate with this `readout` of the carried vector projects on.
-fn read_along(map: &AffineMap, kind: VectorKind, values: &[f32], readout: Readout) -> Option<Vec<f32>> {
-    let carried = carry(map, kind, values)?;
+fn read_along(map: &ResidualMap, vector: &SteeringVector, readout: Readout) -> Option<Vec<f32>> {
+    let carried = carry(map, vector.method.kind(), &vector.values, vector.class_means.as_ref()).ok()?;
     Some(if readout == Readout::Standardized { map.target().readout(&carried) } else { carried })
 }
 

@@ -1,5 +1,8 @@
 use super::{LearnError, Progress};
 use crate::engine::{Model, ParallelSampler, PromptTemplate};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeSet;
 
 /// How a corpus is sampled from a model.
 #[derive(Debug, Clone, Copy)]
@@ -14,6 +17,23 @@ impl Default for CorpusOptions {
     fn default() -> Self {
         Self { documents: 400, max_tokens: 48, seed: 0 }
     }
+}
+
+/// `documents` in two: those to learn from, and `n` to judge by what was learnt, in their order, chosen by `seed`. All are to learn from where there
+/// would be fewer than two left.
+pub fn set_aside(documents: Vec<String>, n: usize, seed: u64) -> (Vec<String>, Vec<String>) {
+    if n.saturating_add(2) > documents.len() {
+        return (documents, Vec::new());
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    // Not the numbers by which documents are held out of a fit.
+    rng.set_stream(1);
+    let chosen: BTreeSet<usize> = rand::seq::index::sample(&mut rng, documents.len(), n).into_iter().collect();
+    let (mut kept, mut aside) = (Vec::new(), Vec::new());
+    for (index, document) in documents.into_iter().enumerate() {
+        if chosen.contains(&index) { &mut aside } else { &mut kept }.push(document);
+    }
+    (kept, aside)
 }
 
 /// A document shorter than this teaches a mapping little.
@@ -48,4 +68,24 @@ pub fn sample_corpus(model: &Model, options: CorpusOptions, progress: Progress<'
         progress(documents.len(), options.documents);
     }
     Err(LearnError::Corpus { found: documents.len(), wanted: options.documents, tries })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_document_is_on_one_side_and_a_seed_says_on_which() {
+        let documents: Vec<String> = (0..20).map(|n| n.to_string()).collect();
+        let (kept, aside) = set_aside(documents.clone(), 5, 3);
+        assert_eq!((kept.len(), aside.len()), (15, 5));
+        let mut all = [kept.clone(), aside.clone()].concat();
+        all.sort_by_key(|text| text.parse::<usize>().unwrap());
+        assert_eq!(all, documents);
+        assert_eq!(set_aside(documents.clone(), 5, 3), (kept, aside.clone()));
+        assert_ne!(set_aside(documents.clone(), 5, 4).1, aside);
+        for n in [0, 19, 20, 21, usize::MAX] {
+            assert_eq!(set_aside(documents.clone(), n, 3), (documents.clone(), vec![]), "{n}");
+        }
+    }
 }

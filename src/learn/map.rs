@@ -1,17 +1,22 @@
+use super::survey::{RankBy, Survey, SurveyedPair};
 use super::{LearnError, Progress, threads};
 use crate::engine::{ActivationReader, Activations, Model, PromptLayout};
-use crate::mapping::{AffineMap, MappingQuality, RidgeOptions, SourceFit, align_tokens};
-use crate::tensor::LayerIndex;
+use crate::mapping::{AffineMap, MappingQuality, Regression, RidgeOptions, Side, align_tokens};
+use crate::tensor::{LayerIndex, LayerStack, Residual};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What to map.
 #[derive(Debug, Clone)]
 pub struct MapOptions {
-    /// Source and target layers to survey.
-    pub layers: Vec<(LayerIndex, LayerIndex)>,
-    /// How many target layers to fit a source layer, the best by held-out variance explained.
+    /// Source layers, one or several stacked, and target layers to survey.
+    pub layers: Vec<(LayerStack, LayerIndex)>,
+    /// How many target layers to fit a source layer, the best ones.
     pub keep: usize,
+    /// What is best.
+    pub rank_by: RankBy,
     pub ridge: RidgeOptions,
+    /// Of the maps that are kept; full where `None`.
+    pub rank: Option<usize>,
 }
 
 /// Fitted maps, and what the survey found.
@@ -19,18 +24,15 @@ pub struct MapOptions {
 pub struct Mapped {
     /// Maps fitted on all documents, best first.
     pub maps: Vec<(AffineMap, MappingQuality)>,
-    /// Every surveyed pair of layers with its held-out quality, in the order of the layers.
-    pub survey: Vec<(LayerIndex, LayerIndex, MappingQuality)>,
-    /// Paired tokens and documents that they come from.
-    pub n_tokens: usize,
-    pub n_documents: usize,
+    pub survey: Survey,
 }
 
 /// Residuals of both models on the same tokens of the same documents.
-struct Paired {
-    source: Activations,
-    target: Activations,
-    documents: Vec<u32>,
+pub(super) struct Paired {
+    pub source: Activations,
+    pub target: Activations,
+    /// Which document each row is from.
+    pub documents: Vec<u32>,
 }
 
 /// Longest document, in tokens with its template.
@@ -51,109 +53,151 @@ pub fn map(
     options: &MapOptions,
     progress: Progress<'_>,
 ) -> Result<Mapped, LearnError> {
-    let paired = read_pairs(source, target, documents, options, progress)?;
-    let mut groups = BTreeMap::<LayerIndex, Vec<LayerIndex>>::new();
+    let paired = read_pairs(source, target, documents, &options.layers, progress)?;
+    let n_tokens = paired.documents.len();
+    let mut groups = BTreeMap::<LayerStack, Vec<LayerIndex>>::new();
     for (source_layer, target_layer) in &options.layers {
-        groups.entry(*source_layer).or_default().push(*target_layer);
+        groups.entry(source_layer.clone()).or_default().push(*target_layer);
     }
     let groups: Vec<_> = groups.into_iter().collect();
+    let sides = Sides::new(paired, &options.layers, &options.ridge, progress)?;
     // One source layer's Gram matrix serves all its target layers, so a thread takes a source layer at a time.
     let fitted = threads::each(&groups, progress, |(source_layer, target_layers)| {
-        paired.fit_group(*source_layer, target_layers, options)
+        sides.fit_group(source_layer, target_layers, options)
     })?;
-
-    let (mut maps, mut survey) = (Vec::new(), Vec::with_capacity(options.layers.len()));
+    let (mut maps, mut pairs) = (Vec::new(), Vec::with_capacity(options.layers.len()));
     for group in fitted {
         maps.extend(group.maps);
-        survey.extend(group.survey);
+        pairs.extend(group.survey);
     }
-    let mut maps = paired.fit_backward(maps, options, progress)?;
-    survey.sort_by_key(|(source_layer, target_layer, _)| (*source_layer, *target_layer));
-    let unexplained = |(_, quality): &(AffineMap, MappingQuality)| quality.fraction_unexplained;
-    maps.sort_by(|a, b| {
-        unexplained(a)
-            .total_cmp(&unexplained(b))
-            .then((a.0.source_layer(), a.0.target_layer()).cmp(&(b.0.source_layer(), b.0.target_layer())))
-    });
-    Ok(Mapped { maps, survey, n_tokens: paired.documents.len(), n_documents: documents.len() })
+    maps.sort_by(|(_, _, a), (_, _, b)| a.total_cmp(b));
+    pairs.sort_by(|a, b| (&a.source_layer, a.target_layer).cmp(&(&b.source_layer, b.target_layer)));
+    let survey = Survey {
+        source: source.identity().name.clone(),
+        target: target.identity().name.clone(),
+        n_tokens,
+        n_documents: documents.len(),
+        pairs,
+    };
+    Ok(Mapped { maps: maps.into_iter().map(|(map, quality, _)| (map, quality)).collect(), survey })
 }
 
 /// What was fitted from one source layer.
 struct FittedGroup {
-    maps: Vec<(AffineMap, MappingQuality)>,
-    survey: Vec<(LayerIndex, LayerIndex, MappingQuality)>,
+    /// With their cost.
+    maps: Vec<(AffineMap, MappingQuality, f64)>,
+    survey: Vec<SurveyedPair>,
 }
 
-impl Paired {
+/// Both models' layers, ready to be paired.
+struct Sides {
+    regression: Regression,
+    source: BTreeMap<LayerStack, Side>,
+    target: BTreeMap<LayerIndex, Side>,
+}
+
+impl Sides {
+    /// A model's activations are let go once its sides are made, which hold as much again.
+    fn new(
+        paired: Paired,
+        layers: &[(LayerStack, LayerIndex)],
+        options: &RidgeOptions,
+        progress: Progress<'_>,
+    ) -> Result<Self, LearnError> {
+        let (source_layer, target_layer) = layers.first().cloned().ok_or(LearnError::NoLayers)?;
+        let problem = |source_layer: &LayerStack, target_layer| {
+            let source_layer = source_layer.clone();
+            move |source| LearnError::Mapping { source_layer, target_layer, source }
+        };
+        let regression = Regression::new(&paired.documents, options).map_err(problem(&source_layer, target_layer))?;
+        let targets: Vec<_> = layers.iter().map(|pair| pair.1).collect::<BTreeSet<_>>().into_iter().collect();
+        let made = threads::each(&targets, progress, |layer| {
+            let side =
+                regression.side(paired.target.layer(*layer), "target", 1).map_err(problem(&source_layer, *layer))?;
+            side.prepare(&regression, 1);
+            Ok(side)
+        })?;
+        let target = targets.into_iter().zip(made).collect();
+        drop(paired.target);
+        let sources: Vec<_> = layers.iter().map(|pair| pair.0.clone()).collect::<BTreeSet<_>>().into_iter().collect();
+        let made = threads::each(&sources, progress, |stack| {
+            let (values, width) = paired.source.stacked(stack);
+            let rows = Residual::new(&values, width).expect("whole rows");
+            let side = regression.side(rows, "source", 1).map_err(problem(stack, target_layer))?;
+            side.prepare(&regression, 1);
+            Ok(side)
+        })?;
+        Ok(Self { source: sources.into_iter().zip(made).collect(), target, regression })
+    }
+
     fn fit_group(
         &self,
-        source_layer: LayerIndex,
+        source_layer: &LayerStack,
         target_layers: &[LayerIndex],
         options: &MapOptions,
     ) -> Result<FittedGroup, LearnError> {
-        let problem = |target_layer| move |source| LearnError::Mapping { source_layer, target_layer, source };
-        let fit = SourceFit::new(self.source.layer(source_layer), &self.documents, &options.ridge)
-            .map_err(problem(target_layers[0]))?;
-        let mut survey = Vec::with_capacity(target_layers.len());
+        let mut found = Vec::with_capacity(target_layers.len());
         for target_layer in target_layers {
-            let quality = fit.quality(self.target.layer(*target_layer)).map_err(problem(*target_layer))?;
-            survey.push((source_layer, *target_layer, quality));
-        }
-        let mut ranked: Vec<_> = survey.iter().collect();
-        ranked.sort_by(|a, b| a.2.fraction_unexplained.total_cmp(&b.2.fraction_unexplained));
-        let maps = ranked
-            .into_iter()
-            .take(options.keep)
-            .map(|(_, target_layer, _)| {
-                fit.fit(self.target.layer(*target_layer), source_layer, *target_layer).map_err(problem(*target_layer))
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(FittedGroup { maps, survey })
-    }
-
-    /// `maps` with what the target's residuals say of the source's.
-    fn fit_backward(
-        &self,
-        maps: Vec<(AffineMap, MappingQuality)>,
-        options: &MapOptions,
-        progress: Progress<'_>,
-    ) -> Result<Vec<(AffineMap, MappingQuality)>, LearnError> {
-        let mut groups = BTreeMap::<LayerIndex, Vec<(AffineMap, MappingQuality)>>::new();
-        for pair in maps {
-            groups.entry(pair.0.target_layer()).or_default().push(pair);
-        }
-        let groups: Vec<_> = groups.into_iter().collect();
-        let fitted = threads::each(&groups, progress, |(target_layer, maps)| {
-            let problem = |map: &AffineMap| {
-                let (source_layer, target_layer) = (map.source_layer(), map.target_layer());
-                move |source| LearnError::Mapping { source_layer, target_layer, source }
+            let problem = |source| LearnError::Mapping {
+                source_layer: source_layer.clone(),
+                target_layer: *target_layer,
+                source,
             };
-            let target = self.target.layer(*target_layer);
-            let fit = SourceFit::new(target, &self.documents, &options.ridge).map_err(problem(&maps[0].0))?;
-            maps.iter()
-                .map(|(map, quality)| {
-                    let source = self.source.layer(map.source_layer());
-                    let (map, backward) = fit.fit_backward(map.clone(), source).map_err(problem(map))?;
-                    Ok((map, MappingQuality { backward: Some(backward), ..*quality }))
-                })
-                .collect::<Result<Vec<_>, LearnError>>()
-        })?;
-        Ok(fitted.into_iter().flatten().collect())
+            let pair = self.regression.pair(&self.source[source_layer], &self.target[target_layer], 1);
+            let quality = pair.quality().map_err(problem)?;
+            let similarity = pair.similarity().map_err(problem)?;
+            let surveyed = SurveyedPair {
+                source_layer: source_layer.clone(),
+                target_layer: *target_layer,
+                lambda: quality.lambda,
+                fraction_unexplained: quality.fraction_unexplained,
+                cross_validated: pair.cross_validated(quality.lambda).map_err(problem)?,
+                cosine: quality.cosine,
+                cca: similarity.cca,
+                cka: similarity.cka,
+                backward_unexplained: None,
+            };
+            found.push((pair, quality, surveyed));
+        }
+        found.sort_by(|(.., a), (.., b)| options.rank_by.cost(a).total_cmp(&options.rank_by.cost(b)));
+        let mut maps = Vec::new();
+        for (pair, quality, surveyed) in found.iter_mut().take(options.keep) {
+            let problem = |source| LearnError::Mapping {
+                source_layer: source_layer.clone(),
+                target_layer: surveyed.target_layer,
+                source,
+            };
+            let (lambda, target_layer) = (quality.lambda, surveyed.target_layer);
+            let fitted = match options.rank {
+                None => pair.refit(lambda, source_layer.clone(), target_layer).and_then(|map| {
+                    let (map, backward) = pair.fit_backward(map)?;
+                    Ok((map, *quality, backward))
+                }),
+                Some(rank) => pair.refit_low_rank(lambda, rank, source_layer.clone(), target_layer).and_then(|map| {
+                    let (map, backward) = pair.fit_low_rank_backward(map, rank)?;
+                    Ok((map, pair.low_rank_quality(rank)?, backward))
+                }),
+            };
+            let (map, quality, backward) = fitted.map_err(problem)?;
+            surveyed.backward_unexplained = Some(backward.fraction_unexplained);
+            let quality = MappingQuality { backward: Some(backward), ..quality };
+            maps.push((map, quality, options.rank_by.cost(surveyed)));
+        }
+        Ok(FittedGroup { maps, survey: found.into_iter().map(|(_, _, surveyed)| surveyed).collect() })
     }
 }
 
-fn read_pairs(
+pub(super) fn read_pairs(
     source: &Model,
     target: &Model,
     documents: &[String],
-    options: &MapOptions,
+    layers: &[(LayerStack, LayerIndex)],
     progress: Progress<'_>,
 ) -> Result<Paired, LearnError> {
-    let layers = |of: fn(&(LayerIndex, LayerIndex)) -> LayerIndex| -> Vec<LayerIndex> {
-        options.layers.iter().map(of).collect::<BTreeSet<_>>().into_iter().collect()
-    };
-    let mut source_reader = ActivationReader::of(source, layers(|pair| pair.0), CAPACITY)?;
-    let mut target_reader = ActivationReader::of(target, layers(|pair| pair.1), CAPACITY)?;
+    let sources: BTreeSet<LayerIndex> = layers.iter().flat_map(|pair| pair.0.layers()).copied().collect();
+    let targets: BTreeSet<LayerIndex> = layers.iter().map(|pair| pair.1).collect();
+    let mut source_reader = ActivationReader::of(source, sources.into_iter().collect(), CAPACITY)?;
+    let mut target_reader = ActivationReader::of(target, targets.into_iter().collect(), CAPACITY)?;
     let mut paired = Paired { source: Activations::default(), target: Activations::default(), documents: Vec::new() };
     for (index, document) in documents.iter().enumerate() {
         let source_layout = source.template().layout(source.llama(), document)?;
@@ -173,7 +217,7 @@ fn read_pairs(
 }
 
 /// Which rows of the two models' activations belong together. Rows start at the second token, since the first is left out.
-fn pair_rows(source: &PromptLayout, target: &PromptLayout) -> Vec<(usize, usize)> {
+pub(super) fn pair_rows(source: &PromptLayout, target: &PromptLayout) -> Vec<(usize, usize)> {
     let inside = |layout: &PromptLayout| -> (Vec<usize>, Vec<usize>) {
         let tokens = layout.ends.iter().enumerate().skip(1);
         tokens.filter_map(|(token, end)| Some((token - 1, (*end)?))).unzip()
@@ -198,10 +242,18 @@ impl MapOptions {
     /// The pairs to survey where the user names none: source layers of the later half, where a prompt's meaning is, and the middle third
     /// of target layers, so that what is found there can still be acted on. The last layers are left out: there llama.cpp keeps only
     /// rows with logits.
-    pub fn survey_all(source_layers: u32, target_layers: u32) -> Vec<(LayerIndex, LayerIndex)> {
+    pub fn candidates(source_layers: u32, target_layers: u32) -> Vec<(LayerStack, LayerIndex)> {
         let targets = target_layers / 3..=(2 * target_layers / 3).min(target_layers.saturating_sub(2));
         (source_layers / 2..source_layers.saturating_sub(1))
-            .flat_map(|source| targets.clone().map(move |target| (LayerIndex(source), LayerIndex(target))))
+            .flat_map(|source| targets.clone().map(move |target| (LayerIndex(source).into(), LayerIndex(target))))
+            .collect()
+    }
+
+    /// All pairs of layers but the last ones.
+    pub fn all(source_layers: u32, target_layers: u32) -> Vec<(LayerStack, LayerIndex)> {
+        let targets = 0..target_layers.saturating_sub(1);
+        (0..source_layers.saturating_sub(1))
+            .flat_map(|source| targets.clone().map(move |target| (LayerIndex(source).into(), LayerIndex(target))))
             .collect()
     }
 }

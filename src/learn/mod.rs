@@ -5,6 +5,7 @@
 //! touches a file.
 
 mod activations;
+mod autoencoder;
 mod calibrate;
 mod choose;
 mod corpus;
@@ -12,15 +13,21 @@ mod extract;
 mod map;
 mod operating;
 mod recentre;
+mod replacement;
 mod separation;
 mod strength;
+mod survey;
 mod sweep;
 mod threads;
 
 pub use activations::prompt_activations;
+pub use autoencoder::{
+    AutoencoderOptions, AutoencoderTrainer, Epoch, LayerPair, MappedByAutoencoder, PairedRows, TrainingError,
+    TrainingWatch, map_by_autoencoder,
+};
 pub use calibrate::{Calibrated, CalibrationOptions, calibrate};
 pub use choose::separation_by_map;
-pub use corpus::{CorpusOptions, sample_corpus};
+pub use corpus::{CorpusOptions, sample_corpus, set_aside};
 pub use extract::{
     ClassActivations, Contrast, ContrastMethod, ContrastOptions, class_activations, contrast, contrast_of,
     contrast_of_sets,
@@ -28,13 +35,15 @@ pub use extract::{
 pub use map::{MapOptions, Mapped, map};
 pub use operating::clopper_pearson;
 pub use recentre::{BenignProjection, benign_projections};
+pub use replacement::replacement;
 pub use strength::{StrengthOptions, StrengthSearch, TriedStrength, search_strength};
+pub use survey::{RankBy, Survey, SurveyedPair};
 pub use sweep::{FirstTokens, SweptLayer, adding, best_of_sweep, sweep};
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;
 use crate::steering::{PromptTokens, SteeringError};
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 
 /// Why a guard's part could not be learnt.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +54,13 @@ pub enum LearnError {
     #[error("layer {layer}: {source}")]
     Steering { layer: LayerIndex, source: SteeringError },
     #[error("mapping layer {source_layer} to {target_layer}: {source}")]
-    Mapping { source_layer: LayerIndex, target_layer: LayerIndex, source: MappingError },
+    Mapping { source_layer: LayerStack, target_layer: LayerIndex, source: MappingError },
+    #[error("no pair of layers to map: the models have too few layers; name pairs with `--layers`")]
+    NoLayers,
+    #[error("autoencoder of layer {source_layer} to {target_layer}: {source}")]
+    Training { source_layer: LayerIndex, target_layer: LayerIndex, source: TrainingError },
+    #[error("the training's checkpoint: {0}")]
+    Checkpoint(std::io::Error),
     #[error("{what} needs at least {needed} prompts, found {found}")]
     TooFewPrompts { what: &'static str, needed: usize, found: usize },
     #[error("the two tokenizers share no token ends in the corpus of {documents} documents: is it text?")]

@@ -1,7 +1,7 @@
 //! How well vectors made without some prompts do on those, and how much they hang on which prompts there are.
 
 use super::ContrastMethod;
-use crate::steering::{ContrastSet, Stability, SteeringError};
+use crate::steering::{ContrastSet, Extracted, Stability, SteeringError};
 use crate::tensor::{Residual, auc, cosine, dot};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -45,12 +45,12 @@ pub(super) fn without_fold(
     sets: &[ContrastSet<'_>],
     method: ContrastMethod,
     fold: usize,
-) -> Result<Vec<f32>, SteeringError> {
+) -> Result<Extracted, SteeringError> {
     let kept = |rows: Residual<'_>| (0..rows.n_rows()).filter(|row| !is_held(*row, fold)).collect::<Vec<_>>();
     let parts: Vec<Part> = sets.iter().map(|set| Part::of(set, &kept(set.positive), &kept(set.negative))).collect();
     let width = sets.first().map_or(1, |set| set.positive.width());
     let kept: Vec<_> = parts.iter().map(|part| part.set(width)).collect();
-    Ok(method.extract(&kept)?.values)
+    method.extract(&kept)
 }
 
 /// AUC of the rows of fold number `fold` along `direction`.
@@ -66,7 +66,7 @@ pub(super) fn auc_of_fold(positive: Residual<'_>, negative: Residual<'_>, fold: 
 pub(super) fn held_out(sets: &[ContrastSet<'_>], method: ContrastMethod) -> Result<Vec<f64>, SteeringError> {
     let mut totals = vec![0.0; sets.len()];
     for fold in 0..FOLDS {
-        let direction = without_fold(sets, method, fold)?;
+        let direction = without_fold(sets, method, fold)?.values;
         for (total, set) in totals.iter_mut().zip(sets) {
             *total += auc_of_fold(set.positive, set.negative, fold, &direction);
         }

@@ -25,7 +25,7 @@ pub fn adding(model: &Model, vector: &SteeringVector, strength: f64, deviation: 
     let name = vector.name.clone();
     let entry = VectorEntry {
         name: name.clone(),
-        layer: vector.layer,
+        layer: vector.layer.into(),
         tensor: name.clone(),
         kind: vector.method.kind(),
         mapping: None,

@@ -1,5 +1,5 @@
 use super::MappingError;
-use crate::tensor::LayerIndex;
+use crate::tensor::{LayerIndex, LayerStack};
 
 /// Mean `μ` and scale `σ` of each dimension of a residual: `z = (x − μ)/σ`.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,12 +28,50 @@ impl Standardization {
 /// linear alternative to the autoencoder) with both sides standardised, without which a few large dimensions take the whole fit.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AffineMap {
-    source_layer: LayerIndex,
+    source_layer: LayerStack,
     target_layer: LayerIndex,
     source: Standardization,
     target: Standardization,
     weight: Vec<f32>,
+    factors: Option<Factors>,
     backward: Option<Vec<f32>>,
+    backward_factors: Option<Factors>,
+}
+
+/// A matrix of low rank, `left · right`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Factors {
+    pub rank: usize,
+    /// `[rows, rank]` row-major.
+    pub left: Vec<f32>,
+    /// `[rank, columns]` row-major.
+    pub right: Vec<f32>,
+}
+
+impl Factors {
+    /// The matrix, `[rows, columns]` row-major, accumulated in `f64`.
+    fn product(&self, rows: usize, columns: usize) -> Result<Vec<f32>, MappingError> {
+        if self.rank == 0 || self.rank > rows.min(columns) {
+            let expected = "1 up to the narrower of the two widths";
+            return Err(MappingError::Options { option: "rank", expected, found: self.rank.to_string() });
+        }
+        for (what, values, expected) in
+            [("the left factor", &self.left, rows * self.rank), ("the right factor", &self.right, self.rank * columns)]
+        {
+            if values.len() != expected {
+                return Err(MappingError::Length { what, expected, found: values.len() });
+            }
+            check_finite(values, what)?;
+        }
+        let row = |left: &[f32]| {
+            let mut sums = vec![0.0f64; columns];
+            for (left, right) in left.iter().zip(self.right.chunks_exact(columns)) {
+                sums.iter_mut().zip(right).for_each(|(sum, right)| *sum += f64::from(*left) * f64::from(*right));
+            }
+            sums.into_iter().map(|sum| sum as f32)
+        };
+        Ok(self.left.chunks_exact(self.rank).flat_map(row).collect())
+    }
 }
 
 impl AffineMap {
@@ -42,7 +80,7 @@ impl AffineMap {
     /// # Errors
     /// If a length does not fit the others, a side has width 0, a value is not finite, or a scale is not a positive normal number.
     pub fn new(
-        source_layer: LayerIndex,
+        source_layer: impl Into<LayerStack>,
         target_layer: LayerIndex,
         source: Standardization,
         target: Standardization,
@@ -56,7 +94,17 @@ impl AffineMap {
             return Err(MappingError::Length { what: "`weight`", expected, found: weight.len() });
         }
         check_finite(&weight, "`weight`")?;
-        Ok(Self { source_layer, target_layer, source, target, weight, backward: None })
+        let source_layer = source_layer.into();
+        Ok(Self {
+            source_layer,
+            target_layer,
+            source,
+            target,
+            weight,
+            factors: None,
+            backward: None,
+            backward_factors: None,
+        })
     }
 
     /// This map with what the target's residual says of the source's: `weight` is `B`, `[d_t, d_s]` row-major, with `z_s ≈ z_t · B`. It is
@@ -69,16 +117,52 @@ impl AffineMap {
             return Err(MappingError::Length { what: "`backward`", expected: self.weight.len(), found: weight.len() });
         }
         check_finite(&weight, "`backward`")?;
-        Ok(Self { backward: Some(weight), ..self })
+        Ok(Self { backward: Some(weight), backward_factors: None, ..self })
+    }
+
+    /// A map whose `W` is `factors`, `[d_s, rank]` and `[rank, d_t]`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and for a rank of 0 or above the narrower width.
+    pub fn of_low_rank(
+        source_layer: impl Into<LayerStack>,
+        target_layer: LayerIndex,
+        source: Standardization,
+        target: Standardization,
+        factors: Factors,
+    ) -> Result<Self, MappingError> {
+        let weight = factors.product(source.mean.len(), target.mean.len())?;
+        let map = Self::new(source_layer, target_layer, source, target, weight)?;
+        Ok(Self { factors: Some(factors), ..map })
+    }
+
+    /// [`with_backward`](Self::with_backward) of a `B` that is `factors`, `[d_t, rank]` and `[rank, d_s]`.
+    ///
+    /// # Errors
+    /// As [`of_low_rank`](Self::of_low_rank).
+    pub fn with_low_rank_backward(self, factors: Factors) -> Result<Self, MappingError> {
+        let weight = factors.product(self.target_width(), self.source_width())?;
+        Ok(Self { backward_factors: Some(factors), ..self.with_backward(weight)? })
+    }
+
+    /// What [`weight`](Self::weight) is the product of, where it has a low rank.
+    pub fn factors(&self) -> Option<&Factors> {
+        self.factors.as_ref()
+    }
+
+    /// What [`backward`](Self::backward) is the product of, where it has a low rank.
+    pub fn backward_factors(&self) -> Option<&Factors> {
+        self.backward_factors.as_ref()
     }
 
     /// This map without [`backward`](Self::backward), for who has no use for it.
     pub fn without_backward(self) -> Self {
-        Self { backward: None, ..self }
+        Self { backward: None, backward_factors: None, ..self }
     }
 
-    pub fn source_layer(&self) -> LayerIndex {
-        self.source_layer
+    /// Several where the map reads their residuals beside each other, as one row.
+    pub fn source_layer(&self) -> &LayerStack {
+        &self.source_layer
     }
 
     pub fn target_layer(&self) -> LayerIndex {

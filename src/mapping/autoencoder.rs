@@ -1,5 +1,5 @@
 use super::affine::{check_finite, check_side};
-use super::{AffineMap, MappingError, Standardization};
+use super::{MappingError, Standardization};
 use crate::tensor::LayerIndex;
 
 /// An autoencoder map from residuals of a source model at one layer to residuals of a target model at one layer (arXiv 2503.04429, App. D):
@@ -123,56 +123,6 @@ fn linear<'a>(weight: &'a [f32], bias: &'a [f32], x: &'a [f64]) -> impl Iterator
     weight.chunks_exact(x.len()).zip(bias).map(move |(row, bias)| {
         f64::from(*bias) + row.iter().zip(x).map(|(weight, x)| f64::from(*weight) * x).sum::<f64>()
     })
-}
-
-/// A map between residuals, of either kind.
-#[derive(Debug, Clone, PartialEq)]
-pub enum ResidualMap {
-    Affine(AffineMap),
-    Autoencoder(Autoencoder),
-}
-
-impl ResidualMap {
-    pub fn source_layer(&self) -> LayerIndex {
-        match self {
-            Self::Affine(map) => map.source_layer(),
-            Self::Autoencoder(map) => map.source_layer(),
-        }
-    }
-
-    pub fn target_layer(&self) -> LayerIndex {
-        match self {
-            Self::Affine(map) => map.target_layer(),
-            Self::Autoencoder(map) => map.target_layer(),
-        }
-    }
-
-    /// `d_s`
-    pub fn source_width(&self) -> usize {
-        match self {
-            Self::Affine(map) => map.source_width(),
-            Self::Autoencoder(map) => map.source_width(),
-        }
-    }
-
-    /// `d_t`
-    pub fn target_width(&self) -> usize {
-        match self {
-            Self::Affine(map) => map.target_width(),
-            Self::Autoencoder(map) => map.target_width(),
-        }
-    }
-
-    /// A residual, `[d_s]` to `[d_t]`, in `f64`.
-    ///
-    /// # Panics
-    /// If `x` is not [`source_width`](Self::source_width) long.
-    pub fn apply(&self, x: &[f64]) -> Vec<f64> {
-        match self {
-            Self::Affine(map) => map.apply_f64(x),
-            Self::Autoencoder(map) => map.apply(x),
-        }
-    }
 }
 
 #[cfg(test)]

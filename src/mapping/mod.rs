@@ -10,12 +10,21 @@
 mod affine;
 mod align;
 mod autoencoder;
+mod moments;
+mod quality;
+mod residual_map;
+#[cfg(feature = "learn")]
 mod ridge;
 
-pub use affine::{AffineMap, Standardization};
+pub use affine::{AffineMap, Factors, Standardization};
 pub use align::align_tokens;
-pub use autoencoder::{Autoencoder, AutoencoderQuality, AutoencoderWeights, ResidualMap};
-pub use ridge::{FitQuality, MappingQuality, RidgeOptions, SourceFit};
+pub use autoencoder::{Autoencoder, AutoencoderQuality, AutoencoderWeights};
+pub use quality::{FitQuality, MappingQuality};
+pub use residual_map::{MapQuality, ReplacementQuality, ResidualMap};
+#[cfg(feature = "learn")]
+pub(crate) use ridge::Folds;
+#[cfg(feature = "learn")]
+pub use ridge::{Pair, Regression, RidgeOptions, Side, Similarity};
 
 /// Why a mapping could not be fitted or made.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -27,7 +36,7 @@ pub enum MappingError {
     NonFinite { what: &'static str, index: usize, value: f32 },
     #[error("{what} has {value} at index {index}, expected a positive number")]
     Scale { what: &'static str, index: usize, value: f32 },
-    #[error("{what} has {found} rows, expected {expected}, one for each row of the source activations")]
+    #[error("{what} has {found} rows, expected {expected}, one for each of the documents' rows")]
     RowCount { what: &'static str, expected: usize, found: usize },
     #[error("a row of the {side} activations has a non-finite value: row {row}, index {index} is {value}")]
     NonFiniteRow { side: &'static str, row: usize, index: usize, value: f32 },

@@ -145,7 +145,7 @@ impl Compiling<'_> {
         let vectors = self.guard.vectors().iter();
         let vectors = vectors.map(|vector| ("vector", &vector.name, vector.layer, vector.direction.len()));
         let maps = self.guard.switches().iter();
-        let maps = maps.map(|switch| ("mapping", &switch.name, switch.map.source_layer(), switch.map.target_width()));
+        let maps = maps.map(|switch| ("mapping", &switch.name, switch.map.target_layer(), switch.map.target_width()));
         for (what, name, layer, found) in vectors.chain(maps) {
             let what = || format!("{what} `{name}`");
             if layer.0 >= self.shape.n_layer {

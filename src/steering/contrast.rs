@@ -1,4 +1,4 @@
-use super::{Extracted, ExtractionMethod, SteeringError};
+use super::{ClassMeans, Extracted, ExtractionMethod, SteeringError};
 use crate::tensor::{Residual, norm};
 
 /// Rows of one layer of prompts with a property and of prompts without it, and how much the pair has to say beside others.
@@ -82,6 +82,18 @@ impl<'a, 's> Checked<'a, 's> {
         difference
     }
 
+    /// `Σ ω mean(x | +)` and `Σ ω mean(x | −)` over the sets, whose difference is [`mean_difference`](Self::mean_difference).
+    fn class_means(&self) -> ClassMeans {
+        let mean = |class: fn(&ContrastSet<'a>) -> Residual<'a>| -> Vec<f32> {
+            let mut mean = vec![0.0; self.width];
+            for (set, share) in self.each() {
+                mean.iter_mut().zip(class_mean(class(set))).for_each(|(sum, of_set)| *sum += share * of_set);
+            }
+            mean.into_iter().map(|value| value as f32).collect()
+        };
+        ClassMeans { positive: mean(|set| set.positive), negative: mean(|set| set.negative) }
+    }
+
     /// Every row with its weight; weights sum to 1. A set's rows share its weight evenly, or each of its classes has half of it.
     #[cfg(feature = "learn")]
     pub fn rows(&self, balanced: bool) -> Vec<WeightedRow<'a>> {
@@ -118,6 +130,7 @@ impl<'a, 's> Checked<'a, 's> {
             mean_norm: self.each().map(|(set, share)| share * mean_norm(set)).sum(),
             n_positive: self.sets.iter().map(|set| set.positive.n_rows()).sum(),
             n_negative: self.sets.iter().map(|set| set.negative.n_rows()).sum(),
+            class_means: self.class_means(),
         })
     }
 }

@@ -1,5 +1,5 @@
 use super::contrast::Checked;
-use super::{ContrastSet, ExtractionMethod, PromptTokens, SteeringError, SteeringVector};
+use super::{ClassMeans, ContrastSet, ExtractionMethod, PromptTokens, SteeringError, SteeringVector};
 use crate::tensor::LayerIndex;
 
 /// A direction before it has a name and a place.
@@ -12,14 +12,25 @@ pub struct Extracted {
     pub mean_norm: f64,
     pub n_positive: usize,
     pub n_negative: usize,
+    pub class_means: ClassMeans,
 }
 
 impl Extracted {
     /// The steering vector `name` at `layer`, the layer whose residual the rows were, made from those `tokens` of prompts.
     pub fn named(self, name: impl Into<String>, layer: LayerIndex, tokens: PromptTokens) -> SteeringVector {
-        let Self { values, method, mean_norm, n_positive, n_negative } = self;
-        let (name, quality) = (name.into(), None);
-        SteeringVector { name, layer, values, method, tokens, mean_norm, n_positive, n_negative, quality }
+        let Self { values, method, mean_norm, n_positive, n_negative, class_means } = self;
+        SteeringVector {
+            name: name.into(),
+            layer,
+            values,
+            method,
+            tokens,
+            mean_norm,
+            n_positive,
+            n_negative,
+            class_means: Some(class_means),
+            quality: None,
+        }
     }
 }
 
@@ -54,6 +65,7 @@ mod tests {
         let extracted = difference(rows(&[3.0, 4.0, 0.0, 0.0, 6.0, 8.0], 2), rows(&[1.0, 0.0], 2)).unwrap();
         assert_eq!(extracted.values, [2.0, 4.0]);
         assert_eq!(extracted.mean_norm, (5.0 + 0.0 + 10.0 + 1.0) / 4.0);
+        assert_eq!(extracted.class_means, ClassMeans { positive: vec![3.0, 4.0], negative: vec![1.0, 0.0] });
         let vector = extracted.named("harm", LayerIndex(24), PromptTokens::Last);
         assert_eq!((vector.n_positive, vector.n_negative, vector.layer), (3, 1, LayerIndex(24)));
         assert_eq!(vector.method, ExtractionMethod::DifferenceOfMeans);

@@ -17,6 +17,7 @@ mod principal;
 mod quality;
 #[cfg(feature = "learn")]
 mod solve;
+mod stack;
 mod tokens;
 
 pub use contrast::ContrastSet;
@@ -29,6 +30,7 @@ pub use logistic::{DEFAULT_PENALTY, logistic_regression};
 #[cfg(feature = "learn")]
 pub use principal::principal_difference;
 pub use quality::{Stability, VectorQuality};
+pub use stack::stacked;
 pub use tokens::PromptTokens;
 
 use crate::tensor::LayerIndex;
@@ -51,8 +53,20 @@ pub struct SteeringVector {
     pub n_positive: usize,
     /// Rows of the negative class; 0 where imported.
     pub n_negative: usize,
+    /// Between which the vector lies; `None` where imported, or found before they were kept.
+    pub class_means: Option<ClassMeans>,
     /// Measured when it was made; `None` in older files, and where imported.
     pub quality: Option<VectorQuality>,
+}
+
+/// Mean residual of each class, over several contrast sets the weighted mean of theirs: what a map that is not linear carries in place of
+/// their difference.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClassMeans {
+    /// `[width]`
+    pub positive: Vec<f32>,
+    /// `[width]`
+    pub negative: Vec<f32>,
 }
 
 /// How a steering vector was found.

@@ -5,10 +5,12 @@
 
 mod kernels;
 mod residual;
+mod stack;
 mod statistics;
 
 pub use kernels::{all_finite, axpy, axpy4, cosine, dot, norm, unit};
 pub use residual::{Residual, ResidualMut};
+pub use stack::{LayerStack, NoLayerStack};
 pub use statistics::{auc, kl_divergence, log_softmax, mean_and_deviation, quantile};
 
 use serde::{Deserialize, Serialize};

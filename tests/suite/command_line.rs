@@ -6,6 +6,7 @@ use crate::tiny_model::{Architecture, TinyModel};
 use pilotfish::Guard;
 use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
 use pilotfish::guard::{Aggregate, GateScope, MappingFile, Readout, VectorFile};
+use pilotfish::learn::Survey;
 use pilotfish::steering::VectorKind;
 use serde_json::Value;
 use std::path::Path;
@@ -485,6 +486,16 @@ fn a_model_of_random_weights_is_written_and_timed() {
 /// A reading of the small model, carried to a larger one: the gate's score is `w_t · mean(x_t)` with `w_t` and the mean worked out here.
 #[test]
 fn a_discriminant_reads_a_larger_model_as_the_small_one_would_be_read() {
+    discriminant_is_carried("1:2");
+}
+
+/// The same with the residuals of two layers as one row, and their discriminants one after the other.
+#[test]
+fn several_source_layers_are_read_as_one_row() {
+    discriminant_is_carried("0+1:2");
+}
+
+fn discriminant_is_carried(pair: &str) {
     let fixture = Fixture::new(&[]);
     let at = |name: &str| fixture.folder.path().join(name).to_str().unwrap().to_owned();
     let mut large = TinyModel::new(Architecture::Gemma3);
@@ -499,9 +510,10 @@ fn a_discriminant_reads_a_larger_model_as_the_small_one_would_be_read() {
     let classes = ["--positive", positive, "--negative", negative];
     let extract = ["extract", "--model", fixture.model(), "--name", "shark", "--method", "lda", "--tokens", "mean"];
     done(&[&extract[..], &classes, &["-o", &vectors]].concat());
-    let map = ["map", "--source", fixture.model(), "--target", &large, "--layers", "1:2", "-o", &mapping];
-    done(&[&map[..], &["--corpus", &at("corpus.txt"), "--corpus", positive]].concat());
-    let build = ["guard", "build", "--name", "mapped", "--model", &large, "--vectors", &vectors, "--layer", "1:2"];
+    let map = ["map", "--source", fixture.model(), "--target", &large, "--layers", pair, "-o", &mapping];
+    let survey = at("survey.json");
+    done(&[&map[..], &["--corpus", &at("corpus.txt"), "--corpus", positive, "--survey", &survey]].concat());
+    let build = ["guard", "build", "--name", "mapped", "--model", &large, "--vectors", &vectors, "--layer", pair];
     done(&[&build[..], &["--mapping", &mapping, "--gate", "sharks", "-o", &guard]].concat());
     done(&["calibrate", "--model", &large, "--guard", &guard, "--benign", negative]);
 
@@ -515,14 +527,21 @@ fn a_discriminant_reads_a_larger_model_as_the_small_one_would_be_read() {
     let (map, quality) = &file.pairs[0];
     assert!(quality.backward.unwrap().fraction_unexplained < 1.0, "{quality:?}");
     let source = VectorFile::from_bytes("v", &std::fs::read(&vectors).unwrap()).unwrap();
-    let w = &source.vectors.iter().find(|vector| vector.layer.0 == 1).unwrap().values;
+    let of = |layer| &source.vectors.iter().find(|vector| vector.layer == layer).unwrap().values;
+    let w: Vec<f32> = map.source_layer().layers().iter().flat_map(|layer| of(*layer)).copied().collect();
+    let surveyed: Survey = serde_json::from_slice(&std::fs::read(&survey).unwrap()).unwrap();
+    let surveyed = surveyed.pair(map.source_layer(), map.target_layer()).unwrap();
+    assert_eq!(format!("{}:{}", surveyed.source_layer, surveyed.target_layer), pair);
+    assert_eq!(surveyed.fraction_unexplained, quality.fraction_unexplained);
+    assert_eq!(surveyed.backward_unexplained, Some(quality.backward.unwrap().fraction_unexplained));
+    assert!(surveyed.cross_validated > 0.0 && (0.0..=1.0).contains(&surveyed.cca), "{surveyed:?}");
     let reading: Vec<f64> = map
         .backward()
         .unwrap()
         .chunks_exact(w.len())
         .zip(&map.target().scale)
         .map(|(row, target)| {
-            let terms = row.iter().zip(w).zip(&map.source().scale);
+            let terms = row.iter().zip(&w).zip(&map.source().scale);
             terms.map(|((b, w), scale)| f64::from(*b) * f64::from(*w) * f64::from(*scale)).sum::<f64>()
                 / f64::from(*target)
         })

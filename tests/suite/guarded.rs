@@ -221,7 +221,7 @@ impl<'t> Policy<'t> {
     fn direction(mut self, name: &str, layer: u32, values: Vec<f32>) -> Self {
         self.manifest.vectors.push(VectorEntry {
             name: name.into(),
-            layer: self.subject.layer(layer),
+            layer: self.subject.layer(layer).into(),
             tensor: name.into(),
             kind: VectorKind::Direction,
             mapping: None,
@@ -258,6 +258,7 @@ impl<'t> Policy<'t> {
             seed: 0,
             pairs: Vec::new(),
             autoencoders: Vec::new(),
+            replacements: Default::default(),
         };
         let (fraction_unexplained, cosine, n_train, n_heldout) = (0.5, 0.5, 1, 1);
         match kind {
@@ -284,7 +285,7 @@ impl<'t> Policy<'t> {
             name: name.into(),
             sha256: Digest::of(&bytes),
             kind,
-            source_layer: at,
+            source_layer: at.into(),
             target_layer: at,
         });
         self.mappings.push((format!("{name}.map.safetensors"), bytes));

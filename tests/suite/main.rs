@@ -2,6 +2,7 @@
 //! they have been pulled (`pilotfish models pull`) and say so where they are skipped.
 
 mod architecture;
+mod autoencoder;
 mod command_line;
 #[path = "../support/counting_allocator.rs"]
 mod counting_allocator;

@@ -1,6 +1,6 @@
 //! The numbers beside those of an independent program: `tests/reference/reference.py`, which has numpy alone.
 
-use pilotfish::mapping::{Autoencoder, AutoencoderWeights, RidgeOptions, SourceFit, Standardization};
+use pilotfish::mapping::{Autoencoder, AutoencoderWeights, Regression, RidgeOptions, Standardization};
 use pilotfish::steering::{
     ContrastSet, difference_of_means, linear_discriminant, logistic_regression, principal_difference,
 };
@@ -112,9 +112,10 @@ fn ridge(rng: &mut ChaCha8Rng, answers: &mut Answers) -> Value {
 
     let documents: Vec<u32> = (0..N as u32).map(|row| row / 10).collect();
     let options = RidgeOptions { lambdas: vec![PENALTY], ..Default::default() };
-    let source_rows = Residual::new(&source, WIDTHS.0).unwrap();
-    let fit = SourceFit::new(source_rows, &documents, &options).unwrap();
-    let (map, _) = fit.fit(Residual::new(&target, WIDTHS.1).unwrap(), LayerIndex(0), LayerIndex(0)).unwrap();
+    let regression = Regression::new(&documents, &options).unwrap();
+    let side = |values, width, name| regression.side(Residual::new(values, width).unwrap(), name, 1).unwrap();
+    let (from, to) = (side(&source, WIDTHS.0, "source"), side(&target, WIDTHS.1, "target"));
+    let (map, _) = regression.pair(&from, &to, 1).fit(LayerIndex(0), LayerIndex(0)).unwrap();
     answers.insert("ridge".into(), wide(map.weight()));
     answers.insert("ridge direction".into(), wide(&map.apply_direction(&direction)));
     json!({

@@ -232,9 +232,9 @@ fn llama_cpp_runs_every_architecture_in_every_quantization_under_a_guard() {
         let plain = prefill(&mut context, &prompt);
         assert!(plain.iter().all(|logit| logit.is_finite()), "{what}");
         let mut sizes: BTreeMap<LayerIndex, Vec<f64>> = BTreeMap::new();
-        for row in context.take_captured() {
-            let size = norm(&row.values) / f64::from(shape.width).sqrt();
-            sizes.entry(row.layer).or_default().push(size);
+        for captured in context.take_captured() {
+            let root = f64::from(shape.width).sqrt();
+            sizes.insert(captured.layer, captured.each().map(|(_, values)| norm(values) / root).collect());
         }
         assert_eq!(sizes.keys().map(|layer| layer.0).collect::<Vec<_>>(), (0..shape.layers).collect::<Vec<_>>());
         let mean = |sizes: &Vec<f64>| sizes.iter().sum::<f64>() / sizes.len() as f64;

@@ -46,6 +46,7 @@ pub fn guard(model: &Model, what: MadeGuardArgument, layers: &[LayerIndex], fold
         seed: 0,
         pairs: Vec::new(),
         autoencoders: Vec::new(),
+        replacements: Default::default(),
     };
     let mut tensors = Vec::new();
     for layer in layers {
@@ -101,7 +102,7 @@ fn mappings(
         name: format!("{MAPPING}.{layer}"),
         sha256: Digest::of(&bytes),
         kind,
-        source_layer: *layer,
+        source_layer: (*layer).into(),
         target_layer: *layer,
     }));
     Ok(vec![(format!("{MAPPING}{MAPPING_SUFFIX}"), bytes)])
@@ -110,7 +111,7 @@ fn mappings(
 fn vector(name: &str, layer: LayerIndex) -> VectorEntry {
     VectorEntry {
         name: name.into(),
-        layer,
+        layer: layer.into(),
         tensor: name.into(),
         kind: VectorKind::Direction,
         mapping: None,

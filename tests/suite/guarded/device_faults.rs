@@ -6,7 +6,7 @@ use super::table::Hooked;
 use super::*;
 use crate::raw_llama::linked_symbol;
 use llama_cpp_sys_2 as sys;
-use pilotfish::hook::{Capture, DeviceTable, ExecutorKind, GgmlTable, HookFault};
+use pilotfish::hook::{Capture, CaptureRows, DeviceTable, ExecutorKind, GgmlTable, HookFault};
 use pilotfish::program::RowFault;
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -221,11 +221,11 @@ impl<'t> Two<'t> {
                     continue;
                 };
                 if let HookFault::Row { layer, .. } = fault {
-                    let own =
-                        captured.iter().filter(|row| (row.layer, row.row.sequence) == (layer, Some(SEQUENCES[index])));
+                    let there = captured.iter().find(|captured| captured.layer == layer).unwrap();
+                    let own = there.each().filter(|(row, _)| row.sequence == Some(SEQUENCES[index]));
                     let mut own = own.peekable();
                     assert!(own.peek().is_some(), "{fault}");
-                    assert!(own.all(|row| row.values.iter().all(|x| *x == 0.0)), "{fault}: its rows are not zero");
+                    assert!(own.all(|(_, values)| values.iter().all(|x| *x == 0.0)), "{fault}: its rows are not zero");
                 }
                 seen.ended[index] = Some(fault);
             }
@@ -257,7 +257,7 @@ fn sweep<'t>(two: &Two<'t>, failure: &Failure, mut check: impl FnMut(&str, &mut 
     let table = failure.table();
     for call in 0.. {
         let mut hooked = two.context(table);
-        hooked.hook().set_capture(Some(Capture::new((0..LAYERS).map(LayerIndex))));
+        hooked.hook().set_capture(Some(Capture::new((0..LAYERS).map(LayerIndex), CaptureRows::All)));
         LEFT.set(Some(call));
         let seen = two.run(&mut hooked, &[0, 1]);
         BROKEN.set(ptr::null_mut());

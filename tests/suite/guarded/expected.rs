@@ -99,10 +99,14 @@ impl Subject {
     /// The rows that `context` has captured since the last call, of the tests' layers.
     pub fn rows(&self, context: &mut GuardedContext) -> Rows {
         let layer = |of_model| (0..LAYERS).find(|layer| self.layer(*layer) == of_model).unwrap();
-        let key = |row: &pilotfish::hook::CapturedRow| {
-            (row.row.sequence.unwrap(), layer(row.layer), row.row.position.0 as usize)
-        };
-        context.take_captured().into_iter().map(|row| (key(&row), row.values)).collect()
+        let mut rows = Rows::new();
+        for captured in context.take_captured() {
+            for (row, values) in captured.each() {
+                let key = (row.sequence.unwrap(), layer(captured.layer), row.position.0 as usize);
+                rows.insert(key, values.to_vec());
+            }
+        }
+        rows
     }
 
     /// Of the tests' layers, those at which any of `guards` acts.

@@ -2,6 +2,7 @@
 
 use super::expected::assert_patched;
 use super::*;
+use pilotfish::hook::CapturedLayer;
 use pilotfish::program::GateDecision;
 
 on_every_model!(
@@ -230,7 +231,8 @@ fn the_last_layer_is_a_hook_point_of_what_is_generated(subject: &Subject) {
         let mut context = subject.guarded(&guard, params().with_n_ubatch(n_ubatch));
         context.capture([subject.layer(last)]);
         let seen = see(&mut context, &script, part);
-        let rows = context.take_captured();
+        let captured = context.take_captured();
+        let rows: Vec<_> = captured.iter().flat_map(CapturedLayer::each).collect();
         assert_eq!(rows.len(), seen.logits.len(), "{what}: only rows with logits");
         // Batches of the same shapes: there is no other difference.
         let unguarded =
@@ -244,7 +246,7 @@ fn the_last_layer_is_a_hook_point_of_what_is_generated(subject: &Subject) {
         }
         let expected = subject.expected(&[&guard], &script, |_, _, _| vec![true]);
         for (row, expected) in rows.iter().zip(&expected.residuals[&last][generated.clone()]) {
-            assert!(distance(&row.values, expected) <= TOLERANCE, "{what}: {:?}", row.row);
+            assert!(distance(row.1, expected) <= TOLERANCE, "{what}: {:?}", row.0);
         }
         for (found, expected) in seen.logits.iter().zip(&expected.logits.unwrap()[generated.clone()]) {
             assert!(distance(found, expected) <= TOLERANCE, "{what}");

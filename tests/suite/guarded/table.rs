@@ -4,7 +4,8 @@ use super::*;
 use crate::raw_llama::linked_symbol;
 use pilotfish::guard::Positions;
 use pilotfish::hook::{
-    Capture, CapturedRow, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault, MissingSymbol, Splitting,
+    Capture, CaptureRows, CapturedLayer, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault, MissingSymbol,
+    Splitting,
 };
 use pilotfish::program::{Calibration, GateDecision};
 
@@ -95,8 +96,8 @@ fn decisions(hook: &Hook) -> Vec<Option<GateDecision>> {
     (0..hook.program().gates().len()).map(|gate| hook.sequences().decision(ONLY, gate)).collect()
 }
 
-fn captured(rows: Vec<CapturedRow>) -> Vec<Vec<f32>> {
-    rows.into_iter().map(|row| row.values).collect()
+fn captured(layers: Vec<CapturedLayer>) -> Vec<Vec<f32>> {
+    layers.iter().flat_map(|layer| layer.each().map(|(_, values)| values.to_vec())).collect()
 }
 
 fn a_table_that_is_looked_up_does_what_the_linked_one_does(subject: &Subject) {
@@ -123,7 +124,7 @@ fn a_table_that_is_looked_up_does_what_the_linked_one_does(subject: &Subject) {
             let run = |table| {
                 let params = params().with_n_ubatch(n_ubatch);
                 let mut hooked = Hooked::new(subject, table, compiled(subject, &guard), params);
-                hooked.hook().set_capture(Some(Capture::new([subject.layer(last)])));
+                hooked.hook().set_capture(Some(Capture::new([subject.layer(last)], CaptureRows::All)));
                 let logits = hooked.run(&script);
                 let rows = captured(hooked.hook().take_captured());
                 (logits, rows, decisions(hooked.hook()), hooked.hook().executor_kind())
