@@ -292,6 +292,9 @@ pub struct MapArguments {
     /// Rank of the maps, stored as two thin factors each; full where absent
     #[arg(long, value_name = "R")]
     pub rank: Option<usize>,
+    /// What a map is fitted on: tokens, or each text's mean over its tokens, for vectors that are read by the mean over a prompt
+    #[arg(long, value_enum, default_value_t = RowsArgument::Tokens)]
+    pub rows: RowsArgument,
     /// What makes a pair of layers the best: the variance that is explained in cross-validation, or canonical correlation
     #[arg(long, value_enum, default_value_t = RankArgument::Unexplained)]
     pub rank_by: RankArgument,
@@ -319,6 +322,12 @@ pub struct MapArguments {
     /// Where to write the mapping
     #[arg(short, long, value_name = "NAME.map.safetensors")]
     pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RowsArgument {
+    Tokens,
+    Means,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -402,6 +411,9 @@ pub struct BuildArguments {
     /// Name of the guard
     #[arg(long)]
     pub name: String,
+    /// Take over what the guard in this folder does, and add to it
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["on_error"])]
+    pub onto: Option<PathBuf>,
     #[arg(long, default_value = "")]
     pub description: String,
     /// The model to guard
@@ -443,6 +455,9 @@ pub struct BuildArguments {
     /// Add an intervention with the vector; with a gate, it acts when the gate fires
     #[arg(long, value_enum)]
     pub intervene: Option<InterventionArgument>,
+    /// When the intervention acts, as a rule over gates: `harmful`, `harmful and not research`
+    #[arg(long, value_name = "RULE", requires = "intervene", conflicts_with = "gate")]
+    pub when: Option<String>,
     #[arg(long, default_value_t = 1.0)]
     pub strength: f32,
     /// Lowest projection that `clamp` leaves alone

@@ -14,7 +14,7 @@ use pilotfish::guard::manifest::{
 };
 use pilotfish::guard::{
     Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Readout, Source,
-    VectorFile, carry, class_mean_tensors, from_control_vector, write_guard,
+    VectorFile, carry, class_mean_tensors, extend_guard, from_control_vector, write_guard,
 };
 use pilotfish::hook::ExecutorKind;
 use pilotfish::learn::{self, Classes};
@@ -282,6 +282,8 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
         },
         message: arguments.message,
         baked: arguments.baked,
+        when: arguments.when,
+        onto: arguments.onto,
     };
     build_to(&target, &arguments.vectors, arguments.mapping.as_deref(), choice, policy, &arguments.output)
 }
@@ -299,6 +301,10 @@ struct Policy {
     on_error: OnError,
     message: Option<String>,
     baked: bool,
+    /// Instead of the gate.
+    when: Option<String>,
+    /// A guard to add to.
+    onto: Option<PathBuf>,
 }
 
 /// Which layer of the vectors, or which pair of the mapping, a guard is built on.
@@ -466,14 +472,17 @@ fn build_to(
             .into_iter()
             .map(|intervention| InterventionEntry {
                 vector: Some(name.clone()),
-                when: policy.gate.clone(),
+                when: policy.when.clone().or_else(|| policy.gate.clone()),
                 ..intervention
             })
             .collect(),
         ..Manifest::new(policy.name, target.identity())
     };
     manifest.target.probe = probe;
-    let guard = write_guard(output, &manifest, &tensors, &mapping_files)?;
+    let guard = match &policy.onto {
+        Some(onto) => extend_guard(onto, output, manifest, &tensors, &mapping_files)?,
+        None => write_guard(output, &manifest, &tensors, &mapping_files)?,
+    };
     eprintln!("wrote guard `{}` to {}", guard.name(), output.display());
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `pilotfish map`, of either kind.
 
-use super::args::{LayerPairs, MapArguments, MappingKindArgument, RankArgument, TrainingArguments};
+use super::args::{LayerPairs, MapArguments, MappingKindArgument, RankArgument, RowsArgument, TrainingArguments};
 use super::models::load_named;
 use super::progress::Bar;
 use super::table::table;
@@ -9,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use pilotfish::engine::Model;
 use pilotfish::guard::{MAPPING_SUFFIX, MappingFile};
 use pilotfish::learn::{
-    self, AutoencoderOptions, CorpusOptions, Epoch, LayerPair, MapOptions, RankBy, Survey, TrainingWatch,
+    self, AutoencoderOptions, CorpusOptions, Epoch, LayerPair, MapOptions, MapRows, RankBy, Survey, TrainingWatch,
 };
 use pilotfish::mapping::{MapQuality, ReplacementQuality, ResidualMap, RidgeOptions};
 use pilotfish::tensor::{LayerIndex, LayerStack};
@@ -57,8 +57,9 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
                 write(path, &serde_json::to_vec_pretty(&mapped.survey)?)?;
             }
             let Survey { n_tokens, n_documents, ref pairs, .. } = mapped.survey;
+            let what = if arguments.rows == RowsArgument::Means { "means" } else { "tokens" };
             let found =
-                format!("{n_tokens} paired tokens of {n_documents} documents; {} layer pairs surveyed", pairs.len());
+                format!("{n_tokens} paired {what} of {n_documents} documents; {} layer pairs surveyed", pairs.len());
             (Some(mapped.survey), found)
         }
         MappingKindArgument::Autoencoder => {
@@ -91,13 +92,22 @@ fn affine_options(arguments: &MapArguments, source: &Model, target: &Model) -> M
             RankArgument::Canonical => RankBy::Canonical,
         },
         rank: arguments.rank,
+        rows: match arguments.rows {
+            RowsArgument::Tokens => MapRows::Tokens,
+            RowsArgument::Means => MapRows::Means,
+        },
         ridge: RidgeOptions { seed: u64::from(arguments.seed), cross_validate: true, ..Default::default() },
     }
 }
 
 /// The pairs of layers to train an autoencoder for each.
 fn autoencoder_layers(arguments: &MapArguments) -> anyhow::Result<Vec<LayerPair>> {
-    for (given, option) in [(arguments.rank.is_some(), "rank"), (arguments.survey.is_some(), "survey")] {
+    let of_affine = [
+        (arguments.rank.is_some(), "rank"),
+        (arguments.survey.is_some(), "survey"),
+        (arguments.rows == RowsArgument::Means, "rows means"),
+    ];
+    for (given, option) in of_affine {
         ensure!(!given, "`--{option}` is of affine mappings; leave it out, or take `--kind affine`");
     }
     let LayerPairs::Chosen(layers) = &arguments.layers else {

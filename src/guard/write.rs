@@ -1,7 +1,7 @@
 use super::error::{GuardError, shown};
 use super::folder::{Files, Folder, MappingFiles};
 use super::manifest::{InterventionEntry, InterventionName, Manifest, VectorEntry};
-use super::tensors::{self, TensorData};
+use super::tensors::{self, TensorData, TensorFile};
 use super::validate::{self, check_file_name};
 use super::{Digest, Guard, MANIFEST_FILE, MAPPING_SUFFIX, ModelIdentity};
 use crate::steering::{ControlVector, ExtractionMethod, VectorKind};
@@ -56,6 +56,69 @@ pub fn compose_guard(manifest: &Manifest, tensors: &[(String, Vec<f32>)]) -> Res
     let mut manifest = manifest.clone();
     manifest.tensors.sha256 = Digest::of(&tensors);
     Guard::from_parts(MANIFEST_FILE, manifest.to_toml()?.as_bytes(), &tensors, &[])
+}
+
+/// Writes a guard to `directory` that does what the guard in `onto` does and then what `addition` says, with the tensors and mapping files of both
+/// (see [`write_guard`]). Name, and description and message where there are any, are the addition's; the probe and what a fault means are those of
+/// `onto`. Measured results are of neither.
+///
+/// # Errors
+/// A guard in `onto` that can't be read, guards for two models, two things of one name, or what [`write_guard`] refuses.
+pub fn extend_guard(
+    onto: &Path,
+    directory: &Path,
+    addition: Manifest,
+    tensors: &[(String, Vec<f32>)],
+    mappings: &[(String, Vec<u8>)],
+) -> Result<Guard, GuardError> {
+    let folder = Folder::new(onto);
+    let label = folder.label(MANIFEST_FILE);
+    let bytes = folder.manifest()?;
+    validate::guard(&label, &bytes, &folder)?;
+    let mut manifest = Manifest::parse(&label, &bytes)?;
+    if manifest.target.fingerprint != addition.target.fingerprint {
+        let (expected, found) = (addition.target.fingerprint, manifest.target.fingerprint);
+        return Err(GuardError::value(format!("a guard for the model {expected} in `{label}`"), found.to_string()));
+    }
+    let (mut all_tensors, mut all_mappings) = (Vec::new(), Vec::new());
+    let file = folder.tensors(&manifest.tensors.file)?;
+    let parsed = TensorFile::parse(&folder.label(&manifest.tensors.file), &file)?;
+    for name in parsed.names() {
+        let values = parsed.direction(&name)?;
+        all_tensors.push((name, values));
+    }
+    let wanted = manifest.mappings.iter().map(|mapping| mapping.sha256).collect();
+    let found = folder.mappings(&wanted)?;
+    for mapping in &manifest.mappings {
+        if let Some((_, bytes)) = found.get(&mapping.sha256) {
+            all_mappings.push((format!("{}{MAPPING_SUFFIX}", mapping.name), bytes.to_vec()));
+        }
+    }
+    all_tensors.extend_from_slice(tensors);
+    for (name, bytes) in mappings {
+        match all_mappings.iter().find(|(known, _)| known == name) {
+            Some((_, known)) if known == bytes => {}
+            Some(_) => return Err(GuardError::Duplicate { what: "mapping", name: name.clone() }),
+            None => all_mappings.push((name.clone(), bytes.clone())),
+        }
+    }
+    let Manifest { name, description, message, source, vectors, mappings, gates, interventions, .. } = addition;
+    manifest.name = name;
+    if !description.is_empty() {
+        manifest.description = description;
+    }
+    manifest.message = message.or(manifest.message);
+    manifest.source = manifest.source.or(source);
+    manifest.vectors.extend(vectors);
+    for mapping in mappings {
+        if !manifest.mappings.contains(&mapping) {
+            manifest.mappings.push(mapping);
+        }
+    }
+    manifest.gates.extend(gates);
+    manifest.interventions.extend(interventions);
+    manifest.results.clear();
+    write_guard(directory, &manifest, &all_tensors, &all_mappings)
 }
 
 /// Replaces the manifest of the guard in `directory` by `text` (see [`edit`](super::edit)), if the guard is valid with it.

@@ -17,6 +17,18 @@ pub struct MapOptions {
     pub ridge: RidgeOptions,
     /// Of the maps that are kept; full where `None`.
     pub rank: Option<usize>,
+    pub rows: MapRows,
+}
+
+/// What the models' rows are that a map is fitted on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MapRows {
+    /// Tokens that end at the same byte: of a map for whatever is read or patched token by token.
+    #[default]
+    Tokens,
+    /// The mean over each document's tokens but the first: of a map for what is read by the mean over a prompt. A regression on tokens spends
+    /// itself on what tells tokens apart, most of which a mean does not hold.
+    Means,
 }
 
 /// Fitted maps, and what the survey found.
@@ -53,7 +65,7 @@ pub fn map(
     options: &MapOptions,
     progress: Progress<'_>,
 ) -> Result<Mapped, LearnError> {
-    let paired = read_pairs(source, target, documents, &options.layers, progress)?;
+    let paired = read_pairs(source, target, documents, &options.layers, options.rows, progress)?;
     let n_tokens = paired.documents.len();
     let mut groups = BTreeMap::<LayerStack, Vec<LayerIndex>>::new();
     for (source_layer, target_layer) in &options.layers {
@@ -192,6 +204,7 @@ pub(super) fn read_pairs(
     target: &Model,
     documents: &[String],
     layers: &[(LayerStack, LayerIndex)],
+    rows: MapRows,
     progress: Progress<'_>,
 ) -> Result<Paired, LearnError> {
     let sources: BTreeSet<LayerIndex> = layers.iter().flat_map(|pair| pair.0.layers()).copied().collect();
@@ -202,12 +215,24 @@ pub(super) fn read_pairs(
     for (index, document) in documents.iter().enumerate() {
         let source_layout = source.template().layout(source.llama(), document)?;
         let target_layout = target.template().layout(target.llama(), document)?;
-        let rows = pair_rows(&source_layout, &target_layout);
         let source_rows = source_reader.every_token(&source_layout.tokens)?;
         let target_rows = target_reader.every_token(&target_layout.tokens)?;
-        paired.source.append(source_rows.select(rows.iter().map(|pair| pair.0)));
-        paired.target.append(target_rows.select(rows.iter().map(|pair| pair.1)));
-        paired.documents.extend(rows.iter().map(|_| index as u32));
+        match rows {
+            MapRows::Tokens => {
+                let pairs = pair_rows(&source_layout, &target_layout);
+                paired.source.append(source_rows.select(pairs.iter().map(|pair| pair.0)));
+                paired.target.append(target_rows.select(pairs.iter().map(|pair| pair.1)));
+                paired.documents.extend(pairs.iter().map(|_| index as u32));
+            }
+            MapRows::Means => {
+                // A document of which one model reads nothing but its first token has no pair.
+                if let (Some(source), Some(target)) = (source_rows.mean(), target_rows.mean()) {
+                    paired.source.append(source);
+                    paired.target.append(target);
+                    paired.documents.push(index as u32);
+                }
+            }
+        }
         progress(index + 1, documents.len());
     }
     if paired.documents.is_empty() {

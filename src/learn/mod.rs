@@ -32,7 +32,7 @@ pub use extract::{
     ClassActivations, Contrast, ContrastMethod, ContrastOptions, class_activations, contrast, contrast_of,
     contrast_of_sets,
 };
-pub use map::{MapOptions, Mapped, map};
+pub use map::{MapOptions, MapRows, Mapped, map};
 pub use operating::clopper_pearson;
 pub use recentre::{BenignProjection, benign_projections};
 pub use replacement::replacement;

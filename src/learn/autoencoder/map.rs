@@ -1,6 +1,6 @@
 use super::{AutoencoderOptions, AutoencoderTrainer, Epoch, PairedRows};
 use crate::engine::Model;
-use crate::learn::map::read_pairs;
+use crate::learn::map::{MapRows, read_pairs};
 use crate::learn::{LearnError, Progress};
 use crate::mapping::{Autoencoder, AutoencoderQuality};
 use crate::tensor::LayerIndex;
@@ -51,7 +51,7 @@ pub fn map_by_autoencoder(
 ) -> Result<MappedByAutoencoder, LearnError> {
     let read: Progress<'_> = &mut |done, total| watch.read(done, total);
     let stacks: Vec<_> = layers.iter().map(|(source, target)| ((*source).into(), *target)).collect();
-    let paired = read_pairs(source, target, documents, &stacks, read)?;
+    let paired = read_pairs(source, target, documents, &stacks, MapRows::Tokens, read)?;
     let mut maps = Vec::with_capacity(layers.len());
     for pair @ (source_layer, target_layer) in layers.iter().copied() {
         let problem = |source| LearnError::Training { source_layer, target_layer, source };
