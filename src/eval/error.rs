@@ -1,0 +1,25 @@
+use crate::engine::EngineError;
+use crate::guard::GuardError;
+use crate::learn::LearnError;
+
+/// Why a guard could not be measured.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EvalError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Learn(#[from] LearnError),
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    #[error("prompt {index}: {source}")]
+    Prompt { index: usize, source: EngineError },
+    #[error("prompt {index} could not be answered: {reason}")]
+    Unanswered { index: usize, reason: String },
+    #[error("{what} needs at least one prompt")]
+    NoPrompts { what: &'static str },
+    #[error("guard `{guard}` blocks or leaves empty all {prompts} benign prompts, so there is no answer to compare")]
+    NothingToCompare { guard: String, prompts: usize },
+    #[error("guard `{guard}` has no intervention, so there is nothing to steer with: `detection` measures its gates")]
+    NoIntervention { guard: String },
+}
