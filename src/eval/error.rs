@@ -22,4 +22,6 @@ pub enum EvalError {
     NothingToCompare { guard: String, prompts: usize },
     #[error("guard `{guard}` has no intervention, so there is nothing to steer with: `detection` measures its gates")]
     NoIntervention { guard: String },
+    #[error("figure `{figure}` can't be drawn: {reason}")]
+    Plot { figure: String, reason: String },
 }

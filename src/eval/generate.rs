@@ -73,13 +73,13 @@ pub fn generate(
     }
 }
 
-/// Tokens of every prompt in the model's template.
+/// Tokens of every prompt in the model's template, after a system prompt if there is one.
 ///
 /// # Errors
 /// The template can't be applied.
-pub fn tokens_of(model: &Model, prompts: &[String]) -> Result<Vec<Vec<LlamaToken>>, EvalError> {
+pub fn tokens_of(model: &Model, system: Option<&str>, prompts: &[String]) -> Result<Vec<Vec<LlamaToken>>, EvalError> {
     let tokens = |(index, prompt): (usize, &String)| {
-        model.prompt_tokens(prompt).map_err(|source: EngineError| EvalError::Prompt { index, source })
+        model.prompt_tokens_under(system, prompt).map_err(|source: EngineError| EvalError::Prompt { index, source })
     };
     prompts.iter().enumerate().map(tokens).collect()
 }

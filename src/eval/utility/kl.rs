@@ -1,20 +1,30 @@
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
-use crate::eval::generate::{answer_tokens, generate, tokens_of};
+use crate::eval::generate::{Generated, answer_tokens, generate, tokens_of};
+use crate::eval::metrics::RESAMPLES;
 use crate::guard::Guard;
 use crate::hook::ContextError;
 use crate::learn::Progress;
-use crate::tensor::{kl_divergence, log_softmax};
+use crate::tensor::{kl_divergence, log_softmax, quantile};
 use llama_cpp_2::token::LlamaToken;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 /// A model's own unguarded answers to benign prompts: the text on which guards are compared with none. Made once, it serves any number of
 /// guards.
 pub struct BenignAnswers {
-    /// Prompt and answer.
-    texts: Vec<(Vec<LlamaToken>, Vec<LlamaToken>)>,
+    texts: Vec<Text>,
     /// Prompts that the model answered with nothing.
     empty: usize,
+}
+
+/// A prompt, its tokens in the model's template, and the tokens of the answer.
+struct Text {
+    index: usize,
+    words: String,
+    prompt: Vec<LlamaToken>,
+    answer: Vec<LlamaToken>,
 }
 
 /// How far a guard moves a model on text that it should leave alone.
@@ -22,8 +32,10 @@ pub struct BenignAnswers {
 pub struct BenignKl {
     /// Mean over all tokens of `KL(unguarded ‖ guarded)`, in nats.
     pub nats_per_token: f64,
+    /// Its 95 % interval, by a percentile bootstrap over prompts.
+    pub interval: [f64; 2],
     /// The same of each prompt that was compared.
-    pub by_prompt: Vec<f64>,
+    pub by_prompt: Vec<PromptKl>,
     /// Tokens that were compared.
     pub tokens: usize,
     /// Perplexity of the answers unguarded: `exp(−mean ln p)`.
@@ -34,6 +46,15 @@ pub struct BenignKl {
     pub blocked: usize,
     /// Prompts that the model answers with nothing.
     pub empty: usize,
+}
+
+/// Of one prompt's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct PromptKl {
+    /// Which of the prompts.
+    pub index: usize,
+    pub nats_per_token: f64,
+    pub tokens: usize,
 }
 
 impl BenignAnswers {
@@ -47,16 +68,15 @@ impl BenignAnswers {
         max_tokens: usize,
         progress: Progress<'_>,
     ) -> Result<Self, EvalError> {
-        let prompts = tokens_of(model, prompts)?;
-        let answers = generate(model, &[], &prompts, max_tokens, progress)?;
-        let all = prompts.len();
-        let texts: Vec<_> = prompts
-            .into_iter()
-            .zip(answers)
-            .map(|(prompt, answer)| (prompt, answer_tokens(model, &answer.text)))
-            .filter(|(_, answer)| !answer.is_empty())
-            .collect();
-        Ok(Self { empty: all - texts.len(), texts })
+        let tokens = tokens_of(model, None, prompts)?;
+        let answers = generate(model, &[], &tokens, max_tokens, progress)?;
+        let text = |(index, ((words, prompt), answer)): (usize, ((&String, _), Generated))| {
+            let answer = answer_tokens(model, &answer.text);
+            Text { index, words: words.clone(), prompt, answer }
+        };
+        let texts = prompts.iter().zip(tokens).zip(answers).enumerate().map(text);
+        let texts: Vec<Text> = texts.filter(|text| !text.answer.is_empty()).collect();
+        Ok(Self { empty: prompts.len() - texts.len(), texts })
     }
 
     /// `KL(unguarded ‖ guarded)` at every token of the answers, and their perplexity under both. Both read the same tokens (teacher
@@ -65,48 +85,89 @@ impl BenignAnswers {
     /// # Errors
     /// The guard is not for this model, fails, or blocks every prompt.
     pub fn compare(&self, model: &Model, guard: &Guard, progress: Progress<'_>) -> Result<BenignKl, EvalError> {
-        let longest = self.texts.iter().map(|(prompt, answer)| prompt.len() + answer.len()).max().unwrap_or(0);
-        let options = SessionOptions { n_ctx: longest.max(8) as u32, ..Default::default() };
+        self.compare_with(model, Some(guard), None, progress)
+    }
+
+    /// As [`compare`](Self::compare), of a system prompt in place of a guard.
+    ///
+    /// # Errors
+    /// The template can't be applied.
+    pub fn compare_system(&self, model: &Model, system: &str, progress: Progress<'_>) -> Result<BenignKl, EvalError> {
+        self.compare_with(model, None, Some(system), progress)
+    }
+
+    fn compare_with(
+        &self,
+        model: &Model,
+        guard: Option<&Guard>,
+        system: Option<&str>,
+        progress: Progress<'_>,
+    ) -> Result<BenignKl, EvalError> {
+        let words: Vec<String> = self.texts.iter().map(|text| text.words.clone()).collect();
+        let prompts = tokens_of(model, system, &words)?;
+        let longest = self
+            .texts
+            .iter()
+            .zip(&prompts)
+            .map(|(text, prompt)| prompt.len().max(text.prompt.len()) + text.answer.len());
+        let n_ctx = longest.max().unwrap_or(0).max(8) as u32;
+        let options = SessionOptions { n_ctx, ..Default::default() };
         let mut plain = Session::new(model, &[], options)?;
-        let mut guarded = Session::new(model, &[guard], options)?;
-        let mut sums = Sums::default();
+        let mut guarded = Session::new(model, guard.as_slice(), options)?;
+        let mut sums = Vec::with_capacity(self.texts.len());
         let mut by_prompt = Vec::with_capacity(self.texts.len());
         let mut blocked = 0;
         let mut reference: Vec<f32> = Vec::new();
-        for (index, (prompt, answer)) in self.texts.iter().enumerate() {
+        for (at, (Text { index, prompt, answer, .. }, other)) in self.texts.iter().zip(&prompts).enumerate() {
             reference.clear();
             plain.forced(prompt, answer, |_, logits| reference.extend_from_slice(logits))?;
             let width = reference.len() / answer.len();
             let mut own = Sums::default();
-            let compared = guarded.forced(prompt, answer, |at, logits| {
-                let before = &reference[at * width..(at + 1) * width];
-                own.add(before, logits, answer[at]);
+            let compared = guarded.forced(other, answer, |at, logits| {
+                own.add(&reference[at * width..(at + 1) * width], logits, answer[at]);
             });
             match compared {
                 Ok(()) => {
-                    by_prompt.push(own.kl / own.tokens as f64);
-                    sums.join(own);
+                    let (nats_per_token, tokens) = (own.kl / own.tokens as f64, own.tokens);
+                    by_prompt.push(PromptKl { index: *index, nats_per_token, tokens });
+                    sums.push(own);
                 }
                 Err(EngineError::Context(ContextError::Blocked { .. })) => blocked += 1,
-                Err(source) => return Err(EvalError::Prompt { index, source }),
+                Err(source) => return Err(EvalError::Prompt { index: *index, source }),
             }
-            progress(index + 1, self.texts.len());
+            progress(at + 1, self.texts.len());
         }
-        if sums.tokens == 0 {
+        let all = Sums::of(sums.iter());
+        if all.tokens == 0 {
             let prompts = self.texts.len() + self.empty;
-            return Err(EvalError::NothingToCompare { guard: guard.name().into(), prompts });
+            let guard = guard.map(|guard| guard.name().to_owned()).unwrap_or_default();
+            return Err(EvalError::NothingToCompare { guard, prompts });
         }
-        let n = sums.tokens as f64;
+        let n = all.tokens as f64;
         Ok(BenignKl {
-            nats_per_token: sums.kl / n,
+            nats_per_token: all.kl / n,
+            interval: interval(&sums),
             by_prompt,
-            tokens: sums.tokens,
-            perplexity_unguarded: (-sums.unguarded / n).exp(),
-            perplexity_guarded: (-sums.guarded / n).exp(),
+            tokens: all.tokens,
+            perplexity_unguarded: (-all.unguarded / n).exp(),
+            perplexity_guarded: (-all.guarded / n).exp(),
             blocked,
             empty: self.empty,
         })
     }
+}
+
+/// Of the mean over tokens, by resampling prompts.
+fn interval(by_prompt: &[Sums]) -> [f64; 2] {
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let mut draw = |_| &by_prompt[((u64::from(rng.next_u32()) * by_prompt.len() as u64) >> 32) as usize];
+    let resampled: Vec<f64> = (0..RESAMPLES)
+        .map(|_| {
+            let all = Sums::of((0..by_prompt.len()).map(&mut draw));
+            all.kl / all.tokens as f64
+        })
+        .collect();
+    [0.025, 0.975].map(|q| quantile(&resampled, q))
 }
 
 /// [`BenignAnswers::compare`] on answers of up to `max_tokens` tokens that are made for it.
@@ -137,7 +198,7 @@ struct Sums {
 impl Sums {
     fn add(&mut self, unguarded: &[f32], guarded: &[f32], token: LlamaToken) {
         let token = token.0 as usize;
-        // Bit for bit the same: most tokens of a guard whose gate stays shut. Spares two softmaxes over the vocabulary.
+        // The same bits, as of a guard whose gate stays shut: spares three softmaxes over the vocabulary.
         if unguarded == guarded {
             let log = log_softmax(unguarded)[token];
             self.unguarded += log;
@@ -150,10 +211,14 @@ impl Sums {
         self.tokens += 1;
     }
 
-    fn join(&mut self, other: Self) {
-        self.kl += other.kl;
-        self.unguarded += other.unguarded;
-        self.guarded += other.guarded;
-        self.tokens += other.tokens;
+    fn of<'a>(parts: impl Iterator<Item = &'a Self>) -> Self {
+        let mut all = Self::default();
+        for part in parts {
+            all.kl += part.kl;
+            all.unguarded += part.unguarded;
+            all.guarded += part.guarded;
+            all.tokens += part.tokens;
+        }
+        all
     }
 }
