@@ -1,7 +1,7 @@
 //! What else could have done it: guards that differ from the one that is measured in one thing only.
 
 use super::EvalError;
-use crate::engine::Model;
+use crate::engine::{GuardOptions, Model, backend, program_for};
 use crate::guard::{Guard, GuardError, InterventionKind};
 use crate::learn::benign_means;
 use crate::tensor::{LayerIndex, norm};
@@ -67,21 +67,42 @@ pub fn random_guard(model: &Model, guard: &Guard, seed: u64, benign: &[String]) 
     replaced(model, guard, benign, with)
 }
 
-/// `guard` with every intervention at `layer`, along the same vector. Gates are as they were, an `ablate` is recentred as that of
+/// `guard` with every intervention at one other layer, along the same vectors, and that layer: `chosen`, or of those at which it compiles (a gate
+/// must have decided before what it opens acts) the one that is nearest to [`wrong_layer`]. Gates are as they were, an `ablate` is recentred as that of
 /// [`random_guard`].
 ///
 /// # Errors
-/// As there.
+/// A benign prompt that the model can't run, or no layer at which the guard compiles.
 pub fn guard_at_wrong_layer(
     model: &Model,
     guard: &Guard,
-    layer: LayerIndex,
+    chosen: Option<LayerIndex>,
     benign: &[String],
-) -> Result<Guard, EvalError> {
-    let with = |name: &str, vector: usize, guard: &Guard| {
-        guard.with_direction(name, layer, guard.vectors()[vector].direction.clone(), None)
+) -> Result<(LayerIndex, Guard), EvalError> {
+    let moved = |layer: LayerIndex| {
+        replaced(model, guard, benign, |name: &str, vector: usize, changed: &Guard| {
+            changed.with_direction(name, layer, guard.vectors()[vector].direction.clone(), None)
+        })
     };
-    replaced(model, guard, benign, with)
+    let own = guard.interventions().iter().find(|acts| acts.kind.vector().is_some()).map(|acts| guard.layer_of(acts));
+    let Some(own) = own else { return Err(EvalError::NoIntervention { guard: guard.name().into() }) };
+    if let Some(layer) = chosen {
+        return Ok((layer, moved(layer)?));
+    }
+    let n_layer = model.shape().n_layer;
+    let wanted = wrong_layer(own, n_layer);
+    let mut layers: Vec<LayerIndex> = (0..n_layer.saturating_sub(1)).map(LayerIndex).filter(|at| *at != own).collect();
+    layers.sort_by_key(|layer| layer.0.abs_diff(wanted.0));
+    let options = GuardOptions { probe: false, ..Default::default() };
+    let mut last = None;
+    for layer in layers {
+        let control = moved(layer)?;
+        match program_for(model.llama(), backend()?, &[&control], options) {
+            Ok(_) => return Ok((layer, control)),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.map_or(EvalError::NoOtherLayer { guard: guard.name().into() }, EvalError::from))
 }
 
 fn replaced(

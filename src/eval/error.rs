@@ -22,6 +22,8 @@ pub enum EvalError {
     NothingToCompare { guard: String, prompts: usize },
     #[error("guard `{guard}` has no intervention, so there is nothing to steer with: `detection` measures its gates")]
     NoIntervention { guard: String },
+    #[error("guard `{guard}` acts at the only layer that its model has, so there is no other to compare with")]
+    NoOtherLayer { guard: String },
     #[error("figure `{figure}` can't be drawn: {reason}")]
     Plot { figure: String, reason: String },
 }

@@ -1,5 +1,5 @@
 use super::EvalError;
-use super::controls::{Role, guard_at_wrong_layer, random_guard, wrong_layer};
+use super::controls::{Role, guard_at_wrong_layer, random_guard};
 use super::generate::{Generated, answer_tokens, generate, tokens_of};
 use super::metrics::{Estimate, Proportion};
 use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
@@ -106,9 +106,9 @@ pub fn steering(
     input: SteeringInput<'_>,
     progress: Progress<'_>,
 ) -> Result<Steering, EvalError> {
-    let Some(first) = guard.interventions().first() else {
+    if guard.interventions().is_empty() {
         return Err(EvalError::NoIntervention { guard: guard.name().into() });
-    };
+    }
     // The unguarded run is both a row and what others are held against.
     let runs = 4 + input.control_seeds as usize;
     let mut subject = Subject::new(model, input, runs, progress)?;
@@ -117,8 +117,11 @@ pub fn steering(
     let examples = subject.examples(input, &guarded);
     rows.push(subject.row("guard".into(), Role::Guard, &guarded)?);
     let unfired = only_when_fired(guard).then_some(&guarded);
+    // A switch has no vector that another could stand for.
+    let vectors = guard.interventions().iter().any(|acts| acts.kind.vector().is_some());
+    let seeds = if vectors { input.control_seeds } else { 0 };
     let mut random = Vec::new();
-    for seed in 0..input.control_seeds {
+    for seed in 0..seeds {
         let control = random_guard(model, guard, seed, input.harmless)?;
         let answers = subject.answers(&control, unfired)?;
         random.push(subject.row(String::new(), Role::Random, &answers)?);
@@ -126,10 +129,11 @@ pub fn steering(
     if !random.is_empty() {
         rows.push(over_seeds(&random));
     }
-    let wrong = input.wrong_layer.unwrap_or_else(|| wrong_layer(guard.layer_of(first), model.shape().n_layer));
-    let control = guard_at_wrong_layer(model, guard, wrong, input.harmless)?;
-    let answers = subject.answers(&control, unfired)?;
-    rows.push(subject.row(format!("wrong layer, {wrong}"), Role::WrongLayer, &answers)?);
+    if vectors {
+        let (wrong, control) = guard_at_wrong_layer(model, guard, input.wrong_layer, input.harmless)?;
+        let answers = subject.answers(&control, unfired)?;
+        rows.push(subject.row(format!("wrong layer, {wrong}"), Role::WrongLayer, &answers)?);
+    }
     rows.push(subject.system_prompt_row(input)?);
     Ok(Steering {
         guard: guard.name().into(),

@@ -5,6 +5,7 @@ mod architecture;
 mod command_line;
 #[path = "../support/counting_allocator.rs"]
 mod counting_allocator;
+mod evaluation;
 mod guarded;
 #[path = "../support/raw_llama.rs"]
 mod raw_llama;

@@ -8,7 +8,7 @@ pub use choice::{Question, answered_right, questions};
 pub use kl::{BenignAnswers, BenignKl, PromptKl, benign_kl};
 
 use super::EvalError;
-use super::controls::{Role, guard_at_wrong_layer, random_guard, wrong_layer};
+use super::controls::{Role, guard_at_wrong_layer, random_guard};
 use super::metrics::{Estimate, Proportion};
 use crate::engine::Model;
 use crate::guard::Guard;
@@ -69,9 +69,9 @@ pub fn utility(
     progress: Progress<'_>,
 ) -> Result<Utility, EvalError> {
     let questions = questions();
-    let steers = guard.interventions().iter().find(|intervention| intervention.kind.vector().is_some());
-    let seeds = if steers.is_some() { input.control_seeds } else { 0 };
-    let runs = 3 + seeds as usize + usize::from(steers.is_some());
+    let vectors = guard.interventions().iter().any(|acts| acts.kind.vector().is_some());
+    let seeds = if vectors { input.control_seeds } else { 0 };
+    let runs = 3 + seeds as usize + usize::from(vectors);
     let total = runs * (input.benign.len() + questions.len());
     let mut measure = Measure { model, answers, input, questions: &questions, done: 0, total, progress };
 
@@ -85,9 +85,8 @@ pub fn utility(
     if !random.is_empty() {
         rows.push(over_seeds(&random));
     }
-    if let Some(steers) = steers {
-        let wrong = input.wrong_layer.unwrap_or_else(|| wrong_layer(guard.layer_of(steers), model.shape().n_layer));
-        let control = guard_at_wrong_layer(model, guard, wrong, input.benign)?;
+    if vectors {
+        let (wrong, control) = guard_at_wrong_layer(model, guard, input.wrong_layer, input.benign)?;
         rows.push(measure.guard(format!("wrong layer, {wrong}"), Role::WrongLayer, &control)?);
     }
     rows.push(measure.system_prompt()?);
