@@ -26,7 +26,7 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let model = load(&arguments.model)?;
     let seeds = Seeds { bootstrap: arguments.seed, controls: arguments.control_seeds };
     let mut report = Report::new(&model, &guard, seeds, std::env::args().collect());
-    report.prompts = files.entries();
+    report.prompts = files.entries(&arguments);
     report.survey = survey;
     let measured = Measured { model: &model, guard: &guard, arguments: &arguments, files: &files };
     let asked = |task| arguments.tasks.contains(&task);
@@ -101,7 +101,7 @@ impl Files {
         Ok(Self { positive, negative, look_alike: Prompts::read_some(&arguments.look_alike)?, benign, native })
     }
 
-    fn entries(&self) -> Vec<PromptsEntry> {
+    fn entries(&self, arguments: &EvalArguments) -> Vec<PromptsEntry> {
         let mut entries = Vec::new();
         let mut add = |role: &str, prompts: &Prompts| {
             if !prompts.all.is_empty() {
@@ -111,7 +111,9 @@ impl Files {
         add("positive", &self.positive);
         add("negative", &self.negative);
         add("look-alike", &self.look_alike);
-        add("benign", &self.benign);
+        if arguments.tasks.contains(&Task::Utility) || !arguments.strengths.is_empty() {
+            add("benign", &self.benign);
+        }
         if let Some((positive, negative)) = &self.native {
             add("the guard's own positive", positive);
             add("the guard's own negative", negative);

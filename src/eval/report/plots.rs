@@ -54,8 +54,8 @@ fn axes<'a, 'b>(
     let mut chart = ChartBuilder::on(canvas)
         .margin(10)
         .margin_right(18)
-        .x_label_area_size(46)
-        .y_label_area_size(58)
+        .x_label_area_size(54)
+        .y_label_area_size(68)
         .build_cartesian_2d(x, y)?;
     chart
         .configure_mesh()
@@ -66,8 +66,8 @@ fn axes<'a, 'b>(
         .axis_style(MUTED)
         .bold_line_style(GRID)
         .light_line_style(TRANSPARENT)
-        .label_style(font(14.0))
-        .axis_desc_style(font(15.0))
+        .label_style(font(16.0))
+        .axis_desc_style(font(17.0))
         .x_label_formatter(&tick)
         .y_label_formatter(&tick)
         .draw()?;
@@ -216,7 +216,7 @@ pub struct Dots {
 /// Shares with their intervals from 0 to 1, a row each: how controls compare at a glance.
 pub fn intervals(label: &str, x_name: &str, rows: &[Dots]) -> Result<String, EvalError> {
     const ROW: i32 = 44;
-    const LEFT: i32 = 218;
+    const LEFT: i32 = 246;
     let (width, height) = (SIZE.0 as i32, ROW * rows.len() as i32 + 62);
     let right = width - 26;
     let at = |value: f64| LEFT + ((right - LEFT) as f64 * value.clamp(0.0, 1.0)).round() as i32;
@@ -231,12 +231,12 @@ pub fn intervals(label: &str, x_name: &str, rows: &[Dots]) -> Result<String, Eva
         for step in 0..=5 {
             let value = f64::from(step) / 5.0;
             canvas.draw(&PathElement::new([(at(value), 8), (at(value), bottom)], GRID))?;
-            canvas.draw(&Text::new(format!("{:.0} %", 100.0 * value), (at(value), bottom + 7), middle(font(14.0))))?;
+            canvas.draw(&Text::new(format!("{:.0} %", 100.0 * value), (at(value), bottom + 7), middle(font(16.0))))?;
         }
-        canvas.draw(&Text::new(x_name.to_owned(), ((LEFT + right) / 2, bottom + 29), middle(font(15.0))))?;
+        canvas.draw(&Text::new(x_name.to_owned(), ((LEFT + right) / 2, bottom + 29), middle(font(17.0))))?;
         for (index, Dots { name, values }) in rows.iter().enumerate() {
             let top = 8 + ROW * index as i32;
-            let style = font(14.0).pos(plotters::style::text_anchor::Pos::new(
+            let style = font(16.0).pos(plotters::style::text_anchor::Pos::new(
                 plotters::style::text_anchor::HPos::Right,
                 plotters::style::text_anchor::VPos::Center,
             ));
@@ -277,7 +277,7 @@ pub fn heat_map(label: &str, cells: &[(u32, u32, f64)]) -> Result<String, EvalEr
         for step in 0..=4 {
             let share = f64::from(step) / 4.0;
             let y = bottom - (f64::from(bottom - top) * share) as i32;
-            scale.draw(&Text::new(format!("{:.2}", low + span * share), (30, y - 6), font(14.0)))?;
+            scale.draw(&Text::new(format!("{:.2}", low + span * share), (30, y - 6), font(16.0)))?;
         }
         Ok(())
     })

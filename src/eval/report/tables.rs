@@ -61,7 +61,8 @@ pub fn table(header: &[&str], rows: impl IntoIterator<Item = (Option<Role>, Vec<
     }
 }
 
+/// Names as they are elsewhere, without the marks that set them off in plain text.
 pub fn text(text: impl Into<String>) -> Markup {
-    let text: String = text.into();
+    let text: String = text.into().replace('`', "");
     html! { (text) }
 }
