@@ -2,7 +2,7 @@
 
 use super::EvalError;
 use crate::engine::{GuardOptions, Model, backend, program_for};
-use crate::guard::{Guard, GuardError, InterventionKind};
+use crate::guard::{GateScope, Guard, GuardError, InterventionKind, Rule, Truth};
 use crate::learn::benign_means;
 use crate::tensor::{LayerIndex, norm};
 use rand::{Rng, SeedableRng};
@@ -103,6 +103,13 @@ pub fn guard_at_wrong_layer(
         }
     }
     Err(last.map_or(EvalError::NoOtherLayer { guard: guard.name().into() }, EvalError::from))
+}
+
+/// Whether nothing acts where no prompt gate fires: then a control of such a guard does what the guard does there, and needs no run.
+pub(super) fn only_when_fired(guard: &Guard) -> bool {
+    let by_prompt = guard.gates().iter().all(|gate| matches!(gate.scope, GateScope::Prompt(_)));
+    let conditional = |rule: &Rule| rule.eval(&|_| Truth::False) == Truth::False;
+    by_prompt && guard.interventions().iter().all(|acts| acts.when.as_ref().is_some_and(conditional))
 }
 
 fn replaced(

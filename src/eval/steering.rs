@@ -1,10 +1,10 @@
 use super::EvalError;
-use super::controls::{Role, guard_at_wrong_layer, random_guard};
+use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard};
 use super::generate::{Generated, answer_tokens, generate, tokens_of};
 use super::metrics::{Estimate, Proportion};
 use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
 use crate::engine::{Model, Session, SessionOptions};
-use crate::guard::{GateScope, Guard, Truth};
+use crate::guard::Guard;
 use crate::learn::Progress;
 use crate::tensor::{LayerIndex, log_softmax};
 use llama_cpp_2::token::LlamaToken;
@@ -177,13 +177,6 @@ fn scaled(guard: &Guard, factor: f64) -> Result<Guard, EvalError> {
         scaled = scaled.with_strength(&intervention.name, factor * f64::from(intervention.strength))?;
     }
     Ok(scaled)
-}
-
-/// Whether nothing acts where no prompt gate fires: then what such prompts are answered needs no second run.
-fn only_when_fired(guard: &Guard) -> bool {
-    let by_prompt = guard.gates().iter().all(|gate| matches!(gate.scope, GateScope::Prompt(_)));
-    let conditional = |rule: &crate::guard::Rule| rule.eval(&|_| Truth::False) == Truth::False;
-    by_prompt && guard.interventions().iter().all(|acts| acts.when.as_ref().is_some_and(conditional))
 }
 
 /// Both classes' answers under one guard.

@@ -28,23 +28,32 @@ pub fn questions() -> Vec<Question> {
     QUESTIONS.lines().map(|line| serde_json::from_str(line).expect("a question a line")).collect()
 }
 
+/// What became of a question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answered {
+    /// The right option was the likeliest.
+    pub right: bool,
+    /// A gate fired on the question.
+    pub fired: bool,
+}
+
 /// Whether the model, under `guard` or none and after `system` or nothing, finds the right option of every question likeliest: the one with the
 /// highest log-likelihood a byte as the answer (the length-normalised accuracy of Gao et al., lm-evaluation-harness). A question that the guard blocks is
 /// not answered right.
 ///
 /// # Errors
 /// The guard is not for this model, or fails.
-pub fn answered_right(
+pub fn answered(
     model: &Model,
     guard: Option<&Guard>,
     system: Option<&str>,
     questions: &[Question],
     progress: Progress<'_>,
-) -> Result<Vec<bool>, EvalError> {
+) -> Result<Vec<Answered>, EvalError> {
     let before_answer = model.template().apply(model.llama(), "?")?;
     let space = if before_answer.ends_with(char::is_whitespace) { "" } else { " " };
     let mut session = Session::new(model, guard.as_slice(), SessionOptions { n_ctx: 512, ..Default::default() })?;
-    let mut right = Vec::with_capacity(questions.len());
+    let mut all = Vec::with_capacity(questions.len());
     for (index, Question { question, options, answer }) in questions.iter().enumerate() {
         let prompt = model.prompt_tokens_under(system, question)?;
         let mut scores = Vec::with_capacity(options.len());
@@ -58,10 +67,11 @@ pub fn answered_right(
             }
         }
         let best = (0..scores.len()).max_by(|a, b| scores[*a].total_cmp(&scores[*b]));
-        right.push(scores.len() == options.len() && best == Some(*answer));
+        let right = scores.len() == options.len() && best == Some(*answer);
+        all.push(Answered { right, fired: session.gate_readings().iter().any(|gate| gate.fired) });
         progress(index + 1, questions.len());
     }
-    Ok(right)
+    Ok(all)
 }
 
 #[cfg(test)]

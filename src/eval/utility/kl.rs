@@ -55,6 +55,8 @@ pub struct PromptKl {
     pub index: usize,
     pub nats_per_token: f64,
     pub tokens: usize,
+    /// Whether a gate fired on the prompt.
+    pub fired: bool,
 }
 
 impl BenignAnswers {
@@ -85,7 +87,19 @@ impl BenignAnswers {
     /// # Errors
     /// The guard is not for this model, fails, or blocks every prompt.
     pub fn compare(&self, model: &Model, guard: &Guard, progress: Progress<'_>) -> Result<BenignKl, EvalError> {
-        self.compare_with(model, Some(guard), None, progress)
+        self.compare_with(model, Some(guard), None, None, progress)
+    }
+
+    /// As [`compare`](Self::compare), of a control that does something only where `fired` says that the guard's gates fired: elsewhere it is the
+    /// unguarded model, and is not run.
+    pub(super) fn compare_control(
+        &self,
+        model: &Model,
+        control: &Guard,
+        fired: &[PromptKl],
+        progress: Progress<'_>,
+    ) -> Result<BenignKl, EvalError> {
+        self.compare_with(model, Some(control), None, Some(fired), progress)
     }
 
     /// As [`compare`](Self::compare), of a system prompt in place of a guard.
@@ -93,7 +107,7 @@ impl BenignAnswers {
     /// # Errors
     /// The template can't be applied.
     pub fn compare_system(&self, model: &Model, system: &str, progress: Progress<'_>) -> Result<BenignKl, EvalError> {
-        self.compare_with(model, None, Some(system), progress)
+        self.compare_with(model, None, Some(system), None, progress)
     }
 
     fn compare_with(
@@ -101,6 +115,7 @@ impl BenignAnswers {
         model: &Model,
         guard: Option<&Guard>,
         system: Option<&str>,
+        fired: Option<&[PromptKl]>,
         progress: Progress<'_>,
     ) -> Result<BenignKl, EvalError> {
         let words: Vec<String> = self.texts.iter().map(|text| text.words.clone()).collect();
@@ -123,13 +138,21 @@ impl BenignAnswers {
             plain.forced(prompt, answer, |_, logits| reference.extend_from_slice(logits))?;
             let width = reference.len() / answer.len();
             let mut own = Sums::default();
-            let compared = guarded.forced(other, answer, |at, logits| {
-                own.add(&reference[at * width..(at + 1) * width], logits, answer[at]);
-            });
+            let row = |at: usize| &reference[at * width..(at + 1) * width];
+            // What was blocked under the guard is not among these, and is run.
+            let known = fired.and_then(|known| known.iter().find(|known| known.index == *index));
+            let compared = if known.is_some_and(|known| !known.fired) {
+                (0..answer.len()).for_each(|at| own.add(row(at), row(at), answer[at]));
+                Ok(())
+            } else {
+                guarded.forced(other, answer, |at, logits| own.add(row(at), logits, answer[at]))
+            };
             match compared {
                 Ok(()) => {
                     let (nats_per_token, tokens) = (own.kl / own.tokens as f64, own.tokens);
-                    by_prompt.push(PromptKl { index: *index, nats_per_token, tokens });
+                    let fired = known
+                        .map_or_else(|| guarded.gate_readings().iter().any(|gate| gate.fired), |known| known.fired);
+                    by_prompt.push(PromptKl { index: *index, nats_per_token, tokens, fired });
                     sums.push(own);
                 }
                 Err(EngineError::Context(ContextError::Blocked { .. })) => blocked += 1,

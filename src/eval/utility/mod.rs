@@ -4,11 +4,11 @@
 mod choice;
 mod kl;
 
-pub use choice::{Question, answered_right, questions};
+pub use choice::{Answered, Question, answered, questions};
 pub use kl::{BenignAnswers, BenignKl, PromptKl, benign_kl};
 
 use super::EvalError;
-use super::controls::{Role, guard_at_wrong_layer, random_guard};
+use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard};
 use super::metrics::{Estimate, Proportion};
 use crate::engine::Model;
 use crate::guard::Guard;
@@ -75,19 +75,21 @@ pub fn utility(
     let total = runs * (input.benign.len() + questions.len());
     let mut measure = Measure { model, answers, input, questions: &questions, done: 0, total, progress };
 
-    let measured = measure.guard("guard".into(), Role::Guard, guard)?;
+    let (measured, answered) = measure.guard(guard)?;
+    let known = Known { by_prompt: measured.by_prompt.clone(), answered };
+    let known = only_when_fired(guard).then_some(&known);
     let mut rows = vec![measure.unguarded(&measured)?, measured];
     let mut random = Vec::new();
     for seed in 0..seeds {
         let control = random_guard(model, guard, seed, input.benign)?;
-        random.push(measure.guard(String::new(), Role::Random, &control)?);
+        random.push(measure.control(String::new(), Role::Random, &control, known)?);
     }
     if !random.is_empty() {
         rows.push(over_seeds(&random));
     }
     if vectors {
         let (wrong, control) = guard_at_wrong_layer(model, guard, input.wrong_layer, input.benign)?;
-        rows.push(measure.guard(format!("wrong layer, {wrong}"), Role::WrongLayer, &control)?);
+        rows.push(measure.control(format!("wrong layer, {wrong}"), Role::WrongLayer, &control, known)?);
     }
     rows.push(measure.system_prompt()?);
     Ok(Utility {
@@ -98,6 +100,12 @@ pub fn utility(
         questions: questions.len(),
         rows,
     })
+}
+
+/// What the guard did, of which its controls do the same where no gate fired.
+struct Known {
+    by_prompt: Vec<PromptKl>,
+    answered: Vec<Answered>,
 }
 
 struct Measure<'a> {
@@ -118,25 +126,45 @@ impl Measure<'_> {
         move |done, _| (self.progress)(before + done, self.total)
     }
 
-    fn guard(&mut self, name: String, role: Role, guard: &Guard) -> Result<UtilityRow, EvalError> {
+    fn guard(&mut self, guard: &Guard) -> Result<(UtilityRow, Vec<Answered>), EvalError> {
         let (model, answers, questions) = (self.model, self.answers, self.questions);
         let kl = answers.compare(model, guard, &mut self.steps(self.input.benign.len()))?;
-        let right = answered_right(model, Some(guard), None, questions, &mut self.steps(questions.len()))?;
-        Ok(self.row(name, role, kl, &right))
+        let answered = answered(model, Some(guard), None, questions, &mut self.steps(questions.len()))?;
+        Ok((self.row("guard".into(), Role::Guard, kl, &answered), answered))
+    }
+
+    fn control(
+        &mut self,
+        name: String,
+        role: Role,
+        control: &Guard,
+        known: Option<&Known>,
+    ) -> Result<UtilityRow, EvalError> {
+        let (model, answers, questions) = (self.model, self.answers, self.questions);
+        let by_prompt = known.map_or(&[][..], |known| &known.by_prompt);
+        let kl = answers.compare_control(model, control, by_prompt, &mut self.steps(self.input.benign.len()))?;
+        let mut all = known.map_or_else(Vec::new, |known| known.answered.clone());
+        // Without knowledge every question is asked.
+        all.resize(questions.len(), Answered { right: false, fired: true });
+        let again: Vec<usize> = (0..all.len()).filter(|index| all[*index].fired).collect();
+        let asked: Vec<Question> = again.iter().map(|index| questions[*index].clone()).collect();
+        let new = answered(model, Some(control), None, &asked, &mut self.steps(questions.len()))?;
+        again.into_iter().zip(new).for_each(|(index, answered)| all[index] = answered);
+        Ok(self.row(name, role, kl, &all))
     }
 
     fn system_prompt(&mut self) -> Result<UtilityRow, EvalError> {
         let (model, answers, questions) = (self.model, self.answers, self.questions);
         let system = self.input.system_prompt;
         let kl = answers.compare_system(model, system, &mut self.steps(self.input.benign.len()))?;
-        let right = answered_right(model, None, Some(system), questions, &mut self.steps(questions.len()))?;
-        Ok(self.row("no guard, system prompt".into(), Role::SystemPrompt, kl, &right))
+        let answered = answered(model, None, Some(system), questions, &mut self.steps(questions.len()))?;
+        Ok(self.row("no guard, system prompt".into(), Role::SystemPrompt, kl, &answered))
     }
 
     /// No guard is no distance from itself: only the questions are asked.
     fn unguarded(&mut self, guarded: &UtilityRow) -> Result<UtilityRow, EvalError> {
         let (model, questions) = (self.model, self.questions);
-        let right = answered_right(model, None, None, questions, &mut self.steps(questions.len()))?;
+        let answered = answered(model, None, None, questions, &mut self.steps(questions.len()))?;
         Ok(UtilityRow {
             name: "no guard".into(),
             role: Role::NoGuard,
@@ -144,12 +172,12 @@ impl Measure<'_> {
             perplexity: guarded.perplexity / guarded.relative_perplexity,
             relative_perplexity: 1.0,
             blocked: Proportion::new(0, self.input.benign.len()),
-            accuracy: Proportion::of(right),
+            accuracy: Proportion::of(answered.iter().map(|answered| answered.right)),
             by_prompt: Vec::new(),
         })
     }
 
-    fn row(&self, name: String, role: Role, kl: BenignKl, right: &[bool]) -> UtilityRow {
+    fn row(&self, name: String, role: Role, kl: BenignKl, answered: &[Answered]) -> UtilityRow {
         let [low, high] = kl.interval;
         UtilityRow {
             name,
@@ -158,7 +186,7 @@ impl Measure<'_> {
             perplexity: kl.perplexity_guarded,
             relative_perplexity: kl.perplexity_guarded / kl.perplexity_unguarded,
             blocked: Proportion::new(kl.blocked, self.input.benign.len()),
-            accuracy: Proportion::of(right.iter().copied()),
+            accuracy: Proportion::of(answered.iter().map(|answered| answered.right)),
             by_prompt: kl.by_prompt,
         }
     }
