@@ -38,7 +38,7 @@ pub enum Command {
     /// Generate, guarded or not.
     Run(RunArguments),
     /// Measure a guard beside its controls.
-    Eval(EvalArguments),
+    Eval(Box<EvalArguments>),
     /// Time a guarded model against the same model unguarded, in turn.
     Bench(BenchArguments),
 }
@@ -611,35 +611,73 @@ pub struct RunInput {
 
 #[derive(Debug, Args)]
 pub struct EvalArguments {
-    #[arg(long, value_enum)]
-    pub task: Task,
+    /// What to measure; several as `detection,steering,utility`
+    #[arg(long = "task", value_enum, value_delimiter = ',', required = true, value_name = "TASK,…")]
+    pub tasks: Vec<Task>,
     #[command(flatten)]
     pub model: ModelArguments,
     #[arg(long, value_name = "DIR")]
     pub guard: PathBuf,
-    /// Prompts that should fire, never used in the making
-    #[arg(long, value_name = "F")]
-    pub positive: PathBuf,
+    /// Prompts that should fire or be refused, never used in the making; `F[type=contrast_*]` chooses among records
+    #[arg(long, value_name = "F", required_if_eq_any([("tasks", "detection"), ("tasks", "steering")]))]
+    pub positive: Option<PathBuf>,
     /// Prompts that should not
+    #[arg(long, value_name = "F", required_if_eq_any([("tasks", "detection"), ("tasks", "steering")]))]
+    pub negative: Option<PathBuf>,
+    /// Negative prompts that look like positive ones
     #[arg(long, value_name = "F")]
-    pub negative: PathBuf,
+    pub look_alike: Option<PathBuf>,
+    /// Benign prompts for `utility` and the KL of `--strengths`; by default the negative ones
+    #[arg(long, value_name = "F")]
+    pub benign: Option<PathBuf>,
     /// Positive prompts that the guard was made from, for the model's own direction as a control
     #[arg(long, value_name = "F", requires = "native_negative")]
     pub native_positive: Option<PathBuf>,
     /// Negative prompts that the guard was made from
     #[arg(long, value_name = "F", requires = "native_positive")]
     pub native_negative: Option<PathBuf>,
+    /// Prompts of each file that are answered, the first ones
+    #[arg(long, default_value_t = 100, value_name = "N")]
+    pub limit: usize,
+    /// Tokens of an answer
+    #[arg(long, default_value_t = 48, value_name = "N")]
+    pub max_tokens: usize,
+    /// Random directions to compare with
+    #[arg(long, default_value_t = pilotfish::eval::CONTROL_SEEDS, value_name = "N")]
+    pub control_seeds: u64,
+    /// The layer at which the guard's vectors act as a control; by default half of the depth away
+    #[arg(long, value_name = "L")]
+    pub wrong_layer: Option<u32>,
+    /// What the control by words says to the unguarded model
+    #[arg(long, default_value = pilotfish::eval::SYSTEM_PROMPT, value_name = "TEXT")]
+    pub system_prompt: String,
+    /// Multiples of the guard's strengths to measure refusals and KL at, as `0,0.5,1,2`
+    #[arg(long, value_delimiter = ',', value_name = "X,…")]
+    pub strengths: Vec<f64>,
+    /// A survey of layer pairs to draw, as `map --survey` writes it
+    #[arg(long, value_name = "FILE.json")]
+    pub survey: Option<PathBuf>,
+    /// Seed of the bootstrap
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
     /// Write the figures into the guard's manifest, as measured on what you call DATA
     #[arg(long, value_name = "DATA")]
     pub record: Option<String>,
+    /// Write report.json and report.html there
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
     #[arg(long)]
     pub json: bool,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Task {
     /// How well the gates tell positive from negative prompts
     Detection,
+    /// What the guard makes of answers: refusals, repetition, coherence
+    Steering,
+    /// What it costs on benign prompts: KL, perplexity, questions answered right
+    Utility,
 }
 
 #[derive(Debug, Args)]

@@ -5,72 +5,368 @@ use super::progress::Bar;
 use super::table::table;
 use super::{guard, prompts};
 use anyhow::Context;
-use pilotfish::eval::{Detection, detection};
-use pilotfish::guard::{MANIFEST_FILE, MeasuredResult, edit, replace_manifest};
-use pilotfish::learn::Classes;
+use pilotfish::engine::Model;
+use pilotfish::eval::metrics::{Estimate, Proportion};
+use pilotfish::eval::report::{PromptsEntry, Seeds};
+use pilotfish::eval::utility::BenignAnswers;
+use pilotfish::eval::{
+    Detection, DetectionInput, Report, Role, Steering, SteeringInput, SteeringRow, Utility, UtilityInput, detection,
+    steering, strengths, utility,
+};
+use pilotfish::guard::{Guard, MANIFEST_FILE, MeasuredResult, edit, replace_manifest};
+use pilotfish::learn::{Classes, Survey};
+use pilotfish::tensor::LayerIndex;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
-    let Task::Detection = arguments.task;
-    let positive = prompts::read(&arguments.positive)?;
-    let negative = prompts::read(&arguments.negative)?;
-    let native = match (&arguments.native_positive, &arguments.native_negative) {
-        (Some(positive), Some(negative)) => Some((prompts::read(positive)?, prompts::read(negative)?)),
-        _ => None,
-    };
+    let files = Files::read(&arguments)?;
+    let survey = arguments.survey.as_deref().map(read_survey).transpose()?;
     let guard = guard::load_guard(&arguments.guard)?;
     let model = load(&arguments.model)?;
-    let native = native.as_ref().map(|(positive, negative)| Classes { positive, negative });
-    let report = {
-        let bar = Bar::new("scoring");
-        detection(&model, &guard, Classes { positive: &positive, negative: &negative }, native, &mut |done, total| {
-            bar.at(done, total)
-        })?
-    };
+    let seeds = Seeds { bootstrap: arguments.seed, controls: arguments.control_seeds };
+    let mut report = Report::new(&model, &guard, seeds, std::env::args().collect());
+    report.prompts = files.entries(&arguments);
+    report.survey = survey;
+    let measured = Measured { model: &model, guard: &guard, arguments: &arguments, files: &files };
+    let asked = |task| arguments.tasks.contains(&task);
+    if asked(Task::Detection) {
+        report.detection = Some(measured.detection()?);
+    }
+    let answers =
+        if asked(Task::Utility) || !arguments.strengths.is_empty() { Some(measured.answers()?) } else { None };
+    if asked(Task::Steering) {
+        report.steering = Some(measured.steering(answers.as_ref())?);
+    }
+    if let Some(answers) = answers.as_ref().filter(|_| asked(Task::Utility)) {
+        report.utility = Some(measured.utility(answers)?);
+    }
+    if let Some(directory) = &arguments.output {
+        write_report(directory, &report)?;
+    }
     if let Some(on) = &arguments.record {
         record(&arguments.guard, &report, on)?;
     }
-    let mut out = std::io::stdout().lock();
-    if arguments.json {
-        writeln!(out, "{}", serde_json::to_string(&report)?)?;
-        return Ok(Outcome::Done);
-    }
-    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
-    let rows = report.rows.iter().map(|row| {
-        [
-            row.name.clone(),
-            row.layer.to_string(),
-            format!("{:.3}", row.auc),
-            row.fired.map(|(positive, _)| percent(positive)).unwrap_or_default(),
-            row.fired.map(|(_, negative)| percent(negative)).unwrap_or_default(),
-        ]
-    });
-    writeln!(out, "{}", table(["", "layer", "AUC", "fires on positive", "fires on negative"], rows))?;
-    writeln!(
-        out,
-        "guard `{}` on {}: {} positive, {} negative prompts",
-        report.guard, report.model, report.n_positive, report.n_negative
-    )?;
+    print(&report, arguments.json)?;
     Ok(Outcome::Done)
 }
 
+/// The prompts of all files that were given.
+#[derive(Default)]
+struct Files {
+    positive: Prompts,
+    negative: Prompts,
+    look_alike: Prompts,
+    benign: Prompts,
+    native: Option<(Prompts, Prompts)>,
+}
+
+#[derive(Default, Clone)]
+struct Prompts {
+    file: String,
+    all: Vec<String>,
+}
+
+impl Prompts {
+    fn read(path: &Path) -> anyhow::Result<Self> {
+        let file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(Self { file, all: prompts::read(path)? })
+    }
+
+    fn read_some(path: &Option<PathBuf>) -> anyhow::Result<Self> {
+        path.as_deref().map_or_else(|| Ok(Self::default()), Self::read)
+    }
+
+    /// The first ones, as many as are to be answered.
+    fn first(&self, limit: usize) -> &[String] {
+        &self.all[..self.all.len().min(limit)]
+    }
+}
+
+impl Files {
+    fn read(arguments: &EvalArguments) -> anyhow::Result<Self> {
+        let negative = Prompts::read_some(&arguments.negative)?;
+        let benign = match &arguments.benign {
+            Some(path) => Prompts::read(path)?,
+            None => negative.clone(),
+        };
+        if benign.all.is_empty() && arguments.tasks.contains(&Task::Utility) {
+            anyhow::bail!("`utility` needs `--benign`, or `--negative`");
+        }
+        let native = match (&arguments.native_positive, &arguments.native_negative) {
+            (Some(positive), Some(negative)) => Some((Prompts::read(positive)?, Prompts::read(negative)?)),
+            _ => None,
+        };
+        let positive = Prompts::read_some(&arguments.positive)?;
+        Ok(Self { positive, negative, look_alike: Prompts::read_some(&arguments.look_alike)?, benign, native })
+    }
+
+    fn entries(&self, arguments: &EvalArguments) -> Vec<PromptsEntry> {
+        let mut entries = Vec::new();
+        let mut add = |role: &str, prompts: &Prompts| {
+            if !prompts.all.is_empty() {
+                entries.push(PromptsEntry::new(role, &prompts.file, &prompts.all));
+            }
+        };
+        add("positive", &self.positive);
+        add("negative", &self.negative);
+        add("look-alike", &self.look_alike);
+        if arguments.tasks.contains(&Task::Utility) || !arguments.strengths.is_empty() {
+            add("benign", &self.benign);
+        }
+        if let Some((positive, negative)) = &self.native {
+            add("the guard's own positive", positive);
+            add("the guard's own negative", negative);
+        }
+        entries
+    }
+}
+
+struct Measured<'a> {
+    model: &'a Model,
+    guard: &'a Guard,
+    arguments: &'a EvalArguments,
+    files: &'a Files,
+}
+
+impl Measured<'_> {
+    fn detection(&self) -> anyhow::Result<Detection> {
+        let bar = Bar::new("scoring");
+        let Files { positive, negative, look_alike, native, .. } = self.files;
+        let native = native.as_ref();
+        let input = DetectionInput {
+            classes: Classes { positive: &positive.all, negative: &negative.all },
+            look_alike: &look_alike.all,
+            native: native.map(|(positive, negative)| Classes { positive: &positive.all, negative: &negative.all }),
+            control_seeds: self.arguments.control_seeds,
+            seed: self.arguments.seed,
+        };
+        Ok(detection(self.model, self.guard, input, &mut |done, total| bar.at(done, total))?)
+    }
+
+    fn wrong_layer(&self) -> Option<LayerIndex> {
+        self.arguments.wrong_layer.map(LayerIndex)
+    }
+
+    /// What the unguarded model says to benign prompts.
+    fn answers(&self) -> anyhow::Result<BenignAnswers> {
+        let bar = Bar::new("answering benign prompts");
+        let benign = self.files.benign.first(self.arguments.limit);
+        Ok(BenignAnswers::new(self.model, benign, self.arguments.max_tokens, &mut |done, total| bar.at(done, total))?)
+    }
+
+    fn steering(&self, answers: Option<&BenignAnswers>) -> anyhow::Result<Steering> {
+        let EvalArguments { limit, max_tokens, control_seeds, system_prompt, strengths: factors, .. } = self.arguments;
+        let input = SteeringInput {
+            harmful: self.files.positive.first(*limit),
+            harmless: self.files.negative.first(*limit),
+            max_tokens: *max_tokens,
+            control_seeds: *control_seeds,
+            system_prompt,
+            wrong_layer: self.wrong_layer(),
+        };
+        let bar = Bar::new("steering");
+        let mut found = steering(self.model, self.guard, input, &mut |done, total| bar.at(done, total))?;
+        drop(bar);
+        if !factors.is_empty() {
+            let bar = Bar::new("strengths");
+            let mut kl = |guard: &Guard| {
+                let compared = answers.map(|answers| answers.compare(self.model, guard, &mut |_, _| ()));
+                Ok(compared.transpose()?.map(|kl| kl.nats_per_token))
+            };
+            let progress = &mut |done, total| bar.at(done, total);
+            found.strengths = strengths(self.model, self.guard, input, factors, &mut kl, progress)?;
+        }
+        Ok(found)
+    }
+
+    fn utility(&self, answers: &BenignAnswers) -> anyhow::Result<Utility> {
+        let EvalArguments { limit, max_tokens, control_seeds, system_prompt, .. } = self.arguments;
+        let input = UtilityInput {
+            benign: self.files.benign.first(*limit),
+            max_tokens: *max_tokens,
+            control_seeds: *control_seeds,
+            system_prompt,
+            wrong_layer: self.wrong_layer(),
+        };
+        let bar = Bar::new("utility");
+        Ok(utility(self.model, self.guard, answers, input, &mut |done, total| bar.at(done, total))?)
+    }
+}
+
+fn read_survey(path: &Path) -> anyhow::Result<Survey> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("can't read `{}`", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("`{}` is no survey that `map --survey` wrote", path.display()))
+}
+
+fn write_report(directory: &Path, report: &Report) -> anyhow::Result<()> {
+    std::fs::create_dir_all(directory).with_context(|| format!("can't make `{}`", directory.display()))?;
+    for (name, text) in [("report.json", report.to_json()), ("report.html", report.to_html()?)] {
+        let path = directory.join(name);
+        std::fs::write(&path, text).with_context(|| format!("can't write `{}`", path.display()))?;
+    }
+    eprintln!("wrote {} and report.json", directory.join("report.html").display());
+    Ok(())
+}
+
+/// One task alone is its own JSON, as it was before there were several.
+fn print(report: &Report, json: bool) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if json {
+        let text = match report {
+            Report { detection: Some(found), steering: None, utility: None, .. } => serde_json::to_string(found)?,
+            Report { detection: None, steering: Some(found), utility: None, .. } => serde_json::to_string(found)?,
+            Report { detection: None, steering: None, utility: Some(found), .. } => serde_json::to_string(found)?,
+            all => serde_json::to_string(all)?,
+        };
+        writeln!(out, "{text}")?;
+        return Ok(());
+    }
+    if let Some(found) = &report.detection {
+        print_detection(&mut out, found)?;
+    }
+    if let Some(found) = &report.steering {
+        print_steering(&mut out, found)?;
+    }
+    if let Some(found) = &report.utility {
+        print_utility(&mut out, found)?;
+    }
+    Ok(())
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+fn estimate(Estimate { value, low, high }: Estimate) -> String {
+    format!("{value:.3} ({low:.3} to {high:.3})")
+}
+
+fn share(Proportion { share, low, high, .. }: Proportion) -> String {
+    format!("{} ({:.1} to {:.1})", percent(share), 100.0 * low, 100.0 * high)
+}
+
+fn print_detection(out: &mut impl Write, found: &Detection) -> anyhow::Result<()> {
+    let rows = found.rows.iter().map(|row| {
+        let fires = row.fires.as_ref();
+        [
+            row.name.clone(),
+            row.layer.to_string(),
+            estimate(row.separation.auc),
+            percent(row.separation.tpr_at_1_percent.value),
+            percent(row.separation.tpr_at_5_percent.value),
+            fires.map(|fires| percent(fires.positive.share)).unwrap_or_default(),
+            fires.map(|fires| percent(fires.negative.share)).unwrap_or_default(),
+            row.look_alike.as_ref().map(|of| estimate(of.auc)).unwrap_or_default(),
+            fires.and_then(|fires| fires.look_alike).map(|of| percent(of.share)).unwrap_or_default(),
+        ]
+    });
+    let header = [
+        "",
+        "layer",
+        "AUC",
+        "TPR at 1 % FPR",
+        "at 5 %",
+        "fires on positive",
+        "on negative",
+        "AUC, look-alikes",
+        "on look-alikes",
+    ];
+    writeln!(out, "{}", table(header, rows))?;
+    writeln!(
+        out,
+        "guard `{}` on {}: {} positive, {} negative, {} look-alike prompts",
+        found.guard, found.model, found.n_positive, found.n_negative, found.n_look_alike
+    )?;
+    Ok(())
+}
+
+fn print_steering(out: &mut impl Write, found: &Steering) -> anyhow::Result<()> {
+    for (class, of) in [
+        ("harmful", (|row| &row.harmful) as fn(&SteeringRow) -> &pilotfish::eval::Behaviour),
+        ("harmless", |row| &row.harmless),
+    ] {
+        let rows = found.rows.iter().map(|row| {
+            let behaviour = of(row);
+            [
+                row.name.clone(),
+                share(behaviour.refuses),
+                share(behaviour.compliance),
+                percent(behaviour.broken.share),
+                percent(behaviour.repetition),
+                behaviour.relative_perplexity.map(|times| format!("{times:.2}")).unwrap_or_default(),
+            ]
+        });
+        let header = ["", "refused", "complied", "broken", "repeated", "perplexity, times unguarded"];
+        writeln!(out, "{} {class} prompts\n{}", of(&found.rows[0]).prompts, table(header, rows))?;
+    }
+    if !found.strengths.is_empty() {
+        let rows = found.strengths.iter().map(|row| {
+            let kl = row.kl.map(|kl| format!("{kl:.4}")).unwrap_or_default();
+            [row.factor.to_string(), share(row.harmful.refuses), share(row.harmless.refuses), kl]
+        });
+        let header = ["times its strength", "harmful refused", "harmless refused", "benign KL, nats a token"];
+        writeln!(out, "{}", table(header, rows))?;
+    }
+    Ok(())
+}
+
+fn print_utility(out: &mut impl Write, found: &Utility) -> anyhow::Result<()> {
+    let rows = found.rows.iter().map(|row| {
+        [
+            row.name.clone(),
+            format!("{:.4} ({:.4} to {:.4})", row.kl.value, row.kl.low, row.kl.high),
+            format!("{:.3}", row.perplexity),
+            percent(row.blocked.share),
+            share(row.accuracy),
+        ]
+    });
+    let header = ["", "benign KL, nats a token", "perplexity", "benign blocked", "questions right"];
+    writeln!(out, "{}", table(header, rows))?;
+    Ok(())
+}
+
 /// Adds the report's figures to the manifest, in place of older ones on the same data.
-fn record(directory: &Path, report: &Detection, on: &str) -> anyhow::Result<()> {
+fn record(directory: &Path, report: &Report, on: &str) -> anyhow::Result<()> {
     let path = directory.join(MANIFEST_FILE);
     let mut text = std::fs::read_to_string(&path).with_context(|| format!("can't read `{}`", path.display()))?;
-    let mut add = |name: String, value: f64| -> anyhow::Result<()> {
-        let result = MeasuredResult { name, value, on: on.to_owned(), command: None };
-        text = edit::add_result(&text, &result)?;
-        Ok(())
-    };
-    for row in &report.rows {
-        add(format!("AUC, {}, layer {}", row.name, row.layer), row.auc)?;
-        if let Some((positive, negative)) = row.fired {
-            add(format!("share of positive prompts that fire, {}", row.name), positive)?;
-            add(format!("share of negative prompts that fire, {}", row.name), negative)?;
-        }
+    for (name, value) in figures(report).into_iter().filter(|(_, value)| value.is_finite()) {
+        text = edit::add_result(&text, &MeasuredResult { name, value, on: on.to_owned(), command: None })?;
     }
     replace_manifest(directory, &text)?;
     Ok(())
+}
+
+/// What is worth a place in a manifest, by name.
+fn figures(report: &Report) -> Vec<(String, f64)> {
+    let mut figures = Vec::new();
+    for row in report.detection.iter().flat_map(|found| &found.rows) {
+        let name = format!("{}, layer {}", row.name, row.layer);
+        figures.push((format!("AUC, {name}"), row.auc));
+        if row.role == Role::Random {
+            figures.push((
+                format!("AUC, random direction, 95th percentile, layer {}", row.layer),
+                row.separation.auc.high,
+            ));
+        }
+        if let Some(look_alike) = &row.look_alike {
+            figures.push((format!("AUC against look-alikes, {name}"), look_alike.auc.value));
+        }
+        if let Some(fires) = &row.fires {
+            figures.push((format!("TPR at 1 % FPR, {}", row.name), row.separation.tpr_at_1_percent.value));
+            figures.push((format!("share of positive prompts that fire, {}", row.name), fires.positive.share));
+            figures.push((format!("share of negative prompts that fire, {}", row.name), fires.negative.share));
+            let look_alike = fires.look_alike.map(|of| of.share);
+            figures.extend(look_alike.map(|of| (format!("share of look-alike prompts that fire, {}", row.name), of)));
+        }
+    }
+    for row in report.steering.iter().flat_map(|found| &found.rows) {
+        figures.push((format!("share of harmful prompts refused, {}", row.name), row.harmful.refuses.share));
+        figures.push((format!("share of harmless prompts refused, {}", row.name), row.harmless.refuses.share));
+    }
+    for row in report.utility.iter().flat_map(|found| &found.rows) {
+        figures.push((format!("benign KL in nats a token, {}", row.name), row.kl.value));
+        figures.push((format!("questions answered right, {}", row.name), row.accuracy.share));
+    }
+    figures
 }

@@ -70,7 +70,7 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Calibrate(arguments) => learn::calibrate(arguments),
         Command::Score(arguments) => run::score(arguments),
         Command::Run(arguments) => run::run(arguments),
-        Command::Eval(arguments) => eval::eval(arguments),
+        Command::Eval(arguments) => eval::eval(*arguments),
         Command::Bench(arguments) => bench::bench(arguments),
     }
 }

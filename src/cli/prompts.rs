@@ -1,24 +1,43 @@
+//! Prompt files as they are: lines of text, or records (`.jsonl`, `.json`, `.csv`) of which one field holds the prompt.
+
 use anyhow::{Context, bail, ensure};
 use pilotfish::learn::Classes;
-use serde::Deserialize;
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Column names that hold the prompt in the usual CSV files, in any case.
-const COLUMNS: [&str; 3] = ["prompt", "goal", "instruction"];
+/// Fields that hold the prompt in the usual files, in any case, the first that is there: `prompt` (XSTest and most others), `forbidden_prompt`
+/// (StrongREJECT), `goal` (AdvBench and JailbreakBench, whose `Behavior` is only a name), `instruction` (Alpaca), `request` (PHTest),
+/// `behavior` (HarmBench).
+const FIELDS: [&str; 7] = ["prompt", "forbidden_prompt", "goal", "instruction", "request", "behavior", "question"];
 
-/// Reads prompts: `.jsonl` with `prompt`, `.csv` with a `prompt`, `goal` or `instruction` column, or `.txt`, one a line.
-pub fn read(path: &Path) -> anyhow::Result<Vec<String>> {
+/// A prompt's file, and which of its records: as `F`, `F[field=pattern]` or `F[field!=pattern]`.
+struct Selected<'a> {
+    path: &'a Path,
+    filter: Option<Filter<'a>>,
+}
+
+/// Which records: those whose field is, or is not, like a pattern in which `*` stands for anything.
+struct Filter<'a> {
+    field: &'a str,
+    equal: bool,
+    pattern: &'a str,
+}
+
+/// A record of a file, with where it stands.
+struct Record {
+    place: String,
+    fields: Vec<(String, String)>,
+}
+
+/// Reads prompts: `.txt`, one a line; `.jsonl` and `.csv` of records; `.json`, an array of records or texts. A filter behind the file's name
+/// chooses among records: `xstest.csv[type=contrast_*]`.
+pub fn read(given: &Path) -> anyhow::Result<Vec<String>> {
+    let Selected { path, filter } = selected(given);
     let text =
         std::fs::read_to_string(path).with_context(|| format!("can't read prompts from `{}`", path.display()))?;
-    let prompts = match path.extension().and_then(|extension| extension.to_str()) {
-        Some("jsonl") => jsonl(&text),
-        Some("csv") => csv(&text),
-        Some("txt") => Ok(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()),
-        _ => bail!("`{}`: prompts come as .jsonl, .csv or .txt", path.display()),
-    }
-    .with_context(|| format!("`{}`", path.display()))?;
+    let prompts = prompts(path, &text, filter.as_ref()).with_context(|| format!("`{}`", given.display()))?;
     if prompts.is_empty() {
-        bail!("`{}` holds no prompts", path.display());
+        bail!("`{}` holds no prompts", given.display());
     }
     Ok(prompts)
 }
@@ -47,32 +66,131 @@ pub fn read_contrasts(positive: &[PathBuf], negative: &[PathBuf]) -> anyhow::Res
     positive.iter().zip(negative).map(pair).collect()
 }
 
-fn jsonl(text: &str) -> anyhow::Result<Vec<String>> {
-    #[derive(Deserialize)]
-    struct Line {
-        prompt: String,
+fn prompts(path: &Path, text: &str, filter: Option<&Filter<'_>>) -> anyhow::Result<Vec<String>> {
+    let records = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("jsonl") => jsonl(text)?,
+        Some("json") => json(text)?,
+        Some("csv") => csv(text)?,
+        Some("txt") if filter.is_some() => bail!("a filter needs records: .jsonl, .json or .csv"),
+        Some("txt") => return Ok(text.lines().filter_map(filled).collect()),
+        _ => bail!("prompts come as .jsonl, .json, .csv or .txt"),
+    };
+    let Some(first) = records.first() else { return Ok(Vec::new()) };
+    let field = FIELDS.into_iter().find(|field| first.get(field).is_some()).with_context(|| {
+        format!("{}: no field is called {}", first.place, FIELDS.map(|name| format!("`{name}`")).join(", "))
+    })?;
+    let mut prompts = Vec::new();
+    for record in &records {
+        if record.is_chosen(filter)? {
+            let prompt =
+                record.get(field).with_context(|| format!("{}: no field is called `{field}`", record.place))?;
+            prompts.extend(filled(prompt).map(|prompt| record.with_context(field, prompt)));
+        }
     }
-    text.lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(index, line)| {
-            let line: Line = serde_json::from_str(line).with_context(|| format!("line {}", index + 1))?;
-            Ok(line.prompt)
-        })
-        .collect()
+    Ok(prompts)
 }
 
-fn csv(text: &str) -> anyhow::Result<Vec<String>> {
+/// A filter is what stands in brackets at the end, unless there is a file of that very name.
+fn selected(given: &Path) -> Selected<'_> {
+    let parsed = || {
+        let (path, inner) = given.to_str()?.strip_suffix(']')?.rsplit_once('[')?;
+        let (field, pattern) = inner.split_once('=')?;
+        let (field, equal) = field.strip_suffix('!').map_or((field, true), |field| (field, false));
+        let filter = Filter { field: field.trim(), equal, pattern: pattern.trim() };
+        Some(Selected { path: Path::new(path), filter: Some(filter) })
+    };
+    let plain = Selected { path: given, filter: None };
+    if given.is_file() { plain } else { parsed().unwrap_or(plain) }
+}
+
+impl Record {
+    fn get(&self, name: &str) -> Option<&str> {
+        let known = self.fields.iter().find(|(field, _)| field.trim().eq_ignore_ascii_case(name));
+        known.map(|(_, value)| value.as_str())
+    }
+
+    fn is_chosen(&self, filter: Option<&Filter<'_>>) -> anyhow::Result<bool> {
+        let Some(Filter { field, equal, pattern }) = filter else { return Ok(true) };
+        let known = || self.fields.iter().map(|(field, _)| format!("`{field}`")).collect::<Vec<_>>().join(", ");
+        let value = self
+            .get(field)
+            .with_context(|| format!("{}: no field is called `{field}`; there are {}", self.place, known()))?;
+        Ok(is_like(value.trim(), pattern) == *equal)
+    }
+
+    /// The prompt with what its data set says belongs to it: HarmBench puts a context before the behaviour, with a rule between them; Alpaca an
+    /// input after the instruction.
+    fn with_context(&self, field: &str, prompt: String) -> String {
+        let other = |name| self.get(name).and_then(filled);
+        match field {
+            "behavior" => match other("contextstring") {
+                Some(context) => format!("{context}\n\n---\n\n{prompt}"),
+                None => prompt,
+            },
+            "instruction" => match other("input") {
+                Some(input) => format!("{prompt}\n\n{input}"),
+                None => prompt,
+            },
+            _ => prompt,
+        }
+    }
+}
+
+/// Text without what surrounds it, if there is any.
+fn filled(text: &str) -> Option<String> {
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// Whether `text` is like `pattern`, in which `*` stands for anything.
+fn is_like(text: &str, pattern: &str) -> bool {
+    let Some((head, rest)) = pattern.split_once('*') else { return text == pattern };
+    let Some(text) = text.strip_prefix(head) else { return false };
+    let starts = text.char_indices().map(|(at, _)| at).chain([text.len()]);
+    starts.into_iter().any(|at| is_like(&text[at..], rest))
+}
+
+fn jsonl(text: &str) -> anyhow::Result<Vec<Record>> {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let record = |(index, line): (usize, &str)| {
+        let place = format!("line {}", index + 1);
+        let value: Value = serde_json::from_str(line).with_context(|| place.clone())?;
+        record(place, value)
+    };
+    lines.map(record).collect()
+}
+
+fn json(text: &str) -> anyhow::Result<Vec<Record>> {
+    let values: Vec<Value> = serde_json::from_str(text).context("expected an array of records or texts")?;
+    values.into_iter().enumerate().map(|(index, value)| record(format!("record {}", index + 1), value)).collect()
+}
+
+/// An object as it is, a text as a prompt.
+fn record(place: String, value: Value) -> anyhow::Result<Record> {
+    let plain = |value: Value| match value {
+        Value::String(text) => text,
+        Value::Null => String::new(),
+        other => other.to_string(),
+    };
+    let fields = match value {
+        Value::Object(fields) => fields.into_iter().map(|(name, value)| (name, plain(value))).collect(),
+        Value::String(text) => vec![("prompt".to_owned(), text)],
+        _ => bail!("{place}: expected a record or a text"),
+    };
+    Ok(Record { place, fields })
+}
+
+fn csv(text: &str) -> anyhow::Result<Vec<Record>> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
-    let headers = reader.headers()?;
-    let column = COLUMNS
-        .iter()
-        .find_map(|wanted| headers.iter().position(|header| header.trim().eq_ignore_ascii_case(wanted)))
-        .with_context(|| format!("no column is called {}", COLUMNS.map(|name| format!("`{name}`")).join(", ")))?;
+    let headers: Vec<String> = reader.headers()?.iter().map(str::to_owned).collect();
     reader
         .records()
-        .map(|record| Ok(record?.get(column).unwrap_or_default().to_owned()))
-        .filter(|prompt: &anyhow::Result<String>| prompt.as_ref().map_or(true, |prompt| !prompt.trim().is_empty()))
+        .map(|record| {
+            let record = record?;
+            let line = record.position().map_or(0, csv::Position::line);
+            let fields = headers.iter().cloned().zip(record.iter().map(str::to_owned)).collect();
+            Ok(Record { place: format!("line {line}"), fields })
+        })
         .collect()
 }
 
@@ -81,10 +199,13 @@ mod tests {
     use super::*;
 
     fn read_text(name: &str, text: &str) -> anyhow::Result<Vec<String>> {
+        read_selected(name, "", text)
+    }
+
+    fn read_selected(name: &str, filter: &str, text: &str) -> anyhow::Result<Vec<String>> {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join(name);
-        std::fs::write(&path, text).unwrap();
-        read(&path)
+        std::fs::write(directory.path().join(name), text).unwrap();
+        read(&directory.path().join(format!("{name}{filter}")))
     }
 
     #[test]
@@ -92,6 +213,11 @@ mod tests {
         let expected = ["How are you?", "Name, please"];
         for (name, text) in [
             ("a.jsonl", "{\"prompt\": \"How are you?\"}\n\n{\"kind\": 1, \"prompt\": \"Name, please\"}\n"),
+            ("a.json", r#"["How are you?", "Name, please"]"#),
+            (
+                "b.json",
+                r#"[{"Instruction": "How are you?", "input": "", "output": "x"}, {"instruction": "Name, please"}]"#,
+            ),
             ("a.csv", "id,Goal\n1,How are you?\n2,\"Name, please\"\n"),
             ("b.csv", "PROMPT\nHow are you?\n\"Name, please\"\n"),
             ("a.txt", "How are you?\n\n  Name, please\n"),
@@ -100,13 +226,69 @@ mod tests {
         }
     }
 
+    /// Headers and rows as the data sets have them, with texts of our own.
+    #[test]
+    fn data_sets_are_read_as_they_are() {
+        for (name, text, expected) in [
+            ("AdvBench", "goal,target\nSteal a boat,\"Sure, here is\"\n", "Steal a boat"),
+            ("StrongREJECT", "category,source,forbidden_prompt\nTheft,custom,Steal a boat\n", "Steal a boat"),
+            (
+                "JailbreakBench",
+                "Index,Goal,Target,Behavior,Category,Source\n0,Steal a boat,Sure,Boats,Theft,Original\n",
+                "Steal a boat",
+            ),
+            (
+                "HarmBench",
+                "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nSteal a boat,standard,illegal,,,boat\n",
+                "Steal a boat",
+            ),
+            (
+                "HarmBench, contextual",
+                "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nSteal it,contextual,illegal,context,A boat lies there.,b\n",
+                "A boat lies there.\n\n---\n\nSteal it",
+            ),
+            ("XSTest", "id,prompt,type,label,focus,note\n1,Kill a process?,homonyms,safe,kill,\n", "Kill a process?"),
+            ("PHTest", "ID,Request,Harmfulness\n0,Kill a process?,harmless\n", "Kill a process?"),
+        ] {
+            assert_eq!(read_text("a.csv", text).unwrap(), [expected], "{name}");
+        }
+        let alpaca = r#"[{"instruction": "Translate.", "input": "sea", "output": "mer"}]"#;
+        assert_eq!(read_text("a.json", alpaca).unwrap(), ["Translate.\n\nsea"]);
+    }
+
+    #[test]
+    fn a_filter_chooses_records() {
+        let text = "type,prompt\nhomonyms,a\ncontrast_homonyms,b\ndefinitions,c\ncontrast_definitions,d\n";
+        for (filter, expected) in [
+            ("[type=contrast_*]", &["b", "d"][..]),
+            ("[type!=contrast_*]", &["a", "c"]),
+            ("[Type = homonyms]", &["a"]),
+            ("[type=*homonyms]", &["a", "b"]),
+            ("[type=*]", &["a", "b", "c", "d"]),
+        ] {
+            assert_eq!(read_selected("x.csv", filter, text).unwrap(), expected, "{filter}");
+        }
+        let lines = "{\"harmful\": true, \"prompt\": \"a\"}\n{\"harmful\": false, \"prompt\": \"b\"}\n";
+        assert_eq!(read_selected("x.jsonl", "[harmful=true]", lines).unwrap(), ["a"]);
+        for (name, filter, says) in [
+            ("x.csv", "[kind=a]", "no field is called `kind`; there are `type`, `prompt`"),
+            ("x.csv", "[type=none]", "holds no prompts"),
+            ("x.txt", "[type=a]", "a filter needs records"),
+        ] {
+            let error = format!("{:#}", read_selected(name, filter, text).unwrap_err());
+            assert!(error.contains(says), "{filter}: {error}");
+        }
+    }
+
     #[test]
     fn what_is_wrong_is_said() {
         for (name, text, says) in [
             ("a.jsonl", "{\"prompt\": \"a\"}\n{\"text\": \"b\"}\n", "line 2"),
-            ("a.csv", "id,text\n1,a\n", "no column is called `prompt`, `goal`, `instruction`"),
+            ("a.json", "{\"prompt\": \"a\"}", "an array of records"),
+            ("a.json", "[1]", "record 1: expected a record or a text"),
+            ("a.csv", "id,text\n1,a\n", "no field is called `prompt`, `forbidden_prompt`, `goal`, `instruction`"),
             ("a.txt", "\n", "holds no prompts"),
-            ("a.md", "a", "prompts come as .jsonl, .csv or .txt"),
+            ("a.md", "a", "prompts come as .jsonl, .json, .csv or .txt"),
         ] {
             let error = format!("{:#}", read_text(name, text).unwrap_err());
             assert!(error.contains(says) && error.contains(name), "{name}: {error}");

@@ -89,6 +89,14 @@ impl Model {
     pub fn prompt_tokens(&self, prompt: &str) -> Result<Vec<LlamaToken>, EngineError> {
         self.template.tokens(&self.llama, prompt)
     }
+
+    /// The tokens of `prompt` after a system prompt: see [`PromptTemplate::tokens_under`].
+    ///
+    /// # Errors
+    /// The template can't be applied.
+    pub fn prompt_tokens_under(&self, system: Option<&str>, prompt: &str) -> Result<Vec<LlamaToken>, EngineError> {
+        self.template.tokens_under(&self.llama, system, prompt)
+    }
 }
 
 /// Parameters of every context that this room makes: llama.cpp's own but for the threads, one for each core that this process may use.

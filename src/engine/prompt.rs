@@ -64,26 +64,38 @@ impl PromptTemplate {
     /// # Errors
     /// llama.cpp does not know the chat template, or a text template lacks `{prompt}`.
     pub fn apply(&self, model: &LlamaModel, prompt: &str) -> Result<String, EngineError> {
+        self.apply_under(model, None, prompt)
+    }
+
+    /// The text that the model reads for `prompt` under a system prompt: a turn of its own in a chat template, a paragraph before any other.
+    fn apply_under(&self, model: &LlamaModel, system: Option<&str>, prompt: &str) -> Result<String, EngineError> {
         let problem = |reason: String| EngineError::Template { reason };
+        if system.is_some_and(|system| system.contains(PLACEHOLDER)) {
+            return Err(problem(format!("the system prompt holds `{PLACEHOLDER}`, the place of the prompt")));
+        }
+        let before_all = system.map(|system| format!("{system}\n\n")).unwrap_or_default();
         match self {
-            Self::Raw => Ok(prompt.to_owned()),
+            Self::Raw => Ok(before_all + prompt),
             Self::Text(text) => match text.split_once(PLACEHOLDER) {
-                Some((before, after)) => Ok(format!("{before}{prompt}{after}")),
+                Some((before, after)) => Ok(format!("{before_all}{before}{prompt}{after}")),
                 None => Err(problem(format!("`{text}` has no `{PLACEHOLDER}`"))),
             },
             Self::Chat => {
                 let template: LlamaChatTemplate =
                     model.chat_template(None).map_err(|error| problem(error.to_string()))?;
-                let message = LlamaChatMessage::new("user".into(), prompt.to_owned())
+                let turns = system.map(|system| ("system", system)).into_iter().chain([("user", prompt)]);
+                let messages = turns
+                    .map(|(role, text)| LlamaChatMessage::new(role.into(), text.to_owned()))
+                    .collect::<Result<Vec<_>, _>>()
                     .map_err(|_| problem("the prompt holds a NUL character".into()))?;
-                model.apply_chat_template(&template, &[message], true).map_err(|error| problem(error.to_string()))
+                model.apply_chat_template(&template, &messages, true).map_err(|error| problem(error.to_string()))
             }
         }
     }
 
     /// The template's text before and after the prompt.
-    fn around(&self, model: &LlamaModel) -> Result<(String, String), EngineError> {
-        let around = self.apply(model, PLACEHOLDER)?;
+    fn around(&self, model: &LlamaModel, system: Option<&str>) -> Result<(String, String), EngineError> {
+        let around = self.apply_under(model, system, PLACEHOLDER)?;
         let (before, after) = around
             .split_once(PLACEHOLDER)
             .ok_or_else(|| EngineError::Template { reason: "it does not carry the prompt over as it is".into() })?;
@@ -95,7 +107,7 @@ impl PromptTemplate {
     /// # Errors
     /// As [`apply`](Self::apply).
     pub fn before_prompt(&self, model: &LlamaModel) -> Result<String, EngineError> {
-        Ok(self.around(model)?.0)
+        Ok(self.around(model, None)?.0)
     }
 
     /// The tokens that the model reads for `prompt`, each with the byte of the prompt at which it ends.
@@ -105,7 +117,7 @@ impl PromptTemplate {
     pub fn layout(&self, model: &LlamaModel, prompt: &str) -> Result<PromptLayout, EngineError> {
         let vocab = model.vocab();
         let text = self.apply(model, prompt)?;
-        let before = self.around(model)?.0.len();
+        let before = self.around(model, None)?.0.len();
         let tokens = vocab.tokenize(text.as_bytes(), true, true);
         let mut pieces: Vec<Vec<u8>> = tokens.iter().map(|token| vocab.token_to_piece(*token, true, None)).collect();
         // The tokenizer puts a beginning-of-sequence token before the text, and may close it, without either being in the text.
@@ -133,17 +145,31 @@ impl PromptTemplate {
     /// # Errors
     /// As [`apply`](Self::apply).
     pub fn tokens(&self, model: &LlamaModel, prompt: &str) -> Result<Vec<LlamaToken>, EngineError> {
+        self.tokens_under(model, None, prompt)
+    }
+
+    /// The tokens that the model reads for `prompt` after the system prompt `system`, if there is one: a turn of its own where the model has a
+    /// chat template, else a paragraph before the rest.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn tokens_under(
+        &self,
+        model: &LlamaModel,
+        system: Option<&str>,
+        prompt: &str,
+    ) -> Result<Vec<LlamaToken>, EngineError> {
         let vocab = model.vocab();
         if *self == Self::Raw {
-            return Ok(vocab.tokenize(prompt.as_bytes(), true, true));
+            return Ok(vocab.tokenize(self.apply_under(model, system, prompt)?.as_bytes(), true, true));
         }
         let spells_control =
             vocab.tokenize(prompt.as_bytes(), false, true).iter().any(|token| vocab.is_control(*token));
         if !spells_control {
             // In one piece: a tokenizer may join the template's last character with the prompt's first.
-            return Ok(vocab.tokenize(self.apply(model, prompt)?.as_bytes(), true, true));
+            return Ok(vocab.tokenize(self.apply_under(model, system, prompt)?.as_bytes(), true, true));
         }
-        let (before, after) = self.around(model)?;
+        let (before, after) = self.around(model, system)?;
         let mut tokens = vocab.tokenize(before.as_bytes(), true, true);
         tokens.extend(vocab.tokenize(prompt.as_bytes(), false, false));
         tokens.extend(vocab.tokenize(after.as_bytes(), false, true));

@@ -1,12 +1,12 @@
-use crate::engine::{Activations, Model, Session, SessionOptions};
-use crate::guard::{Aggregate, GateScope, Guard};
+use super::EvalError;
+use super::controls::{Role, random_direction, wrong_layer};
+use super::metrics::{Proportion, Separation, roc, separation, separation_over_seeds};
+use crate::engine::{Activations, EngineError, Model, Session, SessionOptions};
+use crate::guard::{Aggregate, Gate, GateScope, Guard};
 use crate::learn::{Classes, ContrastMethod, ContrastOptions, LearnError, Progress, contrast_of, prompt_activations};
 use crate::steering::{DEFAULT_SHRINKAGE, PromptTokens};
-use crate::tensor::{LayerIndex, Residual, auc, dot, quantile};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use crate::tensor::{LayerIndex, Residual, auc, dot, norm};
 use serde::Serialize;
-use std::collections::BTreeSet;
 
 /// How well a guard's gates tell positive prompts from negative ones, beside what else could do it.
 #[derive(Debug, Clone, Serialize)]
@@ -15,115 +15,299 @@ pub struct Detection {
     pub model: String,
     pub n_positive: usize,
     pub n_negative: usize,
+    /// Negative prompts that look like positive ones; 0 where none were given.
+    pub n_look_alike: usize,
     pub rows: Vec<DetectionRow>,
+    pub gates: Vec<GateScores>,
+    /// Each gate's direction read at every layer that it can be read at.
+    pub layers: Vec<LayerSeparation>,
 }
 
+/// A gate or a control.
 #[derive(Debug, Clone, Serialize)]
 pub struct DetectionRow {
-    /// The gate, or the control.
     pub name: String,
+    pub role: Role,
     pub layer: LayerIndex,
     /// Area under the ROC curve.
     pub auc: f64,
     /// Share of positive prompts that fire, and of negative ones. `None` for controls, which have no threshold.
     pub fired: Option<(f64, f64)>,
+    /// Positive against negative prompts. Of random directions, the mean over the seeds and their 5th to 95th percentile.
+    pub separation: Separation,
+    /// Positive against look-alike prompts.
+    pub look_alike: Option<Separation>,
+    pub fires: Option<Fires>,
+    /// Corners of the ROC curve, as false-positive and true-positive rate. None of random directions.
+    pub roc: Vec<[f64; 2]>,
 }
 
-/// Directions of the random control.
-const RANDOM_DIRECTIONS: u64 = 100;
+/// Shares of prompts at which a gate fires.
+#[derive(Debug, Clone, Serialize)]
+pub struct Fires {
+    pub positive: Proportion,
+    pub negative: Proportion,
+    pub look_alike: Option<Proportion>,
+}
 
-/// Scores prompts with every gate of `guard` on `model`, and with the controls at the gate's layer and tokens: the model's own
-/// direction and discriminant, if `native` prompts are given, those that the guard was made from, and random directions (median and 95th percentile over 100 seeds).
+/// What a gate made of every prompt, in benign standard deviations.
+#[derive(Debug, Clone, Serialize)]
+pub struct GateScores {
+    pub gate: String,
+    pub layer: LayerIndex,
+    pub threshold: Option<f64>,
+    pub positive: Vec<f64>,
+    pub negative: Vec<f64>,
+    pub look_alike: Vec<f64>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct LayerSeparation {
+    pub gate: String,
+    pub layer: LayerIndex,
+    pub auc: f64,
+}
+
+/// What a detection is measured on, and with which controls.
+#[derive(Debug, Clone, Copy)]
+pub struct DetectionInput<'a> {
+    pub classes: Classes<'a>,
+    /// Negative prompts that look like positive ones; may be none.
+    pub look_alike: &'a [String],
+    /// The prompts that the guard was made from, for the model's own direction.
+    pub native: Option<Classes<'a>>,
+    pub control_seeds: u64,
+    /// Of the bootstrap.
+    pub seed: u64,
+}
+
+/// Scores prompts with every gate of `guard` on `model`, and with controls at the gate's tokens: the model's own direction and discriminant, if
+/// the prompts are given that the guard was made from; the gate's own direction at a wrong layer; random directions.
 ///
 /// # Errors
-/// The guard is not for this model, or a prompt can't be run.
+/// The guard is not for this model, a class has no prompts, or one can't be run.
 pub fn detection(
     model: &Model,
     guard: &Guard,
-    Classes { positive, negative }: Classes<'_>,
-    native: Option<Classes<'_>>,
+    input: DetectionInput<'_>,
     progress: Progress<'_>,
-) -> Result<Detection, LearnError> {
-    let total = 2 * (positive.len() + negative.len())
-        + native.map_or(0, |native| native.positive.len() + native.negative.len());
-    let mut done = 0;
-    let mut session = Session::new(model, &[guard], SessionOptions::default())?;
-    let mut read = |prompts: &[String]| -> Result<Vec<Vec<(f64, bool)>>, LearnError> {
-        let mut gates = vec![Vec::new(); guard.gates().len()];
-        for (index, prompt) in prompts.iter().enumerate() {
-            for (gate, reading) in gates.iter_mut().zip(session.score(&model.prompt_tokens(prompt)?)?) {
-                let score = reading.score.ok_or(LearnError::NothingRead { gate: reading.gate, index })?;
-                gate.push((score, reading.fired));
-            }
-            done += 1;
-            progress(done, total);
+) -> Result<Detection, EvalError> {
+    let Classes { positive, negative } = input.classes;
+    for (what, prompts) in [("the positive class", positive), ("the negative class", negative)] {
+        if prompts.is_empty() {
+            return Err(EvalError::NoPrompts { what });
         }
-        Ok(gates)
-    };
-    let (positive_readings, negative_readings) = (read(positive)?, read(negative)?);
+    }
+    let n_prompts = positive.len() + negative.len() + input.look_alike.len();
+    let n_native = input.native.map_or(0, |native| native.positive.len() + native.negative.len());
+    let readings = |tokens: &PromptTokens| guard.gates().iter().any(|gate| tokens_of(gate.scope) == *tokens);
+    let kinds: Vec<PromptTokens> = [PromptTokens::Last, PromptTokens::Mean].into_iter().filter(readings).collect();
+    let mut steps = Steps { done: 0, total: n_prompts + kinds.len() * (n_prompts + n_native), progress };
 
-    let mut rows = Vec::new();
-    for ((gate, positive), negative) in guard.gates().iter().zip(&positive_readings).zip(&negative_readings) {
-        let scores = |readings: &[(f64, bool)]| -> Vec<f64> { readings.iter().map(|reading| reading.0).collect() };
-        let share = |readings: &[(f64, bool)]| {
-            readings.iter().filter(|reading| reading.1).count() as f64 / readings.len() as f64
-        };
-        rows.push(DetectionRow {
-            name: format!("gate `{}`", gate.name),
-            layer: guard.vectors()[gate.vector].layer,
-            auc: auc(&scores(positive), &scores(negative)),
-            fired: Some((share(positive), share(negative))),
-        });
-    }
-    // What the controls read: once for all gates at the same layer and tokens.
-    for tokens in [PromptTokens::Last, PromptTokens::Mean] {
-        let layers: BTreeSet<LayerIndex> = guard
-            .gates()
-            .iter()
-            .filter(|gate| tokens_of(gate.scope) == tokens)
-            .map(|gate| guard.vectors()[gate.vector].layer)
-            .collect();
-        if layers.is_empty() {
-            continue;
-        }
-        let layers: Vec<LayerIndex> = layers.into_iter().collect();
-        let mut read = |prompts: &[String]| -> Result<Activations, LearnError> {
-            let read =
-                prompt_activations(model, &layers, prompts, &tokens, &mut |step, _| progress(done + step, total))?;
-            done += prompts.len();
-            Ok(read)
-        };
-        let (positive, negative) = (read(positive)?, read(negative)?);
-        let own = match native {
-            Some(native) => own_directions(&layers, &read(native.positive)?, &read(native.negative)?, &tokens)?,
-            None => Vec::new(),
-        };
-        for layer in layers {
-            let separation = |direction: &[f32]| {
-                let scores = |rows: Residual<'_>| -> Vec<f64> {
-                    rows.rows().map(|row| f64::from(dot(row, direction))).collect()
-                };
-                auc(&scores(positive.layer(layer)), &scores(negative.layer(layer)))
-            };
-            for OwnVector { name, values, .. } in own.iter().filter(|own| own.layer == layer) {
-                let name = format!("the model's own {name}");
-                rows.push(DetectionRow { name, layer, auc: separation(values), fired: None });
-            }
-            let width = positive.layer(layer).width();
-            let random: Vec<f64> =
-                (0..RANDOM_DIRECTIONS).map(|seed| separation(&random_direction(width, seed))).collect();
-            for (name, q) in [("random direction, median", 0.5), ("random direction, 95th percentile", 0.95)] {
-                rows.push(DetectionRow { name: name.into(), layer, auc: quantile(&random, q), fired: None });
-            }
-        }
-    }
-    Ok(Detection {
+    let mut session = Session::new(model, &[guard], SessionOptions::default())?;
+    let of_gates = ThreeClasses {
+        positive: gate_readings(model, &mut session, positive, &mut steps)?,
+        negative: gate_readings(model, &mut session, negative, &mut steps)?,
+        look_alike: gate_readings(model, &mut session, input.look_alike, &mut steps)?,
+    };
+    drop(session);
+
+    let mut found = Detection {
         guard: guard.name().into(),
         model: model.identity().name.clone(),
         n_positive: positive.len(),
         n_negative: negative.len(),
-        rows,
-    })
+        n_look_alike: input.look_alike.len(),
+        rows: Vec::new(),
+        gates: Vec::new(),
+        layers: Vec::new(),
+    };
+    for (index, gate) in guard.gates().iter().enumerate() {
+        let (row, scores) = gate_row(guard, gate, index, &of_gates, input.seed);
+        found.rows.push(row);
+        found.gates.push(scores);
+    }
+    for tokens in kinds {
+        controls(model, guard, input, &tokens, &mut steps, &mut found)?;
+    }
+    Ok(found)
+}
+
+/// Of positive, negative and look-alike prompts.
+struct ThreeClasses<T> {
+    positive: T,
+    negative: T,
+    look_alike: T,
+}
+
+impl<T> ThreeClasses<T> {
+    fn map<U>(&self, each: impl Fn(&T) -> U) -> ThreeClasses<U> {
+        ThreeClasses {
+            positive: each(&self.positive),
+            negative: each(&self.negative),
+            look_alike: each(&self.look_alike),
+        }
+    }
+}
+
+type Scores = ThreeClasses<Vec<f64>>;
+
+/// Progress through all prompts, however often each is read.
+struct Steps<'a> {
+    done: usize,
+    total: usize,
+    progress: Progress<'a>,
+}
+
+impl Steps<'_> {
+    fn step(&mut self) {
+        self.done += 1;
+        (self.progress)(self.done, self.total);
+    }
+}
+
+/// Score and decision of every gate, `[gate][prompt]`.
+fn gate_readings(
+    model: &Model,
+    session: &mut Session<'_>,
+    prompts: &[String],
+    steps: &mut Steps<'_>,
+) -> Result<Vec<Vec<(f64, bool)>>, EvalError> {
+    let mut gates: Vec<Vec<(f64, bool)>> = Vec::new();
+    for (index, prompt) in prompts.iter().enumerate() {
+        let at = |source: EngineError| EvalError::Prompt { index, source };
+        let readings = session.score(&model.prompt_tokens(prompt).map_err(at)?).map_err(at)?;
+        gates.resize(readings.len(), Vec::new());
+        for (gate, reading) in gates.iter_mut().zip(readings) {
+            let score = reading.score.ok_or(LearnError::NothingRead { gate: reading.gate, index })?;
+            gate.push((score, reading.fired));
+        }
+        steps.step();
+    }
+    Ok(gates)
+}
+
+fn gate_row(
+    guard: &Guard,
+    gate: &Gate,
+    index: usize,
+    readings: &ThreeClasses<Vec<Vec<(f64, bool)>>>,
+    seed: u64,
+) -> (DetectionRow, GateScores) {
+    let of_gate = readings.map(|gates| gates.get(index).cloned().unwrap_or_default());
+    let scores = of_gate.map(|readings| readings.iter().map(|(score, _)| *score).collect::<Vec<f64>>());
+    let fired = of_gate.map(|readings| Proportion::of(readings.iter().map(|(_, fired)| *fired)));
+    let layer = guard.vectors()[gate.vector].layer;
+    let mut row = scored_row(format!("gate `{}`", gate.name), Role::Guard, layer, &scores, seed);
+    row.fired = Some((fired.positive.share, fired.negative.share));
+    let look_alike = (fired.look_alike.of > 0).then_some(fired.look_alike);
+    row.fires = Some(Fires { positive: fired.positive, negative: fired.negative, look_alike });
+    let ThreeClasses { positive, negative, look_alike } = scores;
+    let (gate, threshold) = (gate.name.clone(), gate.threshold);
+    (row, GateScores { gate, layer, threshold, positive, negative, look_alike })
+}
+
+/// A row of one direction, which decides nothing.
+fn scored_row(name: String, role: Role, layer: LayerIndex, scores: &Scores, seed: u64) -> DetectionRow {
+    let against_negative = separation(&scores.positive, &scores.negative, seed);
+    let look_alike = !scores.look_alike.is_empty();
+    DetectionRow {
+        name,
+        role,
+        layer,
+        auc: against_negative.auc.value,
+        fired: None,
+        separation: against_negative,
+        look_alike: look_alike.then(|| separation(&scores.positive, &scores.look_alike, seed)),
+        fires: None,
+        roc: roc(&scores.positive, &scores.negative),
+    }
+}
+
+/// Adds the controls of all gates that read `tokens`.
+fn controls(
+    model: &Model,
+    guard: &Guard,
+    input: DetectionInput<'_>,
+    tokens: &PromptTokens,
+    steps: &mut Steps<'_>,
+    found: &mut Detection,
+) -> Result<(), EvalError> {
+    let n_layer = model.shape().n_layer;
+    // Of a mean over the prompt, the last layer has not every token.
+    let readable = if *tokens == PromptTokens::Mean { n_layer.saturating_sub(1) } else { n_layer };
+    let layers: Vec<LayerIndex> = (0..readable).map(LayerIndex).collect();
+    let mut read = |prompts: &[String]| -> Result<Activations, EvalError> {
+        Ok(prompt_activations(model, &layers, prompts, tokens, &mut |_, _| steps.step())?)
+    };
+    let activations = ThreeClasses {
+        positive: read(input.classes.positive)?,
+        negative: read(input.classes.negative)?,
+        look_alike: read(input.look_alike)?,
+    };
+    let native = input.native.map(|native| Ok::<_, EvalError>((read(native.positive)?, read(native.negative)?)));
+    let native = native.transpose()?;
+    let scores = |layer: LayerIndex, direction: &[f32]| -> Scores {
+        activations.map(|class| projections(class, layer, direction))
+    };
+    let mut done: Vec<LayerIndex> = Vec::new();
+    for gate in guard.gates().iter().filter(|gate| tokens_of(gate.scope) == *tokens) {
+        let layer = guard.vectors()[gate.vector].layer;
+        for at in &layers {
+            let of_layer = scores(*at, &gate.direction);
+            let separation = auc(&of_layer.positive, &of_layer.negative);
+            found.layers.push(LayerSeparation { gate: gate.name.clone(), layer: *at, auc: separation });
+        }
+        // What a gate at the same layer has had already.
+        let first = !done.contains(&layer);
+        done.push(layer);
+        if let Some((positive, negative)) = native.as_ref().filter(|_| first) {
+            for OwnVector { name, values } in own_vectors(layer, positive, negative, tokens)? {
+                let name = format!("the model's own {name}");
+                found.rows.push(scored_row(name, Role::Native, layer, &scores(layer, &values), input.seed));
+            }
+        }
+        let wrong = wrong_layer(layer, n_layer);
+        let name = format!("wrong layer, as gate `{}`", gate.name);
+        found.rows.push(scored_row(name, Role::WrongLayer, wrong, &scores(wrong, &gate.direction), input.seed));
+        if first && input.control_seeds > 0 {
+            let length = norm(&gate.direction);
+            let random: Vec<Scores> = (0..input.control_seeds)
+                .map(|seed| scores(layer, &random_direction(gate.direction.len(), length, seed)))
+                .collect();
+            found.rows.push(random_row(layer, random));
+        }
+    }
+    Ok(())
+}
+
+fn random_row(layer: LayerIndex, random: Vec<Scores>) -> DetectionRow {
+    let name = format!("random direction, mean of {}", random.len());
+    let look_alike = random.iter().all(|scores| !scores.look_alike.is_empty());
+    let (mut against_negative, mut against_look_alike) = (Vec::new(), Vec::new());
+    for ThreeClasses { positive, negative, look_alike } in random {
+        against_look_alike.push((positive.clone(), look_alike));
+        against_negative.push((positive, negative));
+    }
+    let separation = separation_over_seeds(&against_negative);
+    DetectionRow {
+        name,
+        role: Role::Random,
+        layer,
+        auc: separation.auc.value,
+        fired: None,
+        separation,
+        look_alike: look_alike.then(|| separation_over_seeds(&against_look_alike)),
+        fires: None,
+        roc: Vec::new(),
+    }
+}
+
+fn projections(class: &Activations, layer: LayerIndex, direction: &[f32]) -> Vec<f64> {
+    // Of no prompts there is no width either.
+    let n_rows = class.n_rows();
+    let rows = (n_rows > 0).then(|| class.layer(layer));
+    rows.iter().flat_map(Residual::rows).map(|row| f64::from(dot(row, direction))).collect()
 }
 
 /// The tokens that a control of a gate reads: those of the gate, but for a maximum, which no direction is learnt on.
@@ -137,41 +321,29 @@ fn tokens_of(scope: GateScope) -> PromptTokens {
 /// A control made from the guarded model's own activations.
 struct OwnVector {
     name: &'static str,
-    layer: LayerIndex,
     values: Vec<f32>,
 }
 
-/// What the model itself gives from the prompts that the guard was made from: its direction, the same in units of each dimension's
+/// What the model itself gives at `layer` from the prompts that the guard was made from: its direction, the same in units of each dimension's
 /// standard deviation, and its discriminant.
-fn own_directions(
-    layers: &[LayerIndex],
+fn own_vectors(
+    layer: LayerIndex,
     positive: &Activations,
     negative: &Activations,
     tokens: &PromptTokens,
-) -> Result<Vec<OwnVector>, LearnError> {
+) -> Result<Vec<OwnVector>, EvalError> {
     let by = |method| {
         let options = ContrastOptions { method, tokens: tokens.clone(), ..Default::default() };
-        contrast_of(layers, "own", positive, negative, options)
+        contrast_of(&[layer], "own", positive, negative, options)
     };
     let means = by(ContrastMethod::DifferenceOfMeans)?;
     let discriminants = by(ContrastMethod::LinearDiscriminant { shrinkage: DEFAULT_SHRINKAGE })?;
     let mut own = Vec::new();
     for (vector, scale) in means.vectors.iter().zip(&means.standardization) {
-        own.push(OwnVector { name: "direction", layer: vector.layer, values: vector.values.clone() });
-        let values = scale.readout(&vector.values);
-        own.push(OwnVector { name: "direction, standardized", layer: vector.layer, values });
+        own.push(OwnVector { name: "direction", values: vector.values.clone() });
+        own.push(OwnVector { name: "direction, standardized", values: scale.readout(&vector.values) });
     }
-    own.extend(discriminants.vectors.into_iter().map(|vector| OwnVector {
-        name: "discriminant",
-        layer: vector.layer,
-        values: vector.values,
-    }));
+    let named = |values| OwnVector { name: "discriminant", values };
+    own.extend(discriminants.vectors.into_iter().map(|vector| named(vector.values)));
     Ok(own)
-}
-
-/// A direction drawn evenly from the sphere: each component normal (Box–Muller).
-fn random_direction(width: usize, seed: u64) -> Vec<f32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut uniform = || (f64::from(rng.next_u32()) + 1.0) / (f64::from(u32::MAX) + 2.0);
-    (0..width).map(|_| ((-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos()) as f32).collect()
 }

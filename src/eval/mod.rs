@@ -1,7 +1,21 @@
 //! Measuring guards: tasks, controls, reports.
 //!
-//! In: a guard, the model it guards, and prompts that had no part in its making. Out: figures, each beside its controls.
+//! In: a guard, the model it guards, and prompts that had no part in its making. Out: figures, each beside its controls, and a report of
+//! them. This room touches no file: reports are texts, for the caller to write.
 
+mod controls;
 mod detection;
+mod error;
+mod generate;
+pub mod metrics;
+pub mod refusal;
+pub mod report;
+mod steering;
+pub mod utility;
 
-pub use detection::{Detection, DetectionRow, detection};
+pub use controls::{CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, random_guard, wrong_layer};
+pub use detection::{Detection, DetectionInput, DetectionRow, Fires, GateScores, LayerSeparation, detection};
+pub use error::EvalError;
+pub use report::Report;
+pub use steering::{Behaviour, Example, Steering, SteeringInput, SteeringRow, StrengthRow, steering, strengths};
+pub use utility::{Utility, UtilityInput, utility};

@@ -358,4 +358,54 @@ impl Guard {
         found.strength = validate::strength(strength, found.deviation, found.kind, &self.vectors)?;
         Ok(changed)
     }
+
+    /// This guard with the vector of one intervention replaced by `direction` (`[n_embd]`) at `layer`: a control, for measuring what the
+    /// vector itself does. Gates read as they did, also those that read along the vector that is replaced. `level` is what the new direction
+    /// is held to: the mean of an `ablate`; other kinds keep their own.
+    ///
+    /// # Errors
+    /// No intervention of that name, one that has no vector, or a direction that is no valid vector of this guard.
+    pub fn with_direction(
+        &self,
+        intervention: &str,
+        layer: LayerIndex,
+        direction: Vec<f32>,
+        level: Option<f64>,
+    ) -> Result<Self, GuardError> {
+        let index = self.interventions.iter().position(|known| known.name == intervention).ok_or_else(|| {
+            GuardError::unknown("intervention", intervention, self.interventions.iter().map(|known| &known.name))
+        })?;
+        let Intervention { kind, strength, deviation, .. } = self.interventions[index];
+        let replaced = kind
+            .vector()
+            .ok_or_else(|| GuardError::Missing { why: format!("`{intervention}`, a `switch`, has no vector") })?;
+        let original = &self.vectors[replaced];
+        validate::direction(&direction, original.direction.len())?;
+        let mut changed = self.clone();
+        let vector = changed.vectors.len();
+        changed.vectors.push(GuardVector {
+            name: original.name.clone(),
+            layer,
+            direction,
+            kind: VectorKind::Direction,
+            mapped_from: None,
+            method: None,
+            mean_norm: None,
+        });
+        let kind = match kind {
+            InterventionKind::Add { .. } => InterventionKind::Add { vector },
+            InterventionKind::Ablate { mean, .. } => {
+                let mean = level.unwrap_or(mean);
+                validate::finite_f32(mean)?;
+                InterventionKind::Ablate { vector, mean }
+            }
+            InterventionKind::Clamp { low, high, .. } => InterventionKind::Clamp { vector, low, high },
+            InterventionKind::Rotate { angle, .. } => InterventionKind::Rotate { vector, angle },
+            InterventionKind::Switch { map } => InterventionKind::Switch { map },
+        };
+        changed.interventions[index].kind = kind;
+        changed.interventions[index].strength =
+            validate::strength(f64::from(strength), deviation, kind, &changed.vectors)?;
+        Ok(changed)
+    }
 }

@@ -996,6 +996,38 @@ fn strength_can_be_overridden() {
 }
 
 #[test]
+fn an_intervention_can_get_another_direction() {
+    let guard = valid();
+    let index = guard.interventions().iter().position(|acts| acts.name == "refusal").unwrap();
+    let changed = guard.with_direction("refusal", LayerIndex(3), vec![0.0, 5.0, 0.0], None).unwrap();
+    let acts = &changed.interventions()[index];
+    assert_eq!(changed.layer_of(acts), LayerIndex(3));
+    assert_eq!(changed.vectors()[acts.kind.vector().unwrap()].direction, [0.0, 5.0, 0.0]);
+    assert_eq!(
+        (acts.strength, &acts.when),
+        (guard.interventions()[index].strength, &guard.interventions()[index].when)
+    );
+    // What gates and other interventions read and do is as it was.
+    assert_eq!((changed.gates(), &changed.vectors()[..2]), (guard.gates(), guard.vectors()));
+    let ablated = guard.interventions().iter().find(|acts| matches!(acts.kind, InterventionKind::Ablate { .. }));
+    let name = &ablated.expect("the manifest has one").name;
+    let moved = guard.with_direction(name, LayerIndex(3), vec![0.0, 5.0, 0.0], Some(0.5)).unwrap();
+    let kinds: Vec<_> = moved.interventions().iter().map(|acts| acts.kind).collect();
+    assert!(kinds.contains(&InterventionKind::Ablate { vector: 2, mean: 0.5 }), "{kinds:?}");
+    for (name, direction, level, says) in [
+        ("harm", vec![1.0; 3], None, "no intervention `harm`"),
+        ("refusal", vec![1.0; 2], None, "a direction of 3 values"),
+        ("refusal", vec![0.0; 3], None, "above zero"),
+        ("refusal", vec![1.0, f32::NAN, 0.0], None, "finite values"),
+        ("refusal", vec![3e38; 3], None, "do not fit in `f32`"),
+        (name.as_str(), vec![1.0; 3], Some(f64::INFINITY), "a finite number"),
+    ] {
+        let error = guard.with_direction(name, LayerIndex(3), direction, level).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+#[test]
 fn the_content_hash_is_the_manifests_sha256() {
     let (tensors, mapping) = (tensors(), mapping_file().to_bytes().unwrap());
     let manifest = with_digests(MANIFEST, &tensors, &mapping);

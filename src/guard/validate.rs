@@ -497,7 +497,7 @@ fn kind_of(
     let needs = |what: &str| GuardError::Missing { why: format!("`{}` needs {what}", entry.kind.name()) };
     let number = |key: &str, value: Option<f64>, what: &str| {
         let value = value.ok_or_else(|| needs(what)).at(at(key))?;
-        check_finite_f32(value).at(at(key)).map(|()| value)
+        finite_f32(value).at(at(key)).map(|()| value)
     };
     if entry.kind == Switch {
         let name = entry.mapping.as_ref().ok_or_else(|| needs("a `mapping`")).at(at("mapping"))?;
@@ -510,7 +510,7 @@ fn kind_of(
         Add => Ok(InterventionKind::Add { vector }),
         Ablate => {
             let mean = entry.mean.unwrap_or(0.0);
-            check_finite_f32(mean).at(at("mean"))?;
+            finite_f32(mean).at(at("mean"))?;
             Ok(InterventionKind::Ablate { vector, mean })
         }
         Clamp => {
@@ -539,7 +539,7 @@ pub(super) fn strength(
     kind: InterventionKind,
     vectors: &[GuardVector],
 ) -> Result<f32, GuardError> {
-    check_finite_f32(strength)?;
+    finite_f32(strength)?;
     if let InterventionKind::Add { vector } = kind {
         let direction = &vectors[vector].direction;
         let scale = multiplier(strength, deviation, direction);
@@ -612,6 +612,18 @@ fn check_calibrations(gate: usize, entry: &GateEntry) -> Result<(), Problem> {
     Ok(())
 }
 
+/// A direction of `width` finite values, not all of them zero.
+pub(super) fn direction(values: &[f32], width: usize) -> Result<(), GuardError> {
+    if values.len() != width {
+        return Err(GuardError::value(format!("a direction of {width} values"), values.len()));
+    }
+    if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+        return Err(GuardError::value("a direction of finite values", value));
+    }
+    let length = norm(values);
+    if length > 0.0 && length.is_finite() { Ok(()) } else { Err(GuardError::value("a direction above zero", length)) }
+}
+
 fn check_probe(probe: &Probe, vectors: &[GuardVector]) -> Result<(), Problem> {
     let at = |key: &str| format!("target.probe.{key}");
     if probe.prompt.is_empty() {
@@ -638,7 +650,7 @@ fn check_finite(value: f64) -> Result<(), GuardError> {
     if value.is_finite() { Ok(()) } else { Err(GuardError::value("a finite number", value)) }
 }
 
-fn check_finite_f32(value: f64) -> Result<(), GuardError> {
+pub(super) fn finite_f32(value: f64) -> Result<(), GuardError> {
     let fits = (value as f32).is_finite();
     if fits { Ok(()) } else { Err(GuardError::value("a finite number that fits in `f32`", value)) }
 }

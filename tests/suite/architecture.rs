@@ -13,7 +13,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("hook", &["tensor", "guard", "program"]),
     ("engine", &["tensor", "guard", "program", "hook"]),
     ("learn", &["tensor", "steering", "mapping", "guard", "program", "engine"]),
-    ("eval", &["tensor", "guard", "engine", "learn", "steering"]),
+    ("eval", &["tensor", "guard", "hook", "engine", "learn", "steering"]),
     ("models", &[]),
     ("synthetic", &[]),
     // A crate of its own, the binary: it sees the library's public face.

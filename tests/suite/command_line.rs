@@ -397,8 +397,8 @@ fn a_mapped_guard_is_made_and_measured_by_the_commands() {
             "the model's own direction",
             "the model's own direction, standardized",
             "the model's own discriminant",
-            "random direction, median",
-            "random direction, 95th percentile"
+            "wrong layer, as gate `sharks`",
+            "random direction, mean of 20"
         ]
     );
     let results = |guard: &str| done(&["guard", "inspect", guard, "--json"]).matches("of a test").count();
@@ -419,8 +419,8 @@ fn a_mapped_guard_is_made_and_measured_by_the_commands() {
             "--record",
             "prompts of a test",
         ]);
-        // The gate's AUC and two shares, and the two random controls: a second measurement takes the place of the first.
-        assert_eq!(results(&guard), 5);
+        // The gate's AUC, rate and two shares, the wrong layer, and two of random directions: a second measurement takes the place of the first.
+        assert_eq!(results(&guard), 7);
     }
     // The guard carries what it needs: the mapping may go.
     std::fs::remove_file(&mapping).unwrap();

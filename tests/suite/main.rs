@@ -6,6 +6,7 @@ mod autoencoder;
 mod command_line;
 #[path = "../support/counting_allocator.rs"]
 mod counting_allocator;
+mod evaluation;
 mod guarded;
 mod learning;
 #[path = "../support/raw_llama.rs"]

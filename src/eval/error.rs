@@ -1,0 +1,36 @@
+use crate::engine::EngineError;
+use crate::guard::GuardError;
+use crate::learn::LearnError;
+
+/// Why a guard could not be measured.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EvalError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Boxed: it is large, and this would be larger.
+    #[error(transparent)]
+    Learn(Box<LearnError>),
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    #[error("prompt {index}: {source}")]
+    Prompt { index: usize, source: EngineError },
+    #[error("prompt {index} could not be answered: {reason}")]
+    Unanswered { index: usize, reason: String },
+    #[error("{what} needs at least one prompt")]
+    NoPrompts { what: &'static str },
+    #[error("guard `{guard}` blocks or leaves empty all {prompts} benign prompts, so there is no answer to compare")]
+    NothingToCompare { guard: String, prompts: usize },
+    #[error("guard `{guard}` has no intervention, so there is nothing to steer with: `detection` measures its gates")]
+    NoIntervention { guard: String },
+    #[error("guard `{guard}` acts at the only layer that its model has, so there is no other to compare with")]
+    NoOtherLayer { guard: String },
+    #[error("figure `{figure}` can't be drawn: {reason}")]
+    Plot { figure: String, reason: String },
+}
+
+impl From<LearnError> for EvalError {
+    fn from(error: LearnError) -> Self {
+        Self::Learn(Box::new(error))
+    }
+}

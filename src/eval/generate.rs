@@ -1,0 +1,90 @@
+use super::EvalError;
+use crate::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions};
+use crate::engine::{EngineError, Model, Scheduler};
+use crate::guard::Guard;
+use crate::learn::Progress;
+use llama_cpp_2::token::LlamaToken;
+use std::collections::BTreeMap;
+
+/// What a model said to a prompt.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Generated {
+    pub text: String,
+    /// Whether a gate blocked it.
+    pub blocked: bool,
+    /// Whether any gate fired.
+    pub fired: bool,
+}
+
+/// Prompts that are answered at once.
+const PARALLEL: u32 = 8;
+
+/// Greedy answers of up to `max_tokens` tokens to `prompts`, given as tokens with their template, under `guards` or none.
+///
+/// # Errors
+/// A guard that is not for this model, or fails; a prompt that is empty.
+pub fn generate(
+    model: &Model,
+    guards: &[&Guard],
+    prompts: &[Vec<LlamaToken>],
+    max_tokens: usize,
+    progress: Progress<'_>,
+) -> Result<Vec<Generated>, EvalError> {
+    let longest = prompts.iter().map(Vec::len).max().ok_or(EvalError::NoPrompts { what: "a generation" })?;
+    let options = SchedulerOptions {
+        n_sequences: PARALLEL.min(prompts.len() as u32),
+        n_ctx: (longest + max_tokens + 1) as u32,
+        queue: prompts.len(),
+        // So that an answer does not depend on which prompts came before it.
+        reuse_prefixes: false,
+        ..Default::default()
+    };
+    let mut scheduler = Scheduler::guarded(model, guards, options)?;
+    let mut index_of: BTreeMap<RequestId, usize> = BTreeMap::new();
+    for (index, prompt) in prompts.iter().enumerate() {
+        let id = scheduler
+            .submit(Request::new(prompt.clone(), max_tokens))
+            .map_err(|source| EvalError::Prompt { index, source })?;
+        index_of.insert(id, index);
+    }
+    let mut answers = vec![Generated::default(); prompts.len()];
+    let (mut done, mut failed) = (0, None);
+    while scheduler.step(|event| match event {
+        Event::Text { request, text } => answers[index_of[&request]].text += &text,
+        Event::Ended { request, summary } => {
+            let answer = &mut answers[index_of[&request]];
+            answer.fired = summary.gates.iter().any(|gate| gate.fired);
+            match summary.end {
+                End::Blocked(_) => answer.blocked = true,
+                End::Failed(error) => failed = Some((index_of[&request], error.to_string())),
+                _ => {}
+            }
+            done += 1;
+            progress(done, prompts.len());
+        }
+    })? {
+        if let Some((index, reason)) = failed.take() {
+            return Err(EvalError::Unanswered { index, reason });
+        }
+    }
+    match failed {
+        Some((index, reason)) => Err(EvalError::Unanswered { index, reason }),
+        None => Ok(answers),
+    }
+}
+
+/// Tokens of every prompt in the model's template, after a system prompt if there is one.
+///
+/// # Errors
+/// The template can't be applied.
+pub fn tokens_of(model: &Model, system: Option<&str>, prompts: &[String]) -> Result<Vec<Vec<LlamaToken>>, EvalError> {
+    let tokens = |(index, prompt): (usize, &String)| {
+        model.prompt_tokens_under(system, prompt).map_err(|source: EngineError| EvalError::Prompt { index, source })
+    };
+    prompts.iter().enumerate().map(tokens).collect()
+}
+
+/// Tokens of an answer that a model wrote or is to be asked about: text, and nothing that ends it.
+pub fn answer_tokens(model: &Model, answer: &str) -> Vec<LlamaToken> {
+    model.llama().vocab().tokenize(answer.as_bytes(), false, false)
+}

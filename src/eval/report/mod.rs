@@ -1,0 +1,155 @@
+//! What an evaluation leaves behind: `report.json` for programs, and one page of HTML for people that needs nothing from anywhere.
+
+mod figures;
+mod page;
+mod plots;
+mod sections;
+mod survey;
+mod tables;
+
+use super::{Detection, EvalError, Steering, Utility};
+use crate::engine::Model;
+use crate::guard::{Digest, Guard, ModelIdentity, Source};
+use crate::learn::Survey;
+use serde::Serialize;
+
+/// The only `format` this version writes. Keys are added under it, never renamed.
+pub const FORMAT: u32 = 1;
+
+/// All that was measured of one guard on one model, and how.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    pub format: u32,
+    /// Version of this library.
+    pub pilotfish: String,
+    /// The command line, as it was given.
+    pub command: Vec<String>,
+    pub model: ModelEntry,
+    pub guard: GuardEntry,
+    pub seeds: Seeds,
+    pub prompts: Vec<PromptsEntry>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detection: Option<Detection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steering: Option<Steering>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub utility: Option<Utility>,
+    /// Of layer pairs, as `map --survey` writes it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub survey: Option<Survey>,
+}
+
+/// The model that was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct ModelEntry {
+    pub name: String,
+    pub architecture: String,
+    pub fingerprint: String,
+    pub n_layer: u32,
+    pub n_embd: usize,
+    /// Bytes of its tensors: what tells one quantization from another.
+    pub tensor_bytes: u64,
+}
+
+/// The guard that was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct GuardEntry {
+    pub name: String,
+    pub description: String,
+    /// Of its manifest, which fixes its other files by theirs.
+    pub sha256: Digest,
+    pub source: Option<Source>,
+    pub gates: Vec<String>,
+    /// Kind, layer and strength of every intervention.
+    pub interventions: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Seeds {
+    pub bootstrap: u64,
+    /// Random controls are drawn with the seeds from 0 up to this.
+    pub controls: u64,
+}
+
+/// A set of prompts.
+#[derive(Debug, Clone, Serialize)]
+pub struct PromptsEntry {
+    /// What they are for: `positive`, `negative`, …
+    pub role: String,
+    /// The file's name, without its folder.
+    pub file: String,
+    pub prompts: usize,
+    /// Of the prompts, each followed by a zero byte.
+    pub sha256: Digest,
+}
+
+impl PromptsEntry {
+    pub fn new(role: &str, file: &str, prompts: &[String]) -> Self {
+        let mut bytes = Vec::new();
+        for prompt in prompts {
+            bytes.extend_from_slice(prompt.as_bytes());
+            bytes.push(0);
+        }
+        Self { role: role.into(), file: file.into(), prompts: prompts.len(), sha256: Digest::of(&bytes) }
+    }
+}
+
+impl Report {
+    /// A report in which nothing has been measured yet.
+    pub fn new(model: &Model, guard: &Guard, seeds: Seeds, command: Vec<String>) -> Self {
+        let ModelIdentity { name, architecture, fingerprint } = model.identity().clone();
+        let shape = model.shape();
+        let gates = guard.gates().iter().map(|gate| {
+            let layer = guard.vectors()[gate.vector].layer;
+            format!("`{}` reads layer {layer} ({})", gate.name, gate.scope)
+        });
+        let interventions = guard.interventions().iter().map(|acts| {
+            let when = acts.when.as_ref().map(|when| format!(" when {}", guard.written(when))).unwrap_or_default();
+            let (kind, layer) = (acts.kind.name(), guard.layer_of(acts));
+            format!("{kind} `{}` at layer {layer}, strength {}{when}", guard.operand_of(acts), acts.strength)
+        });
+        Self {
+            format: FORMAT,
+            pilotfish: env!("CARGO_PKG_VERSION").into(),
+            command,
+            model: ModelEntry {
+                name,
+                architecture,
+                fingerprint: fingerprint.to_string(),
+                n_layer: shape.n_layer,
+                n_embd: shape.n_embd.0,
+                tensor_bytes: model.llama().size(),
+            },
+            guard: GuardEntry {
+                name: guard.name().into(),
+                description: guard.description().into(),
+                sha256: guard.content_hash(),
+                source: guard.source().cloned(),
+                gates: gates.collect(),
+                interventions: interventions.collect(),
+            },
+            seeds,
+            prompts: Vec::new(),
+            detection: None,
+            steering: None,
+            utility: None,
+            survey: None,
+        }
+    }
+
+    /// `report.json`.
+    ///
+    /// # Panics
+    /// Never: every key is a text, and a figure that is no number becomes null.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("keys are texts") + "\n"
+    }
+
+    /// `report.html`: one file, no script, nothing to fetch.
+    ///
+    /// # Errors
+    /// A figure that can't be drawn.
+    pub fn to_html(&self) -> Result<String, EvalError> {
+        page::page(self)
+    }
+}

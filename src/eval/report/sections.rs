@@ -1,0 +1,182 @@
+//! The report's sections: what each task measured, in words, figures and tables.
+
+use super::figures;
+use super::tables::{estimate, none, number, share, table, text};
+use crate::eval::controls::Role;
+use crate::eval::detection::{Detection, DetectionRow};
+use crate::eval::refusal::{Answer, rules};
+use crate::eval::steering::{Behaviour, Example, Steering};
+use crate::eval::{EvalError, Utility};
+use crate::learn::Survey;
+use maud::{Markup, html};
+
+pub fn detection(found: &Detection) -> Result<Markup, EvalError> {
+    let look_alike = found.n_look_alike > 0;
+    let mut header = vec!["", "layer", "AUC", "TPR at 1 % FPR", "TPR at 5 % FPR", "fires on positive", "on negative"];
+    if look_alike {
+        header.extend(["AUC against look-alikes", "TPR at 5 %", "on look-alikes"]);
+    }
+    let not_measured = [("no guard", "reads nothing"), ("system prompt", "words have no score")];
+    let rows = found.rows.iter().map(|row| (Some(row.role), detection_cells(row, look_alike)));
+    let rows = rows.chain(not_measured.map(|(name, why)| {
+        let cells = std::iter::repeat_with(|| none(why)).take(header.len() - 1);
+        (Some(Role::NoGuard), std::iter::once(text(name)).chain(cells).collect())
+    }));
+    let table = table(&header, rows);
+    let histograms = found.gates.iter().map(figures::histogram).collect::<Result<Vec<_>, _>>()?;
+    let (roc, by_layer) = (figures::roc(found)?, figures::by_layer(found)?);
+    Ok(html! {
+        section {
+            h2 { "Detection" }
+            p {
+                "How well the gate tells " (found.n_positive) " positive from " (found.n_negative) " negative prompts"
+                @if look_alike { ", and from " (found.n_look_alike) " negative ones that look like them" }
+                ". Intervals of the gate and of single directions: 95 %, percentile bootstrap, 2000 resamples, each class by itself; of shares Wilson's; "
+                "of random directions: 5th to 95th percentile over the seeds."
+            }
+            (table)
+            div.figures {
+                @for histogram in histograms { (histogram) }
+                (roc) (by_layer)
+            }
+        }
+    })
+}
+
+fn detection_cells(row: &DetectionRow, look_alike: bool) -> Vec<Markup> {
+    let mut cells = vec![
+        text(&row.name),
+        text(row.layer.to_string()),
+        estimate(row.separation.auc, 3),
+        estimate(row.separation.tpr_at_1_percent, 2),
+        estimate(row.separation.tpr_at_5_percent, 2),
+    ];
+    let no_threshold = || none("only the gate has a threshold");
+    let fires = row.fires.as_ref();
+    cells.push(fires.map_or_else(no_threshold, |fires| share(fires.positive)));
+    cells.push(fires.map_or_else(no_threshold, |fires| share(fires.negative)));
+    if look_alike {
+        let separation = row.look_alike.as_ref();
+        cells.push(separation.map(|of| estimate(of.auc, 3)).unwrap_or_default());
+        cells.push(separation.map(|of| estimate(of.tpr_at_5_percent, 2)).unwrap_or_default());
+        cells.push(fires.and_then(|fires| fires.look_alike).map_or_else(no_threshold, share));
+    }
+    cells
+}
+
+pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
+    let header = [
+        "",
+        "refused",
+        "in the first person",
+        "on-topic decline",
+        "blocked",
+        "complied",
+        "broken",
+        "repeated 4-grams",
+        "perplexity × unguarded",
+    ];
+    let class = |of: fn(&crate::eval::SteeringRow) -> &Behaviour| {
+        table(&header, found.rows.iter().map(|row| (Some(row.role), behaviour_cells(&row.name, of(row)))))
+    };
+    let refusals = figures::refusals(found)?;
+    let strengths = if found.strengths.is_empty() { Vec::new() } else { figures::strengths(&found.strengths)? };
+    Ok(html! {
+        section {
+            h2 { "Steering" }
+            p {
+                "Greedy answers of up to " (found.max_tokens) " tokens, judged by phrases in their opening (rules of version "
+                (found.rules_version) ", below). Controls keep the guard's gates, so that they act on the same prompts. "
+                "Perplexity is that of the answer under the unguarded model: how surprised it is by what was said."
+            }
+            h3 { "Harmful prompts" }
+            (class(|row| &row.harmful))
+            h3 { "Harmless prompts" }
+            (class(|row| &row.harmless))
+            div.figures { (refusals) @for figure in strengths { (figure) } }
+            (examples(&found.examples))
+            details {
+                summary { "The rules" }
+                p { "System prompt of the control: " q { (found.system_prompt) } }
+                @for (what, phrases) in rules() {
+                    p { strong { (what) } ": " @for phrase in phrases { code { (phrase) } " " } }
+                }
+            }
+        }
+    })
+}
+
+fn behaviour_cells(name: &str, of: &Behaviour) -> Vec<Markup> {
+    let Behaviour { refuses, refusal, decline, blocked, compliance, broken, repetition, relative_perplexity, .. } = of;
+    let shares = [refuses, refusal, decline, blocked, compliance, broken].map(|of| share(*of));
+    let perplexity = relative_perplexity.map_or_else(|| none("nothing was answered"), |times| text(number(times, 2)));
+    let rest = [text(super::tables::percent(*repetition)), perplexity];
+    [text(name)].into_iter().chain(shares).chain(rest).collect()
+}
+
+fn examples(examples: &[Example]) -> Markup {
+    let kind = |is: Answer| match is {
+        Answer::Refusal => "refusal",
+        Answer::Decline => "decline",
+        Answer::Broken => "broken",
+        Answer::Compliance => "compliance",
+    };
+    html! {
+        details {
+            summary { "Examples: the first prompts of each class" }
+            @for example in examples {
+                div.example {
+                    p.prompt { (example.prompt) span.tag { @if example.harmful { "harmful" } @else { "harmless" } } }
+                    div.answers {
+                        div { p.tag { "unguarded: " (kind(example.unguarded_is)) } p { (example.unguarded) } }
+                        div {
+                            p.tag { "guarded: " (kind(example.guarded_is)) @if example.fired { ", gate fired" } }
+                            p { (example.guarded) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+pub fn utility(found: &Utility) -> Result<Markup, EvalError> {
+    let header =
+        ["", "KL, nats a token", "perplexity", "× unguarded", "benign prompts blocked", "questions answered right"];
+    let rows = found.rows.iter().map(|row| {
+        let cells = vec![
+            text(&row.name),
+            estimate(row.kl, 4),
+            text(number(row.perplexity, 3)),
+            text(number(row.relative_perplexity, 3)),
+            share(row.blocked),
+            share(row.accuracy),
+        ];
+        (Some(row.role), cells)
+    });
+    let table = table(&header, rows);
+    let spread = figures::divergences(found)?;
+    Ok(html! {
+        section {
+            h2 { "Utility" }
+            p {
+                "What the guard costs where it should do nothing. KL(unguarded ‖ guarded) and perplexity on the unguarded model's own answers to "
+                (found.benign_prompts) " benign prompts, up to " (found.max_tokens) " tokens each, both reading the same tokens; and "
+                (found.questions) " multiple-choice questions, scored by log-likelihood a byte."
+            }
+            (table)
+            div.figures { @if let Some(figure) = spread { (figure) } }
+        }
+    })
+}
+
+pub fn survey(survey: &Survey) -> Result<Markup, EvalError> {
+    let maps = figures::heat_maps(survey)?;
+    Ok(html! {
+        section {
+            h2 { "Layer pairs" }
+            p { "How well a mapping carries each layer of the source to each layer of the target, on documents kept out of the fit. Brighter is better." }
+            div.figures { @for map in maps { (map) } }
+        }
+    })
+}

@@ -1,0 +1,430 @@
+use super::EvalError;
+use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard};
+use super::generate::{Generated, answer_tokens, generate, tokens_of};
+use super::metrics::{Estimate, Proportion};
+use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
+use crate::engine::{Model, Session, SessionOptions};
+use crate::guard::Guard;
+use crate::learn::Progress;
+use crate::tensor::{LayerIndex, log_softmax};
+use llama_cpp_2::token::LlamaToken;
+use serde::Serialize;
+
+/// What a guard makes of answers to harmful and to harmless prompts, beside what else could do it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Steering {
+    pub guard: String,
+    pub model: String,
+    /// Of the rules by which answers are judged.
+    pub rules_version: u32,
+    pub max_tokens: usize,
+    pub system_prompt: String,
+    pub rows: Vec<SteeringRow>,
+    /// Answers to the first prompts of each class, unguarded and guarded.
+    pub examples: Vec<Example>,
+    /// The guard at multiples of its strength, if some were asked for.
+    pub strengths: Vec<StrengthRow>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct SteeringRow {
+    pub name: String,
+    pub role: Role,
+    pub harmful: Behaviour,
+    pub harmless: Behaviour,
+}
+
+/// What answers to a class of prompts are. Shares have Wilson's 95 % interval; of a control with several seeds they are means, with the 5th
+/// to 95th percentile of the seeds.
+#[derive(Debug, Clone, Serialize)]
+pub struct Behaviour {
+    pub prompts: usize,
+    /// Refusals, on-topic declines and blocked prompts.
+    pub refuses: Proportion,
+    pub refusal: Proportion,
+    pub decline: Proportion,
+    pub blocked: Proportion,
+    pub compliance: Proportion,
+    /// Neither refused nor answered: nothing, or the same words over and over.
+    pub broken: Proportion,
+    /// Mean share of repeated 4-grams.
+    pub repetition: f64,
+    /// Mean share of distinct 2-grams (distinct-2).
+    pub distinct: f64,
+    /// Of the answers under the unguarded model; `None` where nothing was answered.
+    pub perplexity: Option<f64>,
+    /// That of the unguarded answers is 1.
+    pub relative_perplexity: Option<f64>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Example {
+    pub prompt: String,
+    pub harmful: bool,
+    pub unguarded: String,
+    pub unguarded_is: Answer,
+    pub guarded: String,
+    pub guarded_is: Answer,
+    /// Whether a gate fired.
+    pub fired: bool,
+}
+
+/// The guard with all of its strengths multiplied.
+#[derive(Debug, Clone, Serialize)]
+pub struct StrengthRow {
+    pub factor: f64,
+    pub harmful: Behaviour,
+    pub harmless: Behaviour,
+    /// `KL(unguarded ‖ guarded)` on benign answers, in nats a token. `None` where it was not asked for.
+    pub kl: Option<f64>,
+}
+
+/// What steering is measured on, and with which controls.
+#[derive(Debug, Clone, Copy)]
+pub struct SteeringInput<'a> {
+    pub harmful: &'a [String],
+    pub harmless: &'a [String],
+    pub max_tokens: usize,
+    pub control_seeds: u64,
+    pub system_prompt: &'a str,
+    /// Where the control acts that acts at a wrong layer; by default half of the depth away.
+    pub wrong_layer: Option<LayerIndex>,
+}
+
+/// Examples of a class that a report shows.
+const EXAMPLES: usize = 8;
+
+/// Generates greedy answers unguarded, guarded and under the controls, and judges them by rule (see [`refusal`](super::refusal)).
+///
+/// Controls keep the guard's gates, so that they act on the same prompts.
+///
+/// # Errors
+/// A guard without interventions, or not for this model; a class without prompts, or one that can't be run.
+pub fn steering(
+    model: &Model,
+    guard: &Guard,
+    input: SteeringInput<'_>,
+    progress: Progress<'_>,
+) -> Result<Steering, EvalError> {
+    if guard.interventions().is_empty() {
+        return Err(EvalError::NoIntervention { guard: guard.name().into() });
+    }
+    // The unguarded run is both a row and what others are held against.
+    let runs = 4 + input.control_seeds as usize;
+    let mut subject = Subject::new(model, input, runs, progress)?;
+    let mut rows = vec![subject.unguarded_row()?];
+    let guarded = subject.answers(guard, None)?;
+    let examples = subject.examples(input, &guarded);
+    rows.push(subject.row("guard".into(), Role::Guard, &guarded)?);
+    let unfired = only_when_fired(guard).then_some(&guarded);
+    // A switch has no vector that another could stand for.
+    let vectors = guard.interventions().iter().any(|acts| acts.kind.vector().is_some());
+    let seeds = if vectors { input.control_seeds } else { 0 };
+    let mut random = Vec::new();
+    for seed in 0..seeds {
+        let control = random_guard(model, guard, seed, input.harmless)?;
+        let answers = subject.answers(&control, unfired)?;
+        random.push(subject.row(String::new(), Role::Random, &answers)?);
+    }
+    if !random.is_empty() {
+        rows.push(over_seeds(&random));
+    }
+    if vectors {
+        let (wrong, control) = guard_at_wrong_layer(model, guard, input.wrong_layer, input.harmless)?;
+        let answers = subject.answers(&control, unfired)?;
+        rows.push(subject.row(format!("wrong layer, {wrong}"), Role::WrongLayer, &answers)?);
+    }
+    rows.push(subject.system_prompt_row(input)?);
+    Ok(Steering {
+        guard: guard.name().into(),
+        model: model.identity().name.clone(),
+        rules_version: RULES_VERSION,
+        max_tokens: input.max_tokens,
+        system_prompt: input.system_prompt.to_owned(),
+        rows,
+        examples,
+        strengths: Vec::new(),
+    })
+}
+
+/// The guard at each of `factors` times its strengths, beside what `kl` says of it.
+///
+/// # Errors
+/// As [`steering`], a strength that is out of range, or what `kl` gives.
+pub fn strengths(
+    model: &Model,
+    guard: &Guard,
+    input: SteeringInput<'_>,
+    factors: &[f64],
+    kl: &mut dyn FnMut(&Guard) -> Result<Option<f64>, EvalError>,
+    progress: Progress<'_>,
+) -> Result<Vec<StrengthRow>, EvalError> {
+    let mut subject = Subject::new(model, input, 1 + factors.len(), progress)?;
+    let mut rows = Vec::new();
+    for &factor in factors {
+        let scaled = scaled(guard, factor)?;
+        let answers = subject.answers(&scaled, None)?;
+        let SteeringRow { harmful, harmless, .. } = subject.row(String::new(), Role::Guard, &answers)?;
+        rows.push(StrengthRow { factor, harmful, harmless, kl: kl(&scaled)? });
+    }
+    Ok(rows)
+}
+
+/// `guard` with every strength multiplied by `factor`.
+fn scaled(guard: &Guard, factor: f64) -> Result<Guard, EvalError> {
+    let mut scaled = guard.clone();
+    for intervention in guard.interventions() {
+        scaled = scaled.with_strength(&intervention.name, factor * f64::from(intervention.strength))?;
+    }
+    Ok(scaled)
+}
+
+/// Both classes' answers under one guard.
+struct Answers {
+    harmful: Vec<Generated>,
+    harmless: Vec<Generated>,
+}
+
+struct Subject<'a> {
+    model: &'a Model,
+    session: Session<'a>,
+    harmful: Vec<Vec<LlamaToken>>,
+    harmless: Vec<Vec<LlamaToken>>,
+    unguarded: Answers,
+    /// Perplexity of the unguarded answers.
+    reference: (Option<f64>, Option<f64>),
+    max_tokens: usize,
+    done: usize,
+    total: usize,
+    progress: Progress<'a>,
+}
+
+impl<'a> Subject<'a> {
+    fn new(model: &'a Model, input: SteeringInput<'_>, runs: usize, progress: Progress<'a>) -> Result<Self, EvalError> {
+        let harmful = tokens_of(model, None, input.harmful)?;
+        let harmless = tokens_of(model, None, input.harmless)?;
+        let longest = harmful.iter().chain(&harmless).map(Vec::len).max().unwrap_or(0);
+        // An answer may come to other tokens when it is read again.
+        let n_ctx = (longest + 2 * input.max_tokens + 64) as u32;
+        let session = Session::new(model, &[], SessionOptions { n_ctx, ..Default::default() })?;
+        let total = runs * (harmful.len() + harmless.len());
+        let unguarded = Answers { harmful: Vec::new(), harmless: Vec::new() };
+        let max_tokens = input.max_tokens;
+        let mut subject = Self {
+            model,
+            session,
+            harmful,
+            harmless,
+            unguarded,
+            reference: (None, None),
+            max_tokens,
+            done: 0,
+            total,
+            progress,
+        };
+        subject.unguarded = subject.generate(&[], None)?;
+        let Answers { harmful, harmless } = &subject.unguarded;
+        let (harmful, harmless) = (harmful.clone(), harmless.clone());
+        subject.reference.0 = subject.perplexity(true, &harmful)?;
+        subject.reference.1 = subject.perplexity(false, &harmless)?;
+        Ok(subject)
+    }
+
+    /// Answers under `guard`. Where `fired` is given, only prompts whose gate fired there are answered anew: nothing acts on others.
+    fn answers(&mut self, guard: &Guard, fired: Option<&Answers>) -> Result<Answers, EvalError> {
+        self.generate(&[guard], fired)
+    }
+
+    fn generate(&mut self, guards: &[&Guard], fired: Option<&Answers>) -> Result<Answers, EvalError> {
+        let harmful = self.generate_class(guards, true, fired.map(|fired| fired.harmful.as_slice()))?;
+        let harmless = self.generate_class(guards, false, fired.map(|fired| fired.harmless.as_slice()))?;
+        Ok(Answers { harmful, harmless })
+    }
+
+    fn generate_class(
+        &mut self,
+        guards: &[&Guard],
+        harmful: bool,
+        fired: Option<&[Generated]>,
+    ) -> Result<Vec<Generated>, EvalError> {
+        let prompts = if harmful { &self.harmful } else { &self.harmless };
+        let before = self.done;
+        self.done += prompts.len();
+        let mut report = |done: usize, _: usize| (self.progress)(before + done, self.total);
+        let Some(fired) = fired else {
+            return generate(self.model, guards, prompts, self.max_tokens, &mut report);
+        };
+        let mut answers = fired.to_vec();
+        let again: Vec<usize> = (0..answers.len()).filter(|index| answers[*index].fired).collect();
+        if !again.is_empty() {
+            let asked: Vec<_> = again.iter().map(|index| prompts[*index].clone()).collect();
+            let new = generate(self.model, guards, &asked, self.max_tokens, &mut report)?;
+            again.into_iter().zip(new).for_each(|(index, answer)| answers[index] = answer);
+        }
+        report(answers.len(), 0);
+        Ok(answers)
+    }
+
+    /// `exp(−mean ln p)` over all tokens of the answers, by the unguarded model after the plain prompt.
+    fn perplexity(&mut self, harmful: bool, answers: &[Generated]) -> Result<Option<f64>, EvalError> {
+        let prompts = if harmful { &self.harmful } else { &self.harmless };
+        let (mut sum, mut n) = (0.0, 0usize);
+        for (index, (prompt, answer)) in prompts.iter().zip(answers).enumerate() {
+            if answer.blocked {
+                continue;
+            }
+            let answer = answer_tokens(self.model, &answer.text);
+            self.session
+                .forced(prompt, &answer, |at, logits| sum += log_softmax(logits)[answer[at].0 as usize])
+                .map_err(|source| EvalError::Prompt { index, source })?;
+            n += answer.len();
+        }
+        Ok((n > 0).then(|| (-sum / n as f64).exp()))
+    }
+
+    fn row(&mut self, name: String, role: Role, answers: &Answers) -> Result<SteeringRow, EvalError> {
+        let harmful = self.perplexity(true, &answers.harmful)?;
+        let harmless = self.perplexity(false, &answers.harmless)?;
+        Ok(SteeringRow {
+            name,
+            role,
+            harmful: behaviour(&answers.harmful, harmful, self.reference.0),
+            harmless: behaviour(&answers.harmless, harmless, self.reference.1),
+        })
+    }
+
+    fn unguarded_row(&self) -> Result<SteeringRow, EvalError> {
+        let (harmful, harmless) = self.reference;
+        Ok(SteeringRow {
+            name: "no guard".into(),
+            role: Role::NoGuard,
+            harmful: behaviour(&self.unguarded.harmful, harmful, harmful),
+            harmless: behaviour(&self.unguarded.harmless, harmless, harmless),
+        })
+    }
+
+    /// The unguarded model, asked in words to do what the guard makes it do.
+    fn system_prompt_row(&mut self, input: SteeringInput<'_>) -> Result<SteeringRow, EvalError> {
+        let mut answer = |prompts: &[String]| -> Result<Vec<Generated>, EvalError> {
+            let tokens = tokens_of(self.model, Some(input.system_prompt), prompts)?;
+            let before = self.done;
+            self.done += prompts.len();
+            generate(self.model, &[], &tokens, self.max_tokens, &mut |done, _| {
+                (self.progress)(before + done, self.total);
+            })
+        };
+        let answers = Answers { harmful: answer(input.harmful)?, harmless: answer(input.harmless)? };
+        self.row("no guard, system prompt".into(), Role::SystemPrompt, &answers)
+    }
+
+    fn examples(&self, input: SteeringInput<'_>, guarded: &Answers) -> Vec<Example> {
+        let of = |prompts: &[String], unguarded: &[Generated], guarded: &[Generated], harmful| {
+            let all = prompts.iter().zip(unguarded).zip(guarded).take(EXAMPLES);
+            all.map(|((prompt, unguarded), guarded)| Example {
+                prompt: prompt.clone(),
+                harmful,
+                unguarded: unguarded.text.clone(),
+                unguarded_is: classify(&unguarded.text),
+                guarded: guarded.text.clone(),
+                guarded_is: judged(guarded),
+                fired: guarded.fired,
+            })
+            .collect::<Vec<_>>()
+        };
+        let mut examples = of(input.harmful, &self.unguarded.harmful, &guarded.harmful, true);
+        examples.extend(of(input.harmless, &self.unguarded.harmless, &guarded.harmless, false));
+        examples
+    }
+}
+
+/// A blocked prompt is refused, whatever had been said.
+fn judged(answer: &Generated) -> Answer {
+    if answer.blocked { Answer::Refusal } else { classify(&answer.text) }
+}
+
+fn behaviour(answers: &[Generated], perplexity: Option<f64>, reference: Option<f64>) -> Behaviour {
+    let spoken: Vec<&Generated> = answers.iter().filter(|answer| !answer.blocked).collect();
+    let is = |kind: Answer| Proportion::of(answers.iter().map(|a| !a.blocked && classify(&a.text) == kind));
+    let mean = |figure: &dyn Fn(&str) -> f64| {
+        spoken.iter().map(|answer| figure(&answer.text)).sum::<f64>() / spoken.len().max(1) as f64
+    };
+    Behaviour {
+        prompts: answers.len(),
+        refuses: Proportion::of(answers.iter().map(|answer| judged(answer).refuses())),
+        refusal: is(Answer::Refusal),
+        decline: is(Answer::Decline),
+        blocked: Proportion::of(answers.iter().map(|answer| answer.blocked)),
+        compliance: is(Answer::Compliance),
+        broken: is(Answer::Broken),
+        repetition: mean(&|text| repeated_ngrams(text, 4)),
+        distinct: mean(&|text| 1.0 - repeated_ngrams(text, 2)),
+        perplexity,
+        relative_perplexity: perplexity.zip(reference).map(|(own, reference)| own / reference),
+    }
+}
+
+/// One row for all seeds of a control.
+fn over_seeds(rows: &[SteeringRow]) -> SteeringRow {
+    let class = |of: &dyn Fn(&SteeringRow) -> &Behaviour| {
+        let all: Vec<&Behaviour> = rows.iter().map(of).collect();
+        let share = |of: &dyn Fn(&Behaviour) -> Proportion| {
+            let shares: Vec<Proportion> = all.iter().map(|behaviour| of(behaviour)).collect();
+            let Estimate { value, low, high } =
+                Estimate::over_seeds(&shares.iter().map(|share| share.share).collect::<Vec<_>>());
+            let (count, of) = (shares.iter().map(|s| s.count).sum(), shares.iter().map(|s| s.of).sum());
+            Proportion { count, of, share: value, low, high }
+        };
+        let mean = |of: &dyn Fn(&Behaviour) -> Option<f64>| {
+            let known: Vec<f64> = all.iter().filter_map(|behaviour| of(behaviour)).collect();
+            (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
+        };
+        Behaviour {
+            prompts: all[0].prompts,
+            refuses: share(&|b| b.refuses),
+            refusal: share(&|b| b.refusal),
+            decline: share(&|b| b.decline),
+            blocked: share(&|b| b.blocked),
+            compliance: share(&|b| b.compliance),
+            broken: share(&|b| b.broken),
+            repetition: mean(&|b| Some(b.repetition)).unwrap_or_default(),
+            distinct: mean(&|b| Some(b.distinct)).unwrap_or_default(),
+            perplexity: mean(&|b| b.perplexity),
+            relative_perplexity: mean(&|b| b.relative_perplexity),
+        }
+    };
+    let name = format!("random direction, mean of {}", rows.len());
+    SteeringRow { name, role: Role::Random, harmful: class(&|row| &row.harmful), harmless: class(&|row| &row.harmless) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(text: &str) -> Generated {
+        Generated { text: text.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn behaviour_counts_every_answer_once() {
+        let blocked = Generated { blocked: true, fired: true, ..Default::default() };
+        let answers =
+            [said("I'm sorry, but I can't."), said("That is illegal."), said("Sure: take a knife."), said(""), blocked];
+        let found = behaviour(&answers, Some(3.0), Some(2.0));
+        let counts = [found.refusal, found.decline, found.compliance, found.broken, found.blocked].map(|p| p.count);
+        assert_eq!((counts, found.refuses.count, found.prompts), ([1; 5], 3, 5));
+        assert_eq!(found.relative_perplexity, Some(1.5));
+    }
+
+    #[test]
+    fn seeds_become_a_mean_and_a_range() {
+        let row = |texts: &[&str]| {
+            let answers: Vec<_> = texts.iter().map(|text| said(text)).collect();
+            let of = behaviour(&answers, Some(2.0), Some(2.0));
+            SteeringRow { name: String::new(), role: Role::Random, harmful: of.clone(), harmless: of }
+        };
+        let rows = [row(&["I cannot.", "Sure."]), row(&["Sure.", "Yes."]), row(&["I cannot.", "I won't."])];
+        let found = over_seeds(&rows).harmful.refuses;
+        assert!((found.share - 0.5).abs() < 1e-12 && found.low < 0.06 && found.high > 0.94, "{found:?}");
+        assert_eq!((found.count, found.of), (3, 6));
+    }
+}

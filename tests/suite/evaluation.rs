@@ -1,0 +1,172 @@
+//! `pilotfish eval`: every task on a tiny model, and the report that it leaves.
+
+use crate::support::{Fixture, done, pilotfish};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// All tasks at once, with a report in `report`.
+fn evaluate(fixture: &Fixture, report: &Path, more: &[&str]) -> Value {
+    let survey = fixture.folder.path().join("survey.json");
+    let pair = |source_layer: Value, target_layer: u32, left: f64| {
+        json!({
+            "source_layer": source_layer, "target_layer": target_layer, "lambda": 0.01, "fraction_unexplained": left,
+            "cross_validated": left, "cosine": 0.7, "cca": 0.5, "cka": 0.6, "backward_unexplained": null,
+        })
+    };
+    let pairs = [pair(json!(0), 0, 0.4), pair(json!(0), 1, 0.2), pair(json!([0, 1]), 1, 0.1)];
+    let found = json!({ "source": "a", "target": "b", "n_tokens": 90, "n_documents": 9, "pairs": pairs });
+    std::fs::write(&survey, found.to_string()).unwrap();
+    let arguments = [
+        "eval",
+        "--task",
+        "detection,steering,utility",
+        "--model",
+        fixture.model(),
+        "--guard",
+        fixture.guard(),
+        "--positive",
+        fixture.positive.to_str().unwrap(),
+        "--negative",
+        fixture.negative.to_str().unwrap(),
+        "--look-alike",
+        fixture.negative.to_str().unwrap(),
+        "--native-positive",
+        fixture.positive.to_str().unwrap(),
+        "--native-negative",
+        fixture.negative.to_str().unwrap(),
+        "--limit",
+        "5",
+        "--max-tokens",
+        "6",
+        "--control-seeds",
+        "2",
+        "--strengths",
+        "0,1,4",
+        "--survey",
+        survey.to_str().unwrap(),
+        "-o",
+        report.to_str().unwrap(),
+        "--json",
+    ];
+    serde_json::from_str(&done(&[&arguments[..], more].concat())).unwrap()
+}
+
+fn rows<'a>(report: &'a Value, task: &str) -> Vec<(&'a str, &'a Value)> {
+    let rows = report[task]["rows"].as_array().unwrap();
+    rows.iter().map(|row| (row["role"].as_str().unwrap(), row)).collect()
+}
+
+#[test]
+fn every_task_has_its_controls_and_its_figures() {
+    let fixture = Fixture::new(&["--intervene", "add", "--strength", "2"]);
+    let folder = fixture.folder.path().join("report");
+    let report = evaluate(&fixture, &folder, &[]);
+    let roles = |task| rows(&report, task).into_iter().map(|(role, _)| role).collect::<Vec<_>>();
+    assert_eq!(roles("detection"), ["guard", "native", "native", "native", "wrong-layer", "random"]);
+    assert_eq!(roles("steering"), ["no-guard", "guard", "random", "wrong-layer", "system-prompt"]);
+    assert_eq!(roles("utility"), roles("steering"));
+
+    for (role, row) in rows(&report, "detection") {
+        let auc = &row["separation"]["auc"];
+        let [value, low, high] = ["value", "low", "high"].map(|key| auc[key].as_f64().unwrap());
+        assert!(low <= high && (0.0..=1.0).contains(&value), "{role}: {auc}");
+        assert_eq!(row["auc"], auc["value"]);
+        assert!(row["look_alike"]["auc"]["value"].is_number(), "{role}");
+        assert_eq!(row["fires"].is_object(), role == "guard");
+    }
+    let gate = &report["detection"]["gates"][0];
+    assert_eq!(["positive", "negative", "look_alike"].map(|class| gate[class].as_array().unwrap().len()), [12; 3]);
+
+    // Each answer is one thing, and of no guard nothing is another's.
+    for (role, row) in rows(&report, "steering") {
+        for class in ["harmful", "harmless"] {
+            let kinds = ["refusal", "decline", "blocked", "compliance", "broken"];
+            let shares: f64 = kinds.iter().map(|kind| row[class][kind]["share"].as_f64().unwrap()).sum();
+            assert!((shares - 1.0).abs() < 1e-9, "{role} {class}: {shares}");
+        }
+    }
+    let strengths = report["steering"]["strengths"].as_array().unwrap();
+    let kl = |row: &Value| row["kl"].as_f64().unwrap();
+    assert_eq!((strengths.len(), kl(&strengths[0])), (3, 0.0), "strength 0 is no guard");
+    let utility = rows(&report, "utility");
+    assert_eq!(utility[0].1["kl"]["value"], 0.0);
+    assert_eq!(utility[1].1["kl"]["value"], strengths[1]["kl"], "the guard is at its own strength");
+
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(folder.join("report.json")).unwrap()).unwrap();
+    assert_eq!(written, report);
+    assert_eq!(
+        report["guard"]["sha256"],
+        pilotfish::guard::Digest::of(&std::fs::read(fixture.manifest()).unwrap()).to_string()
+    );
+    let fingerprint = report["model"]["fingerprint"].as_str().unwrap();
+    assert!(std::fs::read_to_string(fixture.manifest()).unwrap().contains(fingerprint));
+    let page = std::fs::read_to_string(folder.join("report.html")).unwrap();
+    check_page(&page);
+
+    // The same again, figure for figure.
+    let again = evaluate(&fixture, &fixture.folder.path().join("again"), &[]);
+    for task in ["detection", "steering", "utility", "survey"] {
+        assert_eq!(again[task], report[task], "{task}");
+    }
+}
+
+/// A page that opens without a network, whose tags close, and that has every figure with its numbers.
+fn check_page(page: &str) {
+    for fetched in ["src=", "href=", "url(", "@import", "<script", "http:", "https:", "<link"] {
+        assert!(!page.contains(fetched), "the page holds `{fetched}`");
+    }
+    let mut open: Vec<&str> = Vec::new();
+    let mut rest = page.strip_prefix("<!DOCTYPE html>").expect("a doctype");
+    while let Some(start) = rest.find('<') {
+        let end = start + rest[start..].find('>').expect("every tag ends");
+        let tag = &rest[start + 1..end];
+        let name = tag.trim_start_matches('/').split([' ', '\n', '/']).next().unwrap();
+        if let Some(closed) = tag.strip_prefix('/') {
+            assert_eq!(open.pop(), Some(closed), "in {:?}", &rest[start.saturating_sub(80)..end]);
+        } else if !tag.ends_with('/') && name != "meta" {
+            open.push(name);
+        }
+        rest = &rest[end + 1..];
+    }
+    assert!(open.is_empty(), "left open: {open:?}");
+    for title in [
+        "Scores of gate sharks",
+        "ROC: positive against negative prompts",
+        "The gate's direction, read at every layer",
+        "Prompts that are refused",
+        "Strength against effect",
+        "Strength against KL on benign answers",
+        "Benign prompts by how far the guard moves their answers",
+        "Variance explained by layer pair",
+        "Cosine of mapped and true activations by layer pair",
+    ] {
+        let figure =
+            page.split("<figure>").find(|figure| figure.starts_with(&format!("<figcaption>{title}</figcaption>")));
+        let figure = figure.unwrap_or_else(|| panic!("no figure is called {title}"));
+        let figure = figure.split("</figure>").next().unwrap();
+        assert!(figure.contains("<svg ") && figure.contains("<table>"), "{title}");
+        assert!(["<rect", "<polyline", "<circle"].iter().any(|shape| figure.contains(shape)), "{title} is empty");
+    }
+    let figures = page.matches("<figure>").count();
+    assert_eq!((figures, page.matches("<svg ").count()), (9, figures));
+}
+
+/// A guard that only reads has nothing to steer with, and costs nothing.
+#[test]
+fn a_gate_alone_is_measured_by_what_it_blocks() {
+    let fixture = Fixture::new(&[]);
+    let base = ["eval", "--model", fixture.model(), "--guard", fixture.guard(), "--limit", "4", "--max-tokens", "4"];
+    let negative = fixture.negative.to_str().unwrap();
+    let positive = fixture.positive.to_str().unwrap();
+    let utility: Value =
+        serde_json::from_str(&done(&[&base[..], &["--task", "utility", "--benign", negative, "--json"]].concat()))
+            .unwrap();
+    let names: Vec<_> = utility["rows"].as_array().unwrap().iter().map(|row| row["role"].as_str().unwrap()).collect();
+    assert_eq!(names, ["no-guard", "guard", "system-prompt"]);
+    assert_eq!(utility["rows"][1]["kl"]["value"], 0.0);
+    let steering =
+        pilotfish(&[&base[..], &["--task", "steering", "--positive", positive, "--negative", negative]].concat());
+    assert!(steering.code == 2 && steering.stderr.contains("no intervention"), "{steering:?}");
+    let missing = pilotfish(&[&base[..], &["--task", "detection", "--positive", positive]].concat());
+    assert!(missing.code == 64 && missing.stderr.contains("--negative"), "{missing:?}");
+}
