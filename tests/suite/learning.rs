@@ -181,7 +181,13 @@ fn chosen_and_matching_tokens_are_the_ones_that_are_read() {
         let expected = (row(spells("pilot"))[index] + row(spells("fish"))[index]) / 2.0;
         assert!((found - expected).abs() < 1e-5);
     }
-    for none in ["matching=shark", "-50"] {
+    let behind = read("after=pilot").unwrap();
+    for (index, found) in behind.iter().enumerate() {
+        let expected = (row(spells("fish"))[index] + row(spells("eats"))[index]) / 2.0;
+        assert!((found - expected).abs() < 1e-5);
+    }
+    // Nothing stands behind the last word.
+    for none in ["matching=shark", "-50", "after=shark", "after=eats"] {
         let error = read(none).unwrap_err().to_string();
         assert!(error.contains(&format!("`{none}`")) && error.contains("prompt 0"), "{error}");
     }
@@ -292,4 +298,79 @@ fn being_sure_of_a_rate_takes_more_prompts() {
     let few = calibrate(&["--confidence", "0.95", "--false-positive-rate", "0.01"]);
     assert!(few.code == 2 && few.stderr.contains("at least 299 prompts, found 60"), "{few:?}");
     assert_eq!(calibrate(&["--confidence", "1.5"]).code, 2);
+}
+
+/// A gate whose vector a map of means carries, then an intervention by another vector and another map, put together.
+#[test]
+fn a_guard_of_several_vectors_is_made_step_by_step() {
+    let prompts = Prompts::new();
+    let source = prompts.model();
+    let target = prompts.at("target.gguf");
+    TinyModel { seed: 9, ..TinyModel::new(Architecture::Qwen2) }.write(Path::new(&target));
+    prompts.extract(&source, "harm.safetensors", &["--name", "harm", "--method", "lda", "--tokens", "mean"]);
+    prompts.extract(&source, "away.safetensors", &["--name", "away"]);
+    let (birds, sharks) = (prompts.at("birds.txt"), prompts.at("sharks.txt"));
+    let map = |name: &str, rows: &str| {
+        let output = prompts.at(name);
+        let models = ["map", "--source", &source, "--target", &target, "--layers", "1:1", "--rows", rows];
+        let told = done(&[&models[..], &["--corpus", &birds, "--corpus", &sharks, "-o", &output]].concat());
+        (told, output)
+    };
+    let (told, means) = map("means.map.safetensors", "means");
+    assert!(told.contains("52 paired means of 52 documents"), "{told}");
+    let (told, tokens) = map("tokens.map.safetensors", "tokens");
+    assert!(told.contains("paired tokens of 52 documents"), "{told}");
+
+    let build = |name: &str, vectors: &str, mapping: &str, more: &[&str]| {
+        let (vectors, output) = (prompts.at(vectors), prompts.at(name));
+        let plain = ["guard", "build", "--name", name, "--model", &target, "--vectors", &vectors, "--mapping", mapping];
+        let ran = pilotfish(&[&plain[..], &["--layer", "1:1", "-o", &output], more].concat());
+        (ran, output)
+    };
+    let (ran, gate) = build("gate", "harm.safetensors", &means, &["--gate", "harmful", "--description", "Reads"]);
+    assert_eq!(ran.code, 0, "{ran:?}");
+    done(&["calibrate", "--model", &target, "--guard", &gate, "--benign", &birds]);
+    let steer =
+        ["--intervene", "add", "--positions", "prompt", "--strength", "3", "--when", "harmful", "--onto", &gate];
+    // Both maps go by the same name in a guard.
+    let (ran, _) = build("steer", "away.safetensors", &tokens, &steer);
+    assert!(ran.code == 2 && ran.stderr.contains("1-to-target-1"), "{ran:?}");
+    let (ran, both) = build("steer", "away.safetensors", &tokens, &[&steer[..], &["--baked"]].concat());
+    assert_eq!(ran.code, 0, "{ran:?}");
+
+    let (gate, both) = (Guard::load(gate.as_ref()).unwrap(), Guard::load(both.as_ref()).unwrap());
+    assert_eq!((both.name(), both.description()), ("steer", "Reads"));
+    assert_eq!(both.gates(), gate.gates(), "the gate with its calibration");
+    assert_eq!(both.vectors()[0], gate.vectors()[0]);
+    let added = &both.interventions()[0];
+    assert_eq!((both.operand_of(added), added.strength), ("away", 3.0));
+    assert_eq!(added.when.as_ref().map(|rule| both.written(rule)).as_deref(), Some("harmful"));
+    // Where the gate fires it acts, and nowhere else.
+    let model = Model::load(Path::new(&target), "target", &ModelOptions::default()).unwrap();
+    let logits = |guards: &[&Guard], prompt: &str| {
+        let mut session = Session::new(&model, guards, SessionOptions::default()).unwrap();
+        let tokens = model.prompt_tokens(prompt).unwrap();
+        let last = session.prefill(&tokens).unwrap();
+        let fired = session.gate_readings().iter().any(|reading| reading.fired);
+        (fired, session.logits(last).to_vec())
+    };
+    let texts: Vec<String> = std::fs::read_to_string(&sharks).unwrap().lines().map(str::to_owned).collect();
+    let benign: Vec<String> = std::fs::read_to_string(&birds).unwrap().lines().map(str::to_owned).collect();
+    let mut seen = [0, 0];
+    for text in texts.iter().chain(&benign) {
+        let (fired, guarded) = logits(&[&both], text);
+        assert_eq!(fired, guarded != logits(&[], text).1, "{text}");
+        seen[usize::from(fired)] += 1;
+    }
+    assert!(seen[0] > 0 && seen[1] > 0, "both kinds: {seen:?}");
+
+    let other = prompts.at("other.gguf");
+    TinyModel::new(Architecture::Gemma3).write(Path::new(&other));
+    let vectors = prompts.at("other.safetensors");
+    prompts.extract(&other, "other.safetensors", &["--name", "other"]);
+    let output = prompts.at("mixed");
+    let onto = prompts.at("gate");
+    let mixed = ["guard", "build", "--name", "mixed", "--model", &other, "--vectors", &vectors, "--layer", "1"];
+    let ran = pilotfish(&[&mixed[..], &["--onto", &onto, "--intervene", "add", "-o", &output]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("expected a guard for the model"), "{ran:?}");
 }
