@@ -636,7 +636,7 @@ pub struct EvalArguments {
     /// Negative prompts that the guard was made from
     #[arg(long, value_name = "F", requires = "native_positive")]
     pub native_negative: Option<PathBuf>,
-    /// Prompts of each file that are answered, the first ones
+    /// Prompts of each file that are answered, the first ones; and questions
     #[arg(long, default_value_t = 100, value_name = "N")]
     pub limit: usize,
     /// Tokens of an answer

@@ -184,6 +184,7 @@ impl Measured<'_> {
         let EvalArguments { limit, max_tokens, control_seeds, system_prompt, .. } = self.arguments;
         let input = UtilityInput {
             benign: self.files.benign.first(*limit),
+            questions: *limit,
             max_tokens: *max_tokens,
             control_seeds: *control_seeds,
             system_prompt,

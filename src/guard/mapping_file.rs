@@ -349,7 +349,7 @@ pub enum CarryError {
     )]
     NoBackward,
     #[error(
-        "an autoencoder carries the means of its classes, which are not there: make the vector anew with `pilotfish extract`"
+        "an autoencoder carries the means of its classes, which are not there: make the vector anew with `pilotfish extract --method mean`"
     )]
     NoClassMeans,
     #[error(

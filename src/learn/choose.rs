@@ -48,7 +48,7 @@ pub fn separation_by_map(
         let fold = |fold| match ContrastMethod::of(vector) {
             Some(method) => {
                 let Extracted { values, class_means, .. } = without_fold(&sets, method, fold)?;
-                Ok(SteeringVector { values, class_means: Some(class_means), ..vector.clone() })
+                Ok(SteeringVector { values, class_means, ..vector.clone() })
             }
             None => Ok(vector.clone()),
         };

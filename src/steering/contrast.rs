@@ -130,7 +130,7 @@ impl<'a, 's> Checked<'a, 's> {
             mean_norm: self.each().map(|(set, share)| share * mean_norm(set)).sum(),
             n_positive: self.sets.iter().map(|set| set.positive.n_rows()).sum(),
             n_negative: self.sets.iter().map(|set| set.negative.n_rows()).sum(),
-            class_means: self.class_means(),
+            class_means: (method == ExtractionMethod::DifferenceOfMeans).then(|| self.class_means()),
         })
     }
 }

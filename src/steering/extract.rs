@@ -12,7 +12,8 @@ pub struct Extracted {
     pub mean_norm: f64,
     pub n_positive: usize,
     pub n_negative: usize,
-    pub class_means: ClassMeans,
+    /// Where the vector is their difference.
+    pub class_means: Option<ClassMeans>,
 }
 
 impl Extracted {
@@ -28,7 +29,7 @@ impl Extracted {
             mean_norm,
             n_positive,
             n_negative,
-            class_means: Some(class_means),
+            class_means,
             quality: None,
         }
     }
@@ -65,7 +66,7 @@ mod tests {
         let extracted = difference(rows(&[3.0, 4.0, 0.0, 0.0, 6.0, 8.0], 2), rows(&[1.0, 0.0], 2)).unwrap();
         assert_eq!(extracted.values, [2.0, 4.0]);
         assert_eq!(extracted.mean_norm, (5.0 + 0.0 + 10.0 + 1.0) / 4.0);
-        assert_eq!(extracted.class_means, ClassMeans { positive: vec![3.0, 4.0], negative: vec![1.0, 0.0] });
+        assert_eq!(extracted.class_means, Some(ClassMeans { positive: vec![3.0, 4.0], negative: vec![1.0, 0.0] }));
         let vector = extracted.named("harm", LayerIndex(24), PromptTokens::Last);
         assert_eq!((vector.n_positive, vector.n_negative, vector.layer), (3, 1, LayerIndex(24)));
         assert_eq!(vector.method, ExtractionMethod::DifferenceOfMeans);
@@ -80,6 +81,7 @@ mod tests {
         assert_eq!(difference_of_means(&[large, heavier]).unwrap().values, [6.0]);
         let both = difference_of_means(&[large, small]).unwrap();
         assert_eq!((both.n_positive, both.n_negative), (101, 51));
+        assert_eq!(both.class_means, Some(ClassMeans { positive: vec![5.0], negative: vec![0.0] }));
         assert!((both.mean_norm - (200.0 / 150.0 + 4.0) / 2.0).abs() < 1e-12);
         assert_eq!(difference_of_means(&[]).unwrap_err(), SteeringError::NoSets);
         for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {

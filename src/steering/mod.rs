@@ -53,7 +53,7 @@ pub struct SteeringVector {
     pub n_positive: usize,
     /// Rows of the negative class; 0 where imported.
     pub n_negative: usize,
-    /// Between which the vector lies; `None` where imported, or found before they were kept.
+    /// Whose difference the vector is; `None` where it is not, where imported, or found before they were kept.
     pub class_means: Option<ClassMeans>,
     /// Measured when it was made; `None` in older files, and where imported.
     pub quality: Option<VectorQuality>,

@@ -50,6 +50,8 @@ pub struct UtilityRow {
 #[derive(Debug, Clone, Copy)]
 pub struct UtilityInput<'a> {
     pub benign: &'a [String],
+    /// How many of the project's questions to ask, the first ones.
+    pub questions: usize,
     pub max_tokens: usize,
     pub control_seeds: u64,
     pub system_prompt: &'a str,
@@ -68,7 +70,8 @@ pub fn utility(
     input: UtilityInput<'_>,
     progress: Progress<'_>,
 ) -> Result<Utility, EvalError> {
-    let questions = questions();
+    let mut questions = questions();
+    questions.truncate(input.questions);
     let vectors = guard.interventions().iter().any(|acts| acts.kind.vector().is_some());
     let seeds = if vectors { input.control_seeds } else { 0 };
     let runs = 3 + seeds as usize + usize::from(vectors);
