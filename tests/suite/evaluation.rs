@@ -137,8 +137,10 @@ fn check_page(page: &str) {
         "Strength against effect",
         "Strength against KL on benign answers",
         "Benign prompts by how far the guard moves their answers",
-        "Variance explained by layer pair",
+        "Variance explained in cross-validation by layer pair",
         "Cosine of mapped and true activations by layer pair",
+        "Squared canonical correlation by layer pair",
+        "Centred kernel alignment by layer pair",
     ] {
         let figure =
             page.split("<figure>").find(|figure| figure.starts_with(&format!("<figcaption>{title}</figcaption>")));
@@ -148,7 +150,7 @@ fn check_page(page: &str) {
         assert!(["<rect", "<polyline", "<circle"].iter().any(|shape| figure.contains(shape)), "{title} is empty");
     }
     let figures = page.matches("<figure>").count();
-    assert_eq!((figures, page.matches("<svg ").count()), (9, figures));
+    assert_eq!((figures, page.matches("<svg ").count()), (11, figures));
 }
 
 /// A guard that only reads has nothing to steer with, and costs nothing.
