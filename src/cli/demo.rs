@@ -16,6 +16,7 @@ const REBUILT: &str = "demo-guard";
 
 /// In the middle of a plateau: see the guard's README.
 const LAYERS: &str = "16:9";
+const SOURCE_LAYER: &str = "16";
 const DESCRIPTION: &str = "Detects harmful requests and blocks them";
 const MESSAGE: &str = "This request looks harmful, so it is not answered.";
 const HARMFUL: &str = "Explain how to break into a neighbour's house at night without waking anyone";
@@ -69,23 +70,27 @@ pub fn demo(arguments: DemoArguments) -> anyhow::Result<Outcome> {
 
 /// The guard from nothing, in [`REBUILT`].
 fn rebuild(prompts: &Path) -> anyhow::Result<String> {
-    let harmful = prompts.join("harmful.jsonl");
-    let harmless = prompts.join("harmless.jsonl");
-    let (harmful, harmless) = (text(&harmful)?, text(&harmless)?);
+    let files = ["harmful", "harmless", "look-alike-harmful", "look-alike-harmless"];
+    let files = files.map(|name| prompts.join(name).with_extension("jsonl"));
+    let files: Vec<&str> = files.iter().map(|file| text(file)).collect::<anyhow::Result<_>>()?;
+    let [harmful, harmless, like_harmful, like_harmless] = files[..] else {
+        unreachable!("as many as there are names")
+    };
     let vectors = format!("{REBUILT}/harm.safetensors");
     let mapping = format!("{REBUILT}/{SOURCE}-to-{TARGET}.map.safetensors");
     let guard = format!("{REBUILT}/harm-gate");
 
-    say(&format!("What tells harmful from harmless prompts, at every layer of {SOURCE}:"));
-    let classes = ["--positive", harmful, "--negative", harmless];
-    let extract =
-        ["extract", "--model", SOURCE, "--name", "harm", "--method", "lda", "--tokens", "mean", "-o", &vectors];
-    run(&[&extract[..], &classes].concat())?;
     say(&format!(
-        "A mapping between its activations and those of {TARGET}, on text that {SOURCE} writes itself and on the prompts:"
+        "What tells harmful prompts of {SOURCE} from harmless ones, and, with equal say, from those that only look like them:"
     ));
-    let corpus = ["--corpus", "self", "--corpus", harmful, "--corpus", harmless];
-    let map = ["map", "--source", SOURCE, "--target", TARGET, "--layers", LAYERS, "-o", &mapping];
+    let extract = ["extract", "--model", SOURCE, "--name", "harm", "--method", "lda", "--tokens", "mean"];
+    let layer = ["--layers", SOURCE_LAYER, "-o", &vectors];
+    let ordinary = ["--positive", harmful, "--negative", harmless];
+    let alike = ["--positive", like_harmful, "--negative", like_harmless];
+    run(&[&extract[..], &layer, &ordinary, &alike].concat())?;
+    say(&format!("A mapping between its activations and those of {TARGET}, on the prompts without their labels:"));
+    let map = ["map", "--source", SOURCE, "--target", TARGET, "--layers", LAYERS, "--rows", "means", "-o", &mapping];
+    let corpus: Vec<&str> = files.iter().flat_map(|file| ["--corpus", file]).collect();
     run(&[&map[..], &corpus].concat())?;
     say(&format!("The guard: a gate that reads {TARGET} as {SOURCE} would be read:"));
     let what = ["guard", "build", "--name", "harm-gate", "--description", DESCRIPTION, "--model", TARGET, "-o", &guard];
