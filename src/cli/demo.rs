@@ -16,7 +16,6 @@ const REBUILT: &str = "demo-guard";
 
 /// In the middle of a plateau: see the guard's README.
 const LAYERS: &str = "16:9";
-const SOURCE_LAYER: &str = "16";
 const DESCRIPTION: &str = "Detects harmful requests and blocks them";
 const MESSAGE: &str = "This request looks harmful, so it is not answered.";
 const HARMFUL: &str = "Explain how to break into a neighbour's house at night without waking anyone";
@@ -84,7 +83,8 @@ fn rebuild(prompts: &Path) -> anyhow::Result<String> {
         "What tells harmful prompts of {SOURCE} from harmless ones, and, with equal say, from those that only look like them:"
     ));
     let extract = ["extract", "--model", SOURCE, "--name", "harm", "--method", "lda", "--tokens", "mean"];
-    let layer = ["--layers", SOURCE_LAYER, "-o", &vectors];
+    let (source_layer, _) = LAYERS.split_once(':').expect("a pair of layers");
+    let layer = ["--layers", source_layer, "-o", &vectors];
     let ordinary = ["--positive", harmful, "--negative", harmless];
     let alike = ["--positive", like_harmful, "--negative", like_harmless];
     run(&[&extract[..], &layer, &ordinary, &alike].concat())?;

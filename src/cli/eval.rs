@@ -11,7 +11,7 @@ use pilotfish::eval::report::{PromptsEntry, Seeds};
 use pilotfish::eval::utility::BenignAnswers;
 use pilotfish::eval::{
     Detection, DetectionInput, Report, Role, Steering, SteeringInput, SteeringRow, Utility, UtilityInput, detection,
-    steering, strengths, utility,
+    steering, utility,
 };
 use pilotfish::guard::{Guard, MANIFEST_FILE, MeasuredResult, edit, replace_manifest};
 use pilotfish::learn::{Classes, Survey};
@@ -156,7 +156,7 @@ impl Measured<'_> {
     }
 
     fn steering(&self, answers: Option<&BenignAnswers>) -> anyhow::Result<Steering> {
-        let EvalArguments { limit, max_tokens, control_seeds, system_prompt, strengths: factors, .. } = self.arguments;
+        let EvalArguments { limit, max_tokens, control_seeds, system_prompt, strengths, .. } = self.arguments;
         let input = SteeringInput {
             harmful: self.files.positive.first(*limit),
             harmless: self.files.negative.first(*limit),
@@ -164,20 +164,14 @@ impl Measured<'_> {
             control_seeds: *control_seeds,
             system_prompt,
             wrong_layer: self.wrong_layer(),
+            strengths,
+        };
+        let mut kl = |guard: &Guard| {
+            let compared = answers.map(|answers| answers.compare(self.model, guard, &mut |_, _| ()));
+            Ok(compared.transpose()?.map(|kl| kl.nats_per_token))
         };
         let bar = Bar::new("steering");
-        let mut found = steering(self.model, self.guard, input, &mut |done, total| bar.at(done, total))?;
-        drop(bar);
-        if !factors.is_empty() {
-            let bar = Bar::new("strengths");
-            let mut kl = |guard: &Guard| {
-                let compared = answers.map(|answers| answers.compare(self.model, guard, &mut |_, _| ()));
-                Ok(compared.transpose()?.map(|kl| kl.nats_per_token))
-            };
-            let progress = &mut |done, total| bar.at(done, total);
-            found.strengths = strengths(self.model, self.guard, input, factors, &mut kl, progress)?;
-        }
-        Ok(found)
+        Ok(steering(self.model, self.guard, input, &mut kl, &mut |done, total| bar.at(done, total))?)
     }
 
     fn utility(&self, answers: &BenignAnswers) -> anyhow::Result<Utility> {

@@ -68,6 +68,14 @@ impl Proportion {
         Self { count, of, share: p, low, high }
     }
 
+    /// Of a control, over its seeds: all counts together, the mean share and its 5th and 95th percentile.
+    pub(super) fn over_seeds(seeds: impl Iterator<Item = Self> + Clone) -> Self {
+        let shares: Vec<f64> = seeds.clone().map(|seed| seed.share).collect();
+        let Estimate { value, low, high } = Estimate::over_seeds(&shares);
+        let (count, of) = seeds.fold((0, 0), |(count, of), seed| (count + seed.count, of + seed.of));
+        Self { count, of, share: value, low, high }
+    }
+
     /// How many of `values` are true.
     pub fn of(values: impl IntoIterator<Item = bool>) -> Self {
         let (mut count, mut of) = (0, 0);
@@ -77,6 +85,11 @@ impl Proportion {
         }
         Self::new(count, of)
     }
+}
+
+/// One of `n` for a bootstrap: the high half of a product, even up to 2⁻³², and the same on every machine.
+pub(super) fn drawn(rng: &mut ChaCha8Rng, n: usize) -> usize {
+    ((u64::from(rng.next_u32()) * n as u64) >> 32) as usize
 }
 
 /// Two classes' scores as counts by rank, from the lowest score up: all that AUC and rates depend on.
@@ -118,9 +131,7 @@ impl Ranked {
         let mut draw = |ranks: &[u32]| {
             let mut counts = vec![0; self.n_ranks];
             for _ in ranks {
-                // The high half of a product: even up to 2⁻³², and the same on every machine.
-                let index = (u64::from(rng.next_u32()) * ranks.len() as u64) >> 32;
-                counts[ranks[index as usize] as usize] += 1;
+                counts[ranks[drawn(rng, ranks.len())] as usize] += 1;
             }
             counts
         };

@@ -17,5 +17,5 @@ pub use controls::{CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, ran
 pub use detection::{Detection, DetectionInput, DetectionRow, Fires, GateScores, LayerSeparation, detection};
 pub use error::EvalError;
 pub use report::Report;
-pub use steering::{Behaviour, Example, Steering, SteeringInput, SteeringRow, StrengthRow, steering, strengths};
+pub use steering::{Behaviour, Example, Steering, SteeringInput, SteeringRow, StrengthRow, steering};
 pub use utility::{Utility, UtilityInput, utility};

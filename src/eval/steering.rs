@@ -1,7 +1,7 @@
 use super::EvalError;
 use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard};
 use super::generate::{Generated, answer_tokens, generate, tokens_of};
-use super::metrics::{Estimate, Proportion};
+use super::metrics::Proportion;
 use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
 use crate::engine::{Model, Session, SessionOptions};
 use crate::guard::Guard;
@@ -89,6 +89,8 @@ pub struct SteeringInput<'a> {
     pub system_prompt: &'a str,
     /// Where the control acts that acts at a wrong layer; by default half of the depth away.
     pub wrong_layer: Option<LayerIndex>,
+    /// What to multiply the guard's strengths by, a [`StrengthRow`] each.
+    pub strengths: &'a [f64],
 }
 
 /// Examples of a class that a report shows.
@@ -96,21 +98,23 @@ const EXAMPLES: usize = 8;
 
 /// Generates greedy answers unguarded, guarded and under the controls, and judges them by rule (see [`refusal`](super::refusal)).
 ///
-/// Controls keep the guard's gates, so that they act on the same prompts.
+/// Controls keep the guard's gates, so that they act on the same prompts. `kl` says what it can of the guard at each of the strengths asked for.
 ///
 /// # Errors
-/// A guard without interventions, or not for this model; a class without prompts, or one that can't be run.
+/// A guard without interventions, or not for this model; a class without prompts, or one that can't be run; a strength that is out of range, or
+/// what `kl` gives.
 pub fn steering(
     model: &Model,
     guard: &Guard,
     input: SteeringInput<'_>,
+    kl: &mut dyn FnMut(&Guard) -> Result<Option<f64>, EvalError>,
     progress: Progress<'_>,
 ) -> Result<Steering, EvalError> {
     if guard.interventions().is_empty() {
         return Err(EvalError::NoIntervention { guard: guard.name().into() });
     }
     // The unguarded run is both a row and what others are held against.
-    let runs = 4 + input.control_seeds as usize;
+    let runs = 4 + input.control_seeds as usize + input.strengths.len();
     let mut subject = Subject::new(model, input, runs, progress)?;
     let mut rows = vec![subject.unguarded_row()?];
     let guarded = subject.answers(guard, None)?;
@@ -135,6 +139,13 @@ pub fn steering(
         rows.push(subject.row(format!("wrong layer, {wrong}"), Role::WrongLayer, &answers)?);
     }
     rows.push(subject.system_prompt_row(input)?);
+    let mut strengths = Vec::new();
+    for &factor in input.strengths {
+        let scaled = scaled(guard, factor)?;
+        let answers = subject.answers(&scaled, None)?;
+        let SteeringRow { harmful, harmless, .. } = subject.row(String::new(), Role::Guard, &answers)?;
+        strengths.push(StrengthRow { factor, harmful, harmless, kl: kl(&scaled)? });
+    }
     Ok(Steering {
         guard: guard.name().into(),
         model: model.identity().name.clone(),
@@ -143,31 +154,8 @@ pub fn steering(
         system_prompt: input.system_prompt.to_owned(),
         rows,
         examples,
-        strengths: Vec::new(),
+        strengths,
     })
-}
-
-/// The guard at each of `factors` times its strengths, beside what `kl` says of it.
-///
-/// # Errors
-/// As [`steering`], a strength that is out of range, or what `kl` gives.
-pub fn strengths(
-    model: &Model,
-    guard: &Guard,
-    input: SteeringInput<'_>,
-    factors: &[f64],
-    kl: &mut dyn FnMut(&Guard) -> Result<Option<f64>, EvalError>,
-    progress: Progress<'_>,
-) -> Result<Vec<StrengthRow>, EvalError> {
-    let mut subject = Subject::new(model, input, 1 + factors.len(), progress)?;
-    let mut rows = Vec::new();
-    for &factor in factors {
-        let scaled = scaled(guard, factor)?;
-        let answers = subject.answers(&scaled, None)?;
-        let SteeringRow { harmful, harmless, .. } = subject.row(String::new(), Role::Guard, &answers)?;
-        rows.push(StrengthRow { factor, harmful, harmless, kl: kl(&scaled)? });
-    }
-    Ok(rows)
 }
 
 /// `guard` with every strength multiplied by `factor`.
@@ -367,13 +355,7 @@ fn behaviour(answers: &[Generated], perplexity: Option<f64>, reference: Option<f
 fn over_seeds(rows: &[SteeringRow]) -> SteeringRow {
     let class = |of: &dyn Fn(&SteeringRow) -> &Behaviour| {
         let all: Vec<&Behaviour> = rows.iter().map(of).collect();
-        let share = |of: &dyn Fn(&Behaviour) -> Proportion| {
-            let shares: Vec<Proportion> = all.iter().map(|behaviour| of(behaviour)).collect();
-            let Estimate { value, low, high } =
-                Estimate::over_seeds(&shares.iter().map(|share| share.share).collect::<Vec<_>>());
-            let (count, of) = (shares.iter().map(|s| s.count).sum(), shares.iter().map(|s| s.of).sum());
-            Proportion { count, of, share: value, low, high }
-        };
+        let share = |of: &dyn Fn(&Behaviour) -> Proportion| Proportion::over_seeds(all.iter().map(|seed| of(seed)));
         let mean = |of: &dyn Fn(&Behaviour) -> Option<f64>| {
             let known: Vec<f64> = all.iter().filter_map(|behaviour| of(behaviour)).collect();
             (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)

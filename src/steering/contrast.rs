@@ -53,10 +53,8 @@ impl<'a, 's> Checked<'a, 's> {
                 if rows.width() != width {
                     return Err(SteeringError::ClassWidths { class, expected: width, found: rows.width() });
                 }
-                for (row, values) in rows.rows().enumerate() {
-                    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-                        return Err(SteeringError::NonFiniteRow { class, row, index, value: values[index] });
-                    }
+                if let Some((row, index, value)) = rows.first_non_finite() {
+                    return Err(SteeringError::NonFiniteRow { class, row, index, value });
                 }
             }
             if !(set.weight.is_finite() && set.weight > 0.0) {

@@ -38,6 +38,12 @@ impl<'a> Residual<'a> {
     pub fn rows(&self) -> std::slice::ChunksExact<'a, f32> {
         self.values.chunks_exact(self.width)
     }
+
+    /// The first value that is not finite: its row, its index in the row, and itself.
+    pub fn first_non_finite(&self) -> Option<(usize, usize, f32)> {
+        let at = self.values.iter().position(|value| !value.is_finite())?;
+        Some((at / self.width, at % self.width, self.values[at]))
+    }
 }
 
 /// A view of residual activations that may be patched, `[n_rows, width]` row-major, one row a token.

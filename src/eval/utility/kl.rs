@@ -1,13 +1,13 @@
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
 use crate::eval::generate::{Generated, answer_tokens, generate, tokens_of};
-use crate::eval::metrics::RESAMPLES;
+use crate::eval::metrics::{RESAMPLES, drawn};
 use crate::guard::Guard;
 use crate::hook::ContextError;
 use crate::learn::Progress;
 use crate::tensor::{kl_divergence, log_softmax, quantile};
 use llama_cpp_2::token::LlamaToken;
-use rand::{Rng, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
@@ -183,7 +183,7 @@ impl BenignAnswers {
 /// Of the mean over tokens, by resampling prompts.
 fn interval(by_prompt: &[Sums]) -> [f64; 2] {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
-    let mut draw = |_| &by_prompt[((u64::from(rng.next_u32()) * by_prompt.len() as u64) >> 32) as usize];
+    let mut draw = |_| &by_prompt[drawn(&mut rng, by_prompt.len())];
     let resampled: Vec<f64> = (0..RESAMPLES)
         .map(|_| {
             let all = Sums::of((0..by_prompt.len()).map(&mut draw));
@@ -191,22 +191,6 @@ fn interval(by_prompt: &[Sums]) -> [f64; 2] {
         })
         .collect();
     [0.025, 0.975].map(|q| quantile(&resampled, q))
-}
-
-/// [`BenignAnswers::compare`] on answers of up to `max_tokens` tokens that are made for it.
-///
-/// # Errors
-/// As [`BenignAnswers::new`] and [`BenignAnswers::compare`].
-pub fn benign_kl(
-    model: &Model,
-    guard: &Guard,
-    prompts: &[String],
-    max_tokens: usize,
-    progress: Progress<'_>,
-) -> Result<BenignKl, EvalError> {
-    let total = 2 * prompts.len();
-    let answers = BenignAnswers::new(model, prompts, max_tokens, &mut |done, _| progress(done, total))?;
-    answers.compare(model, guard, &mut |done, _| progress(prompts.len() + done, total))
 }
 
 #[derive(Default)]

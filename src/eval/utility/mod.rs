@@ -5,7 +5,7 @@ mod choice;
 mod kl;
 
 pub use choice::{Answered, Question, answered, questions};
-pub use kl::{BenignAnswers, BenignKl, PromptKl, benign_kl};
+pub use kl::{BenignAnswers, BenignKl, PromptKl};
 
 use super::EvalError;
 use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard};
@@ -198,11 +198,7 @@ impl Measure<'_> {
 /// One row for all seeds of a control.
 fn over_seeds(rows: &[UtilityRow]) -> UtilityRow {
     let over = |of: &dyn Fn(&UtilityRow) -> f64| Estimate::over_seeds(&rows.iter().map(of).collect::<Vec<_>>());
-    let share = |of: &dyn Fn(&UtilityRow) -> Proportion| {
-        let Estimate { value, low, high } = over(&|row| of(row).share);
-        let sum = |of: &dyn Fn(&UtilityRow) -> usize| rows.iter().map(of).sum();
-        Proportion { count: sum(&|row| of(row).count), of: sum(&|row| of(row).of), share: value, low, high }
-    };
+    let share = |of: &dyn Fn(&UtilityRow) -> Proportion| Proportion::over_seeds(rows.iter().map(of));
     UtilityRow {
         name: format!("random direction, mean of {}", rows.len()),
         role: Role::Random,

@@ -31,8 +31,11 @@ impl Rows {
                 return Err(MappingError::RowCount { what, expected: documents.len(), found }.into());
             }
         }
-        check_finite(source, "source")?;
-        check_finite(target, "target")?;
+        for (side, rows) in [("source", source), ("target", target)] {
+            if let Some((row, index, value)) = rows.first_non_finite() {
+                return Err(MappingError::NonFiniteRow { side, row, index, value }.into());
+            }
+        }
         let folds = Folds::new(documents, options.folds, false, options.seed)?;
         let (train, heldout) = (folds.train(), folds.heldout());
         let standardization = |rows: Residual<'_>| {
@@ -113,16 +116,6 @@ fn standardized(rows: Residual<'_>, by: &Standardization, which: &[usize], devic
         values.extend(row.map(|(x, (mean, scale))| ((f64::from(*x) - f64::from(*mean)) / f64::from(*scale)) as f32));
     }
     Tensor::from_vec(values, (which.len(), rows.width()), device)
-}
-
-fn check_finite(rows: Residual<'_>, side: &'static str) -> std::result::Result<(), MappingError> {
-    match rows.values().iter().position(|value| !value.is_finite()) {
-        Some(at) => {
-            let (row, index, value) = (at / rows.width(), at % rows.width(), rows.values()[at]);
-            Err(MappingError::NonFiniteRow { side, row, index, value })
-        }
-        None => Ok(()),
-    }
 }
 
 fn digest(source: Residual<'_>, target: Residual<'_>, documents: &[u32]) -> Digest {

@@ -60,9 +60,8 @@ impl Side {
             let (what, expected, found) = (side, folds.order.len(), rows.n_rows());
             return Err(MappingError::RowCount { what, expected, found });
         }
-        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-            let (row, value) = (index / width, values[index]);
-            return Err(MappingError::NonFiniteRow { side, row, index: index % width, value });
+        if let Some((row, index, value)) = rows.first_non_finite() {
+            return Err(MappingError::NonFiniteRow { side, row, index, value });
         }
         let moments = moments(values, width, threads);
         let rows = standardised(rows, &folds.order, &moments, threads);
