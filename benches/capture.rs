@@ -1,5 +1,6 @@
 //! Reading the activations of every token at all layers that have them, beside plain prefill of the same prompt by llama.cpp with no callback. Neither
-//! asks for logits. Both run in turn, and what counts is the median of the pairs' ratios.
+//! asks for logits. Both run in turn, and what counts is the median of the pairs' ratios. Contexts are made anew every few pairs, since where one lies in
+//! memory shifts its time by a few per cent.
 //!
 //! `cargo bench --profile dev --bench capture -- MODEL.gguf [PAIRS [TOKENS …]]`
 
@@ -11,6 +12,9 @@ use std::error::Error;
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::time::Instant;
+
+/// Before contexts are made anew.
+const PAIRS_A_CONTEXT: usize = 4;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
@@ -30,7 +34,6 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // All but the last, where llama.cpp keeps only rows with logits.
     let layers: Vec<LayerIndex> = (0..model.shape().n_layer - 1).map(LayerIndex).collect();
-    let mut reader = ActivationReader::of(&model, layers.clone(), longest)?;
     let threads = std::thread::available_parallelism()?.get() as i32;
     let params = LlamaContextParams::default()
         .with_n_ctx(NonZeroU32::new(longest as u32))
@@ -38,42 +41,45 @@ fn main() -> Result<(), Box<dyn Error>> {
         .with_n_ubatch(longest.min(512) as u32)
         .with_n_threads(threads)
         .with_n_threads_batch(threads);
-    let mut plain = model.llama().new_context(backend()?, params)?;
     let mut batch = LlamaBatch::new(longest, 1);
 
     println!("{} layers of {}", layers.len(), model.shape().n_embd.0);
     for length in lengths {
         let tokens = &tokens[..length];
-        let mut captured = || -> Result<f64, Box<dyn Error>> {
-            let start = Instant::now();
-            let rows = reader.every_token(tokens)?;
-            let seconds = start.elapsed().as_secs_f64();
-            assert_eq!(rows.n_rows(), length - 1);
-            Ok(seconds)
-        };
-        let mut unread = || -> Result<f64, Box<dyn Error>> {
-            let start = Instant::now();
-            plain.clear_kv_cache();
-            batch.clear();
-            for (position, token) in tokens.iter().enumerate() {
-                batch.add(*token, position as i32, &[0], false)?;
-            }
-            plain.decode(&mut batch)?;
-            plain.synchronize();
-            Ok(start.elapsed().as_secs_f64())
-        };
-        captured()?;
-        unread()?;
         let mut ratios = Vec::new();
-        for pair in 0..pairs {
-            let (captured, unread) = if pair % 2 == 0 {
-                let captured = captured()?;
-                (captured, unread()?)
-            } else {
-                let unread = unread()?;
-                (captured()?, unread)
+        while ratios.len() < pairs {
+            let mut reader = ActivationReader::of(&model, layers.clone(), longest)?;
+            let mut plain = model.llama().new_context(backend()?, params.clone())?;
+            let mut captured = || -> Result<f64, Box<dyn Error>> {
+                let start = Instant::now();
+                let rows = reader.every_token(tokens)?;
+                let seconds = start.elapsed().as_secs_f64();
+                assert_eq!(rows.n_rows(), length - 1);
+                Ok(seconds)
             };
-            ratios.push(captured / unread);
+            let mut unread = || -> Result<f64, Box<dyn Error>> {
+                let start = Instant::now();
+                plain.clear_kv_cache();
+                batch.clear();
+                for (position, token) in tokens.iter().enumerate() {
+                    batch.add(*token, position as i32, &[0], false)?;
+                }
+                plain.decode(&mut batch)?;
+                plain.synchronize();
+                Ok(start.elapsed().as_secs_f64())
+            };
+            captured()?;
+            unread()?;
+            for pair in 0..PAIRS_A_CONTEXT.min(pairs - ratios.len()) {
+                let (captured, unread) = if pair % 2 == 0 {
+                    let captured = captured()?;
+                    (captured, unread()?)
+                } else {
+                    let unread = unread()?;
+                    (captured()?, unread)
+                };
+                ratios.push(captured / unread);
+            }
         }
         let at = |share| quantile(&ratios, share);
         println!(
