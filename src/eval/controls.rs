@@ -67,6 +67,18 @@ pub fn random_guard(model: &Model, guard: &Guard, seed: u64, benign: &[String]) 
     replaced(model, guard, benign, with)
 }
 
+/// `guard` with every strength multiplied by `factor`.
+///
+/// # Errors
+/// A strength that is out of range.
+pub fn scaled(guard: &Guard, factor: f64) -> Result<Guard, GuardError> {
+    let mut scaled = guard.clone();
+    for intervention in guard.interventions() {
+        scaled = scaled.with_strength(&intervention.name, factor * f64::from(intervention.strength))?;
+    }
+    Ok(scaled)
+}
+
 /// `guard` with every intervention at one other layer, along the same vectors, and that layer: `chosen`, or of those at which it compiles (a gate
 /// must have decided before what it opens acts) the one that is nearest to [`wrong_layer`]. Gates are as they were, an `ablate` is recentred as that of
 /// [`random_guard`].

@@ -23,6 +23,12 @@ pub enum EvalError {
     NothingToCompare { guard: String, prompts: usize },
     #[error("guard `{guard}` has no intervention, so there is nothing to steer with: `detection` measures its gates")]
     NoIntervention { guard: String },
+    #[error(
+        "guard `{guard}` has no intervention of a strength other than 0, so there is none to look for a strength of"
+    )]
+    NoStrength { guard: String },
+    #[error("at {factor} times the guard's strengths: {source}")]
+    Factor { factor: f64, source: Box<EvalError> },
     #[error("guard `{guard}` acts at the only layer that its model has, so there is no other to compare with")]
     NoOtherLayer { guard: String },
     #[error("figure `{figure}` can't be drawn: {reason}")]

@@ -11,11 +11,13 @@ pub mod metrics;
 pub mod refusal;
 pub mod report;
 mod steering;
+mod strength;
 pub mod utility;
 
-pub use controls::{CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, random_guard, wrong_layer};
+pub use controls::{CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, random_guard, scaled, wrong_layer};
 pub use detection::{Detection, DetectionInput, DetectionRow, Fires, GateScores, LayerSeparation, detection};
 pub use error::EvalError;
 pub use report::Report;
 pub use steering::{Behaviour, Example, Steering, SteeringInput, SteeringRow, StrengthRow, steering};
+pub use strength::{StrengthInput, strength_for_refusals};
 pub use utility::{Utility, UtilityInput, utility};

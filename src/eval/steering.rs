@@ -1,6 +1,6 @@
 use super::EvalError;
-use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard};
-use super::generate::{Generated, answer_tokens, generate, tokens_of};
+use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard, scaled};
+use super::generate::{Generated, answer_tokens, generate, generate_where_fired, tokens_of};
 use super::metrics::Proportion;
 use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
 use crate::engine::{Model, Session, SessionOptions};
@@ -158,15 +158,6 @@ pub fn steering(
     })
 }
 
-/// `guard` with every strength multiplied by `factor`.
-fn scaled(guard: &Guard, factor: f64) -> Result<Guard, EvalError> {
-    let mut scaled = guard.clone();
-    for intervention in guard.interventions() {
-        scaled = scaled.with_strength(&intervention.name, factor * f64::from(intervention.strength))?;
-    }
-    Ok(scaled)
-}
-
 /// Both classes' answers under one guard.
 struct Answers {
     harmful: Vec<Generated>,
@@ -239,18 +230,7 @@ impl<'a> Subject<'a> {
         let before = self.done;
         self.done += prompts.len();
         let mut report = |done: usize, _: usize| (self.progress)(before + done, self.total);
-        let Some(fired) = fired else {
-            return generate(self.model, guards, prompts, self.max_tokens, &mut report);
-        };
-        let mut answers = fired.to_vec();
-        let again: Vec<usize> = (0..answers.len()).filter(|index| answers[*index].fired).collect();
-        if !again.is_empty() {
-            let asked: Vec<_> = again.iter().map(|index| prompts[*index].clone()).collect();
-            let new = generate(self.model, guards, &asked, self.max_tokens, &mut report)?;
-            again.into_iter().zip(new).for_each(|(index, answer)| answers[index] = answer);
-        }
-        report(answers.len(), 0);
-        Ok(answers)
+        generate_where_fired(self.model, guards, prompts, fired, self.max_tokens, &mut report)
     }
 
     /// `exp(−mean ln p)` over all tokens of the answers, by the unguarded model after the plain prompt.
@@ -326,7 +306,7 @@ impl<'a> Subject<'a> {
 }
 
 /// A blocked prompt is refused, whatever had been said.
-fn judged(answer: &Generated) -> Answer {
+pub(super) fn judged(answer: &Generated) -> Answer {
     if answer.blocked { Answer::Refusal } else { classify(&answer.text) }
 }
 

@@ -121,13 +121,21 @@ pub fn extend_guard(
     write_guard(directory, &manifest, &all_tensors, &all_mappings)
 }
 
+/// The guard in `directory` as it would be with `text` for its manifest. Nothing is written.
+///
+/// # Errors
+/// A guard that does not validate.
+pub fn guard_with_manifest(directory: &Path, text: &str) -> Result<Guard, GuardError> {
+    let folder = Folder::new(directory);
+    validate::guard(&folder.label(MANIFEST_FILE), text.as_bytes(), &folder)
+}
+
 /// Replaces the manifest of the guard in `directory` by `text` (see [`edit`](super::edit)), if the guard is valid with it.
 ///
 /// # Errors
 /// A guard that does not validate, which leaves the old manifest, or a folder that can't be written.
 pub fn replace_manifest(directory: &Path, text: &str) -> Result<Guard, GuardError> {
-    let folder = Folder::new(directory);
-    validate::guard(&folder.label(MANIFEST_FILE), text.as_bytes(), &folder)?;
+    guard_with_manifest(directory, text)?;
     replace(directory, MANIFEST_FILE, text.as_bytes())?;
     Guard::load(directory)
 }
