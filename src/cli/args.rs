@@ -667,6 +667,10 @@ pub struct EvalArguments {
     /// Negative prompts that the guard was made from
     #[arg(long, value_name = "F", requires = "native_positive")]
     pub native_negative: Option<PathBuf>,
+    /// Vectors that `extract` found in the guarded model, of the guard's names and layers: to steer by as a control in `steering` and `utility`; give it
+    /// again for more files
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub native_vectors: Vec<PathBuf>,
     /// Prompts of each file that are answered, the first ones; and questions
     #[arg(long, default_value_t = 100, value_name = "N")]
     pub limit: usize,

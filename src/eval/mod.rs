@@ -14,7 +14,9 @@ mod steering;
 mod strength;
 pub mod utility;
 
-pub use controls::{CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, random_guard, scaled, wrong_layer};
+pub use controls::{
+    CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, native_guard, random_guard, scaled, wrong_layer,
+};
 pub use detection::{Detection, DetectionInput, DetectionRow, Fires, GateScores, LayerSeparation, detection};
 pub use error::EvalError;
 pub use report::Report;

@@ -1,5 +1,7 @@
 use super::EvalError;
-use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard, scaled};
+use super::controls::{
+    NATIVE_ROW, Role, guard_at_wrong_layer, has_vectors, only_when_fired, random_guard, recentred, scaled,
+};
 use super::generate::{Generated, answer_tokens, generate, generate_where_fired, tokens_of};
 use super::metrics::Proportion;
 use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
@@ -87,6 +89,8 @@ pub struct SteeringInput<'a> {
     pub max_tokens: usize,
     pub control_seeds: u64,
     pub system_prompt: &'a str,
+    /// The guard along the model's own vectors, as [`native_guard`](super::native_guard) makes it, for a control.
+    pub native: Option<&'a Guard>,
     /// Where the control acts that acts at a wrong layer; by default half of the depth away.
     pub wrong_layer: Option<LayerIndex>,
     /// What to multiply the guard's strengths by, a [`StrengthRow`] each.
@@ -114,15 +118,19 @@ pub fn steering(
         return Err(EvalError::NoIntervention { guard: guard.name().into() });
     }
     // The unguarded run is both a row and what others are held against.
-    let runs = 4 + input.control_seeds as usize + input.strengths.len();
+    let runs = 4 + usize::from(input.native.is_some()) + input.control_seeds as usize + input.strengths.len();
     let mut subject = Subject::new(model, input, runs, progress)?;
     let mut rows = vec![subject.unguarded_row()?];
     let guarded = subject.answers(guard, None)?;
     let examples = subject.examples(input, &guarded);
     rows.push(subject.row("guard".into(), Role::Guard, &guarded)?);
     let unfired = only_when_fired(guard).then_some(&guarded);
-    // A switch has no vector that another could stand for.
-    let vectors = guard.interventions().iter().any(|acts| acts.kind.vector().is_some());
+    if let Some(native) = input.native {
+        let control = recentred(model, native.clone(), input.harmless)?;
+        let answers = subject.answers(&control, unfired)?;
+        rows.push(subject.row(NATIVE_ROW.into(), Role::Native, &answers)?);
+    }
+    let vectors = has_vectors(guard);
     let seeds = if vectors { input.control_seeds } else { 0 };
     let mut random = Vec::new();
     for seed in 0..seeds {
