@@ -373,6 +373,13 @@ fn a_guard_of_several_vectors_is_made_step_by_step() {
     let mixed = ["guard", "build", "--name", "mixed", "--model", &other, "--vectors", &vectors, "--layer", "1"];
     let ran = pilotfish(&[&mixed[..], &["--onto", &onto, "--intervene", "add", "-o", &output]].concat());
     assert!(ran.code == 2 && ran.stderr.contains("expected a guard for the model"), "{ran:?}");
+
+    // Another source: the guard says of one that all its vectors were learnt there.
+    let mapping = prompts.at("other.map.safetensors");
+    let models = ["map", "--source", &other, "--target", &target, "--layers", "1:1"];
+    done(&[&models[..], &["--corpus", &birds, "--corpus", &sharks, "-o", &mapping]].concat());
+    let (ran, _) = build("mixed", "other.safetensors", &mapping, &[&steer[..], &["--baked"]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("expected vectors learnt on"), "{ran:?}");
 }
 
 /// A tiny model says bytes, and never that it will not.
