@@ -28,7 +28,7 @@ pub enum EvalError {
         "guard `{guard}` has no intervention of a strength other than 0, so there is none to look for a strength of"
     )]
     NoStrength { guard: String },
-    #[error("at {factor} times the guard's strengths: {source}")]
+    #[error("at {factor} times the guard's strengths")]
     Factor { factor: f64, source: Box<EvalError> },
     #[error("no intervention of guard `{guard}` has a vector, so there is none for the model's own to stand for")]
     NothingToReplace { guard: String },

@@ -1,4 +1,4 @@
-//! Measuring guards: tasks, controls, reports.
+//! Measuring guards: tasks, controls, reports; and how strong a guard has to be for what it measures.
 //!
 //! In: a guard, the model it guards, and prompts that had no part in its making. Out: figures, each beside its controls, and a report of
 //! them. This room touches no file: reports are texts, for the caller to write.
