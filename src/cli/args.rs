@@ -544,8 +544,39 @@ pub struct CalibrateArguments {
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     pub strength_sd: Option<f64>,
     /// Measure nothing; take the thresholds of this share of benign prompts from the table of an earlier calibration
-    #[arg(long = "use", value_name = "SHARE", conflicts_with_all = ["model", "benign", "positive", "confidence", "strength_sd"])]
+    #[arg(long = "use", value_name = "SHARE", conflicts_with_all = ["model", "benign", "positive", "confidence", "strength_sd", "refusals"])]
     pub operating_point: Option<f64>,
+    /// Then multiply all strengths by what has this share of the positive prompts refused at the least KL on benign ones
+    #[arg(long, value_name = "SHARE", requires = "positive")]
+    pub refusals: Option<f64>,
+    /// Multiples of the guard's strengths among which `--refusals` looks: from none to twice what they are
+    #[arg(long, value_name = "LOW..HIGH", default_value = "0..2", requires = "refusals")]
+    pub strengths: Factors,
+    /// Prompts of each file that are answered for `--refusals`, the first ones
+    #[arg(long, default_value_t = 40, value_name = "N", requires = "refusals")]
+    pub limit: usize,
+    /// Tokens of their answers
+    #[arg(long, default_value_t = 24, value_name = "N", requires = "refusals")]
+    pub max_tokens: usize,
+}
+
+/// A range of what strengths are multiplied by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Factors {
+    pub low: f64,
+    pub high: f64,
+}
+
+impl std::str::FromStr for Factors {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let ends = text
+            .split_once("..")
+            .and_then(|(low, high)| Some(Self { low: low.trim().parse().ok()?, high: high.trim().parse().ok()? }));
+        let sound = |Self { low, high }: &Self| *low >= 0.0 && low < high && high.is_finite();
+        ends.filter(sound).ok_or_else(|| format!("`{text}` is no range of factors from 0 on; give one as `0.5..3`"))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -636,6 +667,10 @@ pub struct EvalArguments {
     /// Negative prompts that the guard was made from
     #[arg(long, value_name = "F", requires = "native_positive")]
     pub native_negative: Option<PathBuf>,
+    /// Vectors that `extract` found in the guarded model, of the guard's names and layers: to steer by as a control in `steering` and `utility`; give it
+    /// again for more files
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub native_vectors: Vec<PathBuf>,
     /// Prompts of each file that are answered, the first ones; and questions
     #[arg(long, default_value_t = 100, value_name = "N")]
     pub limit: usize,

@@ -4,16 +4,16 @@ use super::models::load;
 use super::progress::Bar;
 use super::table::table;
 use super::{guard, prompts};
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use pilotfish::engine::Model;
 use pilotfish::eval::metrics::{Estimate, Proportion};
 use pilotfish::eval::report::{PromptsEntry, Seeds};
 use pilotfish::eval::utility::BenignAnswers;
 use pilotfish::eval::{
     Detection, DetectionInput, Report, Role, Steering, SteeringInput, SteeringRow, Utility, UtilityInput, detection,
-    steering, utility,
+    native_guard, steering, utility,
 };
-use pilotfish::guard::{Guard, MANIFEST_FILE, MeasuredResult, edit, replace_manifest};
+use pilotfish::guard::{Guard, MANIFEST_FILE, MeasuredResult, VectorFile, edit, replace_manifest};
 use pilotfish::learn::{Classes, Survey};
 use pilotfish::tensor::LayerIndex;
 use std::io::Write;
@@ -23,12 +23,15 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let files = Files::read(&arguments)?;
     let survey = arguments.survey.as_deref().map(read_survey).transpose()?;
     let guard = guard::load_guard(&arguments.guard)?;
+    let native = read_native(&arguments)?;
     let model = load(&arguments.model)?;
+    let native = native.map(|files| native_guard(&model, &guard, &files)).transpose()?;
     let seeds = Seeds { bootstrap: arguments.seed, controls: arguments.control_seeds };
     let mut report = Report::new(&model, &guard, seeds, std::env::args().collect());
     report.prompts = files.entries(&arguments);
     report.survey = survey;
-    let measured = Measured { model: &model, guard: &guard, arguments: &arguments, files: &files };
+    let measured =
+        Measured { model: &model, guard: &guard, native: native.as_ref(), arguments: &arguments, files: &files };
     let asked = |task| arguments.tasks.contains(&task);
     if asked(Task::Detection) {
         report.detection = Some(measured.detection()?);
@@ -125,6 +128,8 @@ impl Files {
 struct Measured<'a> {
     model: &'a Model,
     guard: &'a Guard,
+    /// Along the model's own vectors.
+    native: Option<&'a Guard>,
     arguments: &'a EvalArguments,
     files: &'a Files,
 }
@@ -163,6 +168,7 @@ impl Measured<'_> {
             max_tokens: *max_tokens,
             control_seeds: *control_seeds,
             system_prompt,
+            native: self.native,
             wrong_layer: self.wrong_layer(),
             strengths,
         };
@@ -182,11 +188,29 @@ impl Measured<'_> {
             max_tokens: *max_tokens,
             control_seeds: *control_seeds,
             system_prompt,
+            native: self.native,
             wrong_layer: self.wrong_layer(),
         };
         let bar = Bar::new("utility");
         Ok(utility(self.model, self.guard, answers, input, &mut |done, total| bar.at(done, total))?)
     }
+}
+
+/// The model's own vectors, if some were given.
+fn read_native(arguments: &EvalArguments) -> anyhow::Result<Option<Vec<VectorFile>>> {
+    let EvalArguments { native_vectors: paths, tasks, .. } = arguments;
+    if paths.is_empty() {
+        return Ok(None);
+    }
+    ensure!(
+        tasks.contains(&Task::Steering) || tasks.contains(&Task::Utility),
+        "`--native-vectors` are for `steering` and `utility`; the model's own direction in `detection` comes of `--native-positive` and `--native-negative`"
+    );
+    let read = |path: &PathBuf| -> anyhow::Result<VectorFile> {
+        let bytes = std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))?;
+        Ok(VectorFile::from_bytes(&path.display().to_string(), &bytes)?)
+    };
+    Ok(Some(paths.iter().map(read).collect::<anyhow::Result<_>>()?))
 }
 
 fn read_survey(path: &Path) -> anyhow::Result<Survey> {

@@ -2,11 +2,14 @@ use super::args::{CalibrateArguments, ExtractArguments, Layers, Method};
 use super::models::{load, load_named};
 use super::progress::Bar;
 use super::table::table;
-use super::{Outcome, guard, prompts};
+use super::{Outcome, guard, prompts, strength};
 use anyhow::{Context, bail, ensure};
-use pilotfish::guard::{GateCalibration, Intervention, InterventionKind, VectorFile, edit, replace_manifest};
+use pilotfish::guard::{
+    GateCalibration, Intervention, InterventionKind, VectorFile, edit, guard_with_manifest, replace_manifest,
+};
 use pilotfish::learn::{
-    self, BenignProjection, Calibrated, CalibrationOptions, ContrastMethod, ContrastOptions, FirstTokens, SweptLayer,
+    self, BenignProjection, Calibrated, CalibrationOptions, Classes, ContrastMethod, ContrastOptions, FirstTokens,
+    SweptLayer,
 };
 use pilotfish::steering::SteeringVector;
 use pilotfish::tensor::LayerIndex;
@@ -141,6 +144,14 @@ pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
             "`--confidence` is a share between 0 and 1, of a rate above 0; found {confidence} of {rate}"
         );
     }
+    if let Some(share) = arguments.refusals {
+        ensure!(share > 0.0 && share <= 1.0, "`--refusals` is a share above 0, up to 1; found {share}");
+        ensure!(
+            !guard.interventions().is_empty(),
+            "guard `{}` has no intervention, so there is no strength to look for by `--refusals`",
+            guard.name()
+        );
+    }
     let (Some(name), Some(benign)) = (&arguments.model, &arguments.benign) else {
         bail!("a calibration needs `--model` and `--benign`");
     };
@@ -182,6 +193,12 @@ pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
             eprintln!("intervention `{name}`: adds {strength} × {deviation:.3}, the deviation of benign projections");
         }
     }
+    if let Some(share) = arguments.refusals {
+        // With the thresholds just found.
+        let guard = guard_with_manifest(directory, &text)?;
+        let prompts = Classes { positive: &positive, negative: &benign };
+        text = edit::set_strengths(&text, &strength::for_refusals(&model, &guard, share, prompts, &arguments)?)?;
+    }
     replace_manifest(directory, &text)?;
     Ok(Outcome::Done)
 }
@@ -203,7 +220,7 @@ fn operating_points(calibration: &GateCalibration) -> comfy_table::Table {
     )
 }
 
-fn percent(share: f64) -> String {
+pub fn percent(share: f64) -> String {
     // Without the zeros of a number that needs none.
     let figure = format!("{:.2}", 100.0 * share);
     format!("{} %", figure.trim_end_matches('0').trim_end_matches('.'))

@@ -14,6 +14,7 @@ mod models;
 mod progress;
 mod prompts;
 mod run;
+mod strength;
 mod synthesize;
 mod table;
 

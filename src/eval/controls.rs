@@ -2,7 +2,7 @@
 
 use super::EvalError;
 use crate::engine::{GuardOptions, Model, backend, program_for};
-use crate::guard::{GateScope, Guard, GuardError, Intervention, InterventionKind, Rule, Truth};
+use crate::guard::{GateScope, Guard, GuardError, Intervention, InterventionKind, Rule, Truth, VectorFile};
 use crate::learn::{BenignProjection, benign_projections};
 use crate::tensor::{LayerIndex, norm};
 use rand::{Rng, SeedableRng};
@@ -25,6 +25,9 @@ pub enum Role {
     /// A text before the prompt that asks the model to do what the guard makes it do.
     SystemPrompt,
 }
+
+/// What the rows of controls along the model's own vectors are called.
+pub(super) const NATIVE_ROW: &str = "the model's own vector";
 
 /// Seeds of the random control, if nobody asks for other numbers.
 pub const CONTROL_SEEDS: u64 = 20;
@@ -65,6 +68,57 @@ pub fn random_guard(model: &Model, guard: &Guard, seed: u64, benign: &[String]) 
         guard.with_direction(name, original.layer, direction, None)
     };
     replaced(model, guard, benign, with)
+}
+
+/// `guard` with every intervention along the model's own vector, which is that of its vector's name and layer in `files`, at the norm that its vector
+/// has. Gates, and what an `ablate` leaves, are as they were.
+///
+/// # Errors
+/// A guard without a vector to replace; vectors that are of another model, or among which there is not just one of a name and layer that is needed.
+pub fn native_guard(model: &Model, guard: &Guard, files: &[VectorFile]) -> Result<Guard, EvalError> {
+    let expected = model.identity();
+    if let Some(VectorFile { model: found, .. }) =
+        files.iter().find(|file| file.model.fingerprint != expected.fingerprint)
+    {
+        return Err(EvalError::NativeOfAnother { found: found.name.clone(), expected: expected.name.clone() });
+    }
+    if !has_vectors(guard) {
+        return Err(EvalError::NothingToReplace { guard: guard.name().into() });
+    }
+    let own: Vec<_> = files.iter().flat_map(|file| &file.vectors).collect();
+    along(guard, |name, vector, changed| {
+        let original = &guard.vectors()[vector];
+        let of_name = own.iter().filter(|own| own.name == original.name && own.layer == original.layer);
+        let [native] = of_name.collect::<Vec<_>>()[..] else {
+            let known: Vec<_> = own.iter().map(|own| format!("`{}` at layer {}", own.name, own.layer)).collect();
+            return Err(EvalError::NoNative {
+                intervention: name.to_owned(),
+                vector: original.name.clone(),
+                layer: original.layer,
+                known: known.join(", "),
+            });
+        };
+        let scale = norm(&original.direction) / norm(&native.values);
+        let direction = native.values.iter().map(|x| (f64::from(*x) * scale) as f32).collect();
+        Ok(changed.with_direction(name, original.layer, direction, None)?)
+    })
+}
+
+/// Whether anything that `guard` does goes along a vector, which another could stand for.
+pub(super) fn has_vectors(guard: &Guard) -> bool {
+    guard.interventions().iter().any(|acts| acts.kind.vector().is_some())
+}
+
+/// `guard` with every strength multiplied by `factor`.
+///
+/// # Errors
+/// A strength that is out of range.
+pub fn scaled(guard: &Guard, factor: f64) -> Result<Guard, GuardError> {
+    let mut scaled = guard.clone();
+    for intervention in guard.interventions() {
+        scaled = scaled.with_strength(&intervention.name, factor * f64::from(intervention.strength))?;
+    }
+    Ok(scaled)
 }
 
 /// `guard` with every intervention at one other layer, along the same vectors, and that layer: `chosen`, or of those at which it compiles (a gate
@@ -118,12 +172,22 @@ fn replaced(
     benign: &[String],
     with: impl Fn(&str, usize, &Guard) -> Result<Guard, GuardError>,
 ) -> Result<Guard, EvalError> {
+    recentred(model, along(guard, with)?, benign)
+}
+
+/// `guard` with what `with` makes of each intervention that has a vector, of which it is told name and vector, in the guard as changed up to there.
+fn along<E>(guard: &Guard, with: impl Fn(&str, usize, &Guard) -> Result<Guard, E>) -> Result<Guard, E> {
     let mut changed = guard.clone();
     for intervention in guard.interventions() {
         if let Some(vector) = intervention.kind.vector() {
             changed = with(&intervention.name, vector, &changed)?;
         }
     }
+    Ok(changed)
+}
+
+/// A control whose every `ablate` leaves what `benign` prompts project on its direction.
+pub(super) fn recentred(model: &Model, mut changed: Guard, benign: &[String]) -> Result<Guard, EvalError> {
     let benign = &benign[..benign.len().min(RECENTRED_ON)];
     let ablates = |acts: &Intervention| matches!(acts.kind, InterventionKind::Ablate { .. });
     for projection in benign_projections(model, &changed, ablates, benign, &mut |_, _| ())? {

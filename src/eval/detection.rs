@@ -1,9 +1,11 @@
 use super::EvalError;
 use super::controls::{Role, random_direction, wrong_layer};
 use super::metrics::{Proportion, Separation, roc, separation, separation_over_seeds};
-use crate::engine::{Activations, EngineError, Model, Session, SessionOptions};
+use crate::engine::{Activations, Model, Session, SessionOptions};
 use crate::guard::{Aggregate, Gate, GateScope, Guard};
-use crate::learn::{Classes, ContrastMethod, ContrastOptions, LearnError, Progress, contrast_of, prompt_activations};
+use crate::learn::{
+    Classes, ContrastMethod, ContrastOptions, GateScore, Progress, contrast_of, gate_scores, prompt_activations,
+};
 use crate::steering::{DEFAULT_SHRINKAGE, PromptTokens};
 use crate::tensor::{LayerIndex, Residual, auc, dot, norm};
 use serde::Serialize;
@@ -105,11 +107,9 @@ pub fn detection(
     let mut steps = Steps { done: 0, total: n_prompts + kinds.len() * (n_prompts + n_native), progress };
 
     let mut session = Session::new(model, &[guard], SessionOptions::default())?;
-    let of_gates = ThreeClasses {
-        positive: gate_readings(model, &mut session, positive, &mut steps)?,
-        negative: gate_readings(model, &mut session, negative, &mut steps)?,
-        look_alike: gate_readings(model, &mut session, input.look_alike, &mut steps)?,
-    };
+    let mut read = |prompts: &[String]| gate_scores(model, &mut session, prompts, &mut || steps.step());
+    let of_gates =
+        ThreeClasses { positive: read(positive)?, negative: read(negative)?, look_alike: read(input.look_alike)? };
     drop(session);
 
     let mut found = Detection {
@@ -166,37 +166,15 @@ impl Steps<'_> {
     }
 }
 
-/// Score and decision of every gate, `[gate][prompt]`.
-fn gate_readings(
-    model: &Model,
-    session: &mut Session<'_>,
-    prompts: &[String],
-    steps: &mut Steps<'_>,
-) -> Result<Vec<Vec<(f64, bool)>>, EvalError> {
-    let mut gates: Vec<Vec<(f64, bool)>> = Vec::new();
-    for (index, prompt) in prompts.iter().enumerate() {
-        let at = |source: EngineError| EvalError::Prompt { index, source };
-        let readings = session.score(&model.prompt_tokens(prompt).map_err(at)?).map_err(at)?;
-        gates.resize(readings.len(), Vec::new());
-        for (gate, reading) in gates.iter_mut().zip(readings) {
-            let score = reading.score.ok_or(LearnError::NothingRead { gate: reading.gate, index })?;
-            gate.push((score, reading.fired));
-        }
-        steps.step();
-    }
-    Ok(gates)
-}
-
 fn gate_row(
     guard: &Guard,
     gate: &Gate,
     index: usize,
-    readings: &ThreeClasses<Vec<Vec<(f64, bool)>>>,
+    readings: &ThreeClasses<Vec<Vec<GateScore>>>,
     seed: u64,
 ) -> (DetectionRow, GateScores) {
-    let of_gate = readings.map(|gates| gates.get(index).cloned().unwrap_or_default());
-    let scores = of_gate.map(|readings| readings.iter().map(|(score, _)| *score).collect::<Vec<f64>>());
-    let fired = of_gate.map(|readings| Proportion::of(readings.iter().map(|(_, fired)| *fired)));
+    let scores = readings.map(|gates| gates[index].iter().map(|reading| reading.score).collect::<Vec<f64>>());
+    let fired = readings.map(|gates| Proportion::of(gates[index].iter().map(|reading| reading.fired)));
     let layer = guard.vectors()[gate.vector].layer;
     let mut row = scored_row(format!("gate `{}`", gate.name), Role::Guard, layer, &scores, seed);
     row.fired = Some((fired.positive.share, fired.negative.share));

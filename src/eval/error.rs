@@ -1,6 +1,7 @@
 use crate::engine::EngineError;
 use crate::guard::GuardError;
 use crate::learn::LearnError;
+use crate::tensor::LayerIndex;
 
 /// Why a guard could not be measured.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +24,23 @@ pub enum EvalError {
     NothingToCompare { guard: String, prompts: usize },
     #[error("guard `{guard}` has no intervention, so there is nothing to steer with: `detection` measures its gates")]
     NoIntervention { guard: String },
+    #[error(
+        "guard `{guard}` has no intervention of a strength other than 0, so there is none to look for a strength of"
+    )]
+    NoStrength { guard: String },
+    #[error("at {factor} times the guard's strengths")]
+    Factor { factor: f64, source: Box<EvalError> },
+    #[error("no intervention of guard `{guard}` has a vector, so there is none for the model's own to stand for")]
+    NothingToReplace { guard: String },
+    #[error(
+        "the vectors are of {found} and not of {expected}, which the guard is for: a model's own are what `extract` finds in it"
+    )]
+    NativeOfAnother { found: String, expected: String },
+    #[error(
+        "intervention `{intervention}` acts along `{vector}` at layer {layer}: there has to be one vector of that name and layer among the model's own, \
+         which are {known}"
+    )]
+    NoNative { intervention: String, vector: String, layer: LayerIndex, known: String },
     #[error("guard `{guard}` acts at the only layer that its model has, so there is no other to compare with")]
     NoOtherLayer { guard: String },
     #[error("figure `{figure}` can't be drawn: {reason}")]

@@ -73,6 +73,28 @@ pub fn generate(
     }
 }
 
+/// As [`generate`], of guards that do something only where a gate fires. `known` are answers under others that differ in what they do then: where no
+/// gate fired there, they are the answers. Without them every prompt is answered.
+pub fn generate_where_fired(
+    model: &Model,
+    guards: &[&Guard],
+    prompts: &[Vec<LlamaToken>],
+    known: Option<&[Generated]>,
+    max_tokens: usize,
+    progress: Progress<'_>,
+) -> Result<Vec<Generated>, EvalError> {
+    let Some(known) = known else { return generate(model, guards, prompts, max_tokens, progress) };
+    let mut answers = known.to_vec();
+    let again: Vec<usize> = (0..answers.len()).filter(|index| answers[*index].fired).collect();
+    if !again.is_empty() {
+        let asked: Vec<_> = again.iter().map(|index| prompts[*index].clone()).collect();
+        let new = generate(model, guards, &asked, max_tokens, progress)?;
+        again.into_iter().zip(new).for_each(|(index, answer)| answers[index] = answer);
+    }
+    progress(answers.len(), answers.len());
+    Ok(answers)
+}
+
 /// Tokens of every prompt in the model's template, after a system prompt if there is one.
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! Measuring guards: tasks, controls, reports.
+//! Measuring guards: tasks, controls, reports; and how strong a guard has to be for what it measures.
 //!
 //! In: a guard, the model it guards, and prompts that had no part in its making. Out: figures, each beside its controls, and a report of
 //! them. This room touches no file: reports are texts, for the caller to write.
@@ -11,11 +11,15 @@ pub mod metrics;
 pub mod refusal;
 pub mod report;
 mod steering;
+mod strength;
 pub mod utility;
 
-pub use controls::{CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, random_guard, wrong_layer};
+pub use controls::{
+    CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, native_guard, random_guard, scaled, wrong_layer,
+};
 pub use detection::{Detection, DetectionInput, DetectionRow, Fires, GateScores, LayerSeparation, detection};
 pub use error::EvalError;
 pub use report::Report;
 pub use steering::{Behaviour, Example, Steering, SteeringInput, SteeringRow, StrengthRow, steering};
+pub use strength::{StrengthInput, strength_for_refusals};
 pub use utility::{Utility, UtilityInput, utility};

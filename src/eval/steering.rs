@@ -1,6 +1,8 @@
 use super::EvalError;
-use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard};
-use super::generate::{Generated, answer_tokens, generate, tokens_of};
+use super::controls::{
+    NATIVE_ROW, Role, guard_at_wrong_layer, has_vectors, only_when_fired, random_guard, recentred, scaled,
+};
+use super::generate::{Generated, answer_tokens, generate, generate_where_fired, tokens_of};
 use super::metrics::Proportion;
 use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
 use crate::engine::{Model, Session, SessionOptions};
@@ -87,6 +89,8 @@ pub struct SteeringInput<'a> {
     pub max_tokens: usize,
     pub control_seeds: u64,
     pub system_prompt: &'a str,
+    /// The guard along the model's own vectors, as [`native_guard`](super::native_guard) makes it, for a control.
+    pub native: Option<&'a Guard>,
     /// Where the control acts that acts at a wrong layer; by default half of the depth away.
     pub wrong_layer: Option<LayerIndex>,
     /// What to multiply the guard's strengths by, a [`StrengthRow`] each.
@@ -114,15 +118,19 @@ pub fn steering(
         return Err(EvalError::NoIntervention { guard: guard.name().into() });
     }
     // The unguarded run is both a row and what others are held against.
-    let runs = 4 + input.control_seeds as usize + input.strengths.len();
+    let runs = 4 + usize::from(input.native.is_some()) + input.control_seeds as usize + input.strengths.len();
     let mut subject = Subject::new(model, input, runs, progress)?;
     let mut rows = vec![subject.unguarded_row()?];
     let guarded = subject.answers(guard, None)?;
     let examples = subject.examples(input, &guarded);
     rows.push(subject.row("guard".into(), Role::Guard, &guarded)?);
     let unfired = only_when_fired(guard).then_some(&guarded);
-    // A switch has no vector that another could stand for.
-    let vectors = guard.interventions().iter().any(|acts| acts.kind.vector().is_some());
+    if let Some(native) = input.native {
+        let control = recentred(model, native.clone(), input.harmless)?;
+        let answers = subject.answers(&control, unfired)?;
+        rows.push(subject.row(NATIVE_ROW.into(), Role::Native, &answers)?);
+    }
+    let vectors = has_vectors(guard);
     let seeds = if vectors { input.control_seeds } else { 0 };
     let mut random = Vec::new();
     for seed in 0..seeds {
@@ -156,15 +164,6 @@ pub fn steering(
         examples,
         strengths,
     })
-}
-
-/// `guard` with every strength multiplied by `factor`.
-fn scaled(guard: &Guard, factor: f64) -> Result<Guard, EvalError> {
-    let mut scaled = guard.clone();
-    for intervention in guard.interventions() {
-        scaled = scaled.with_strength(&intervention.name, factor * f64::from(intervention.strength))?;
-    }
-    Ok(scaled)
 }
 
 /// Both classes' answers under one guard.
@@ -239,18 +238,7 @@ impl<'a> Subject<'a> {
         let before = self.done;
         self.done += prompts.len();
         let mut report = |done: usize, _: usize| (self.progress)(before + done, self.total);
-        let Some(fired) = fired else {
-            return generate(self.model, guards, prompts, self.max_tokens, &mut report);
-        };
-        let mut answers = fired.to_vec();
-        let again: Vec<usize> = (0..answers.len()).filter(|index| answers[*index].fired).collect();
-        if !again.is_empty() {
-            let asked: Vec<_> = again.iter().map(|index| prompts[*index].clone()).collect();
-            let new = generate(self.model, guards, &asked, self.max_tokens, &mut report)?;
-            again.into_iter().zip(new).for_each(|(index, answer)| answers[index] = answer);
-        }
-        report(answers.len(), 0);
-        Ok(answers)
+        generate_where_fired(self.model, guards, prompts, fired, self.max_tokens, &mut report)
     }
 
     /// `exp(−mean ln p)` over all tokens of the answers, by the unguarded model after the plain prompt.
@@ -326,7 +314,7 @@ impl<'a> Subject<'a> {
 }
 
 /// A blocked prompt is refused, whatever had been said.
-fn judged(answer: &Generated) -> Answer {
+pub(super) fn judged(answer: &Generated) -> Answer {
     if answer.blocked { Answer::Refusal } else { classify(&answer.text) }
 }
 

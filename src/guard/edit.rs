@@ -5,6 +5,9 @@ use super::error::{GuardError, Location, shown};
 use super::{GateCalibration, Guard, MANIFEST_FILE, MeasuredResult, OperatingPoint, Probe, location};
 use toml_edit::{Array, ArrayOfTables, DocumentMut, InlineTable, Item, Table, TableLike, Value, value};
 
+/// Keys that an intervention goes by, the first that it has.
+const INTERVENTION_NAMES: [&str; 3] = ["name", "vector", "mapping"];
+
 /// Sets what `calibrate` finds for the gate of that name: as its default, and as its figures of that quantization in place of older ones.
 ///
 /// # Errors
@@ -77,11 +80,34 @@ pub fn set_strength_deviation(
     deviation: f64,
 ) -> Result<String, GuardError> {
     let mut document = parse(text)?;
-    let entry = named_entry(&mut document, "intervention", &["name", "vector"], intervention)?;
+    let entry = named_entry(&mut document, "intervention", &INTERVENTION_NAMES, intervention)?;
     set(entry, "strength", strength.into());
     set(entry, "unit", "deviation".into());
     set(entry, "deviation", deviation.into());
     Ok(document.to_string())
+}
+
+/// Sets the strengths that `guard`, which the text is of, has now, in the units that they are in.
+///
+/// # Errors
+/// Text that is not TOML, or not of that guard.
+pub fn set_strengths(text: &str, guard: &Guard) -> Result<String, GuardError> {
+    let mut document = parse(text)?;
+    for intervention in guard.interventions() {
+        let entry = named_entry(&mut document, "intervention", &INTERVENTION_NAMES, &intervention.name)?;
+        let now = entry
+            .get("strength")
+            .and_then(|written| written.as_float().or_else(|| written.as_integer().map(|whole| whole as f64)));
+        if now.unwrap_or(1.0) as f32 != intervention.strength {
+            set(entry, "strength", as_written(intervention.strength).into());
+        }
+    }
+    Ok(document.to_string())
+}
+
+/// The number of the fewest digits that is read as this `f32`.
+fn as_written(strength: f32) -> f64 {
+    strength.to_string().parse().unwrap_or(f64::from(strength))
 }
 
 /// Sets the projection that an `ablate` leaves.
@@ -90,7 +116,7 @@ pub fn set_strength_deviation(
 /// Text that is not TOML, or no such intervention.
 pub fn set_ablate_mean(text: &str, intervention: &str, mean: f64) -> Result<String, GuardError> {
     let mut document = parse(text)?;
-    set(named_entry(&mut document, "intervention", &["name", "vector"], intervention)?, "mean", mean.into());
+    set(named_entry(&mut document, "intervention", &INTERVENTION_NAMES, intervention)?, "mean", mean.into());
     Ok(document.to_string())
 }
 

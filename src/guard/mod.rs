@@ -33,7 +33,7 @@ pub use manifest::{
 pub use mapping_file::{CarryError, MappingFile, carry};
 pub use rule::{Rule, Truth};
 pub use vector_file::{VectorFile, class_mean_tensors};
-pub use write::{compose_guard, extend_guard, from_control_vector, replace_manifest, write_guard};
+pub use write::{compose_guard, extend_guard, from_control_vector, guard_with_manifest, replace_manifest, write_guard};
 
 use crate::mapping::{MapQuality, ResidualMap, Standardization};
 use crate::steering::VectorKind;

@@ -1143,6 +1143,24 @@ fn a_strength_in_deviations_is_that_many_of_them_along_the_vector() {
     assert_eq!((ablate.deviation, ablate.strength), (None, 1.0));
 }
 
+#[test]
+fn strengths_are_written_as_they_are_and_nothing_else_is() {
+    let (folder, text) = with_two_calibrations();
+    let text = edit::set_strength_deviation(&text, "refusal", 1.2, 4.0).unwrap();
+    let text = text.replacen("strength = 1.2\n", "strength = 1.2 # by hand\n", 1);
+    let guard = replace_manifest(folder.path(), &text).unwrap();
+    // The guard has 1.2 as an `f32`, which in an `f64` has more digits.
+    assert_eq!(edit::set_strengths(&text, &guard).unwrap(), text);
+    let stronger = guard.with_strength("refusal", 0.3).unwrap();
+    let edited = edit::set_strengths(&text, &stronger).unwrap();
+    assert_eq!(edited, text.replacen("strength = 1.2 # by hand", "strength = 0.3 # by hand", 1));
+    let planned = guard_with_manifest(folder.path(), &edited).unwrap();
+    assert_eq!(planned.interventions(), stronger.interventions(), "in deviations, of which there are 0.3 now");
+    assert_eq!(Guard::load(folder.path()).unwrap(), guard, "nothing was written");
+    let other = text.replace("refusal", "another");
+    assert!(edit::set_strengths(&other, &guard).unwrap_err().to_string().contains("no intervention `refusal`"));
+}
+
 /// The second mean norm is one that serde_json misreads without its feature `float_roundtrip`.
 fn vector_file() -> VectorFile {
     let vector = |name: &str, layer, values: &[f32], mean_norm| SteeringVector {

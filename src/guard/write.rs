@@ -63,7 +63,7 @@ pub fn compose_guard(manifest: &Manifest, tensors: &[(String, Vec<f32>)]) -> Res
 /// `onto`. Measured results are of neither.
 ///
 /// # Errors
-/// A guard in `onto` that can't be read, guards for two models, two things of one name, or what [`write_guard`] refuses.
+/// A guard in `onto` that can't be read, guards for two models, vectors learnt on two models, two things of one name, or what [`write_guard`] refuses.
 pub fn extend_guard(
     onto: &Path,
     directory: &Path,
@@ -79,6 +79,13 @@ pub fn extend_guard(
     if manifest.target.fingerprint != addition.target.fingerprint {
         let (expected, found) = (addition.target.fingerprint, manifest.target.fingerprint);
         return Err(GuardError::value(format!("a guard for the model {expected} in `{label}`"), found.to_string()));
+    }
+    // A guard names one source, and what it names has to be true of every vector that came through a mapping.
+    if let (Some(first), Some(second)) = (&manifest.source, &addition.source)
+        && first.fingerprint != second.fingerprint
+    {
+        let expected = format!("vectors learnt on {}, as those of `{label}` are", shown(&first.model));
+        return Err(GuardError::value(expected, format!("some learnt on {}", second.model)));
     }
     let (mut all_tensors, mut all_mappings) = (Vec::new(), Vec::new());
     let file = folder.tensors(&manifest.tensors.file)?;
@@ -121,13 +128,21 @@ pub fn extend_guard(
     write_guard(directory, &manifest, &all_tensors, &all_mappings)
 }
 
+/// The guard in `directory` as it would be with `text` for its manifest. Nothing is written.
+///
+/// # Errors
+/// A guard that does not validate.
+pub fn guard_with_manifest(directory: &Path, text: &str) -> Result<Guard, GuardError> {
+    let folder = Folder::new(directory);
+    validate::guard(&folder.label(MANIFEST_FILE), text.as_bytes(), &folder)
+}
+
 /// Replaces the manifest of the guard in `directory` by `text` (see [`edit`](super::edit)), if the guard is valid with it.
 ///
 /// # Errors
 /// A guard that does not validate, which leaves the old manifest, or a folder that can't be written.
 pub fn replace_manifest(directory: &Path, text: &str) -> Result<Guard, GuardError> {
-    let folder = Folder::new(directory);
-    validate::guard(&folder.label(MANIFEST_FILE), text.as_bytes(), &folder)?;
+    guard_with_manifest(directory, text)?;
     replace(directory, MANIFEST_FILE, text.as_bytes())?;
     Guard::load(directory)
 }

@@ -1,5 +1,5 @@
 use super::operating::{RATES, operating_point, prompts_needed};
-use super::{LearnError, Progress};
+use super::{LearnError, Progress, gate_scores};
 use crate::engine::{GuardOptions, Model, Session, SessionOptions, quantization_of};
 use crate::guard::{GateCalibration, Guard};
 use crate::program::Calibration;
@@ -46,16 +46,13 @@ pub fn calibrate(
     let guard_options = GuardOptions { calibration: Calibration::Ignored, probe: true };
     let mut session = Session::new(model, &[guard], SessionOptions { guard: guard_options, ..Default::default() })?;
     let mut done = 0;
+    let mut step = || {
+        done += 1;
+        progress(done, total);
+    };
     let mut read = |prompts: &[String]| -> Result<Vec<Vec<f64>>, LearnError> {
-        let mut projections = vec![Vec::with_capacity(prompts.len()); guard.gates().len()];
-        for (index, prompt) in prompts.iter().enumerate() {
-            for (gate, reading) in projections.iter_mut().zip(session.score(&model.prompt_tokens(prompt)?)?) {
-                gate.push(reading.score.ok_or(LearnError::NothingRead { gate: reading.gate, index })?);
-            }
-            done += 1;
-            progress(done, total);
-        }
-        Ok(projections)
+        let gates = gate_scores(model, &mut session, prompts, &mut step)?;
+        Ok(gates.iter().map(|gate| gate.iter().map(|reading| reading.score).collect()).collect())
     };
     let (benign, positive) = (read(benign)?, read(positive)?);
     let quantization = quantization_of(model.llama());

@@ -14,6 +14,7 @@ mod map;
 mod operating;
 mod recentre;
 mod replacement;
+mod scores;
 mod separation;
 mod strength;
 mod survey;
@@ -36,6 +37,7 @@ pub use map::{MapOptions, MapRows, Mapped, map};
 pub use operating::clopper_pearson;
 pub use recentre::{BenignProjection, benign_projections};
 pub use replacement::replacement;
+pub use scores::{GateScore, gate_scores};
 pub use strength::{StrengthOptions, StrengthSearch, TriedStrength, search_strength};
 pub use survey::{RankBy, Survey, SurveyedPair};
 pub use sweep::{FirstTokens, SweptLayer, adding, best_of_sweep, sweep};
@@ -69,6 +71,8 @@ pub enum LearnError {
     NoSuchToken { tokens: PromptTokens, index: usize },
     #[error("there are {found} weights for {sets} contrast sets")]
     Weights { sets: usize, found: usize },
+    #[error("prompt {index}: {source}")]
+    Prompt { index: usize, source: EngineError },
     #[error("gate `{gate}` read nothing from prompt {index}")]
     NothingRead { gate: String, index: usize },
     #[error("`{gate}`: the {found} benign prompts all score alike, so there is no scale to measure others by")]

@@ -1,6 +1,8 @@
 //! `pilotfish eval`: every task on a tiny model, and the report that it leaves.
 
 use crate::support::{Fixture, done, pilotfish};
+use pilotfish::guard::VectorFile;
+use pilotfish::tensor::LayerIndex;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -171,4 +173,70 @@ fn a_gate_alone_is_measured_by_what_it_blocks() {
     assert!(steering.code == 2 && steering.stderr.contains("no intervention"), "{steering:?}");
     let missing = pilotfish(&[&base[..], &["--task", "detection", "--positive", positive]].concat());
     assert!(missing.code == 64 && missing.stderr.contains("--negative"), "{missing:?}");
+}
+
+/// What the model itself gives for the same prompts, at whatever length, is the guard's own vector here, which needed no mapping.
+#[test]
+fn the_models_own_vectors_are_a_control_of_equal_norm() {
+    let fixture = Fixture::new(&["--intervene", "add", "--strength", "2"]);
+    let at = |name: &str| fixture.folder.path().join(name).to_str().unwrap().to_owned();
+    let file = VectorFile::from_bytes("own", &std::fs::read(at("vectors.safetensors")).unwrap()).unwrap();
+    let write = |name: &str, change: &dyn Fn(&mut VectorFile)| {
+        let mut changed = file.clone();
+        changed.vectors.iter_mut().for_each(|vector| vector.class_means = None);
+        change(&mut changed);
+        std::fs::write(at(name), changed.to_bytes().unwrap()).unwrap();
+        at(name)
+    };
+    let (positive, negative) = (fixture.positive.to_str().unwrap(), fixture.negative.to_str().unwrap());
+    let run = |tasks: &str, vectors: &[&str]| {
+        let on = ["eval", "--task", tasks, "--model", fixture.model(), "--guard", fixture.guard()];
+        let prompts = ["--positive", positive, "--negative", negative, "--benign", positive, "--limit", "4"];
+        let files: Vec<&str> = vectors.iter().flat_map(|file| ["--native-vectors", file]).collect();
+        pilotfish(&[&on[..], &prompts, &["--max-tokens", "5", "--control-seeds", "0", "--json"], &files].concat())
+    };
+    let measured = |vectors: &str| -> Value {
+        let ran = run("steering,utility", &[vectors]);
+        assert_eq!(ran.code, 0, "{ran:?}");
+        serde_json::from_str(&ran.stdout).unwrap()
+    };
+    let of = |report: &Value, task: &str, wanted: &str| {
+        let found = rows(report, task).into_iter().find(|(role, _)| *role == wanted);
+        found.unwrap_or_else(|| panic!("no row of {wanted} in {task}")).1.clone()
+    };
+    let kl = |report: &Value, role: &str| of(report, "utility", role)["kl"]["value"].as_f64().unwrap();
+
+    let longer = write("longer.safetensors", &|file| file.vectors[0].values.iter_mut().for_each(|x| *x *= 4.0));
+    let report = measured(&longer);
+    let roles: Vec<_> = rows(&report, "steering").into_iter().map(|(role, _)| role).collect();
+    assert_eq!(roles, ["no-guard", "guard", "native", "wrong-layer", "system-prompt"]);
+    assert_eq!(of(&report, "utility", "native")["name"], "the model's own vector");
+    // Four times as long is a power of two, so that the same norm is the same bits.
+    assert_eq!(of(&report, "steering", "native")["harmful"], of(&report, "steering", "guard")["harmful"]);
+    assert!(kl(&report, "guard") > 0.0, "the gate fires on none of these prompts");
+    assert_eq!(kl(&report, "native"), kl(&report, "guard"));
+    let backward = write("backward.safetensors", &|file| file.vectors[0].values.reverse());
+    let other = measured(&backward);
+    assert!(kl(&other, "native") > 0.0 && kl(&other, "native") != kl(&other, "guard"));
+
+    let renamed = write("renamed.safetensors", &|file| file.vectors[0].name = "whale".into());
+    let moved = write("moved.safetensors", &|file| file.vectors[0].layer = LayerIndex(0));
+    let foreign = write("foreign.safetensors", &|file| {
+        file.model.name = "gull".into();
+        file.model.fingerprint = "7".repeat(64).parse().unwrap();
+    });
+    for (tasks, files, says) in [
+        ("steering", &[renamed.as_str(), &moved][..], "`whale` at layer 1, `shark` at layer 0"),
+        ("utility", &[moved.as_str()], "acts along `shark` at layer 1"),
+        ("utility", &[longer.as_str(), &backward], "one vector of that name and layer"),
+        ("steering", &[foreign.as_str()], "the vectors are of gull"),
+        ("detection", &[longer.as_str()], "for `steering` and `utility`"),
+    ] {
+        let ran = run(tasks, files);
+        assert!(ran.code == 2 && ran.stderr.contains(says), "{says}: {ran:?}");
+    }
+    let reads = Fixture::new(&[]);
+    let on = ["eval", "--task", "utility", "--model", reads.model(), "--guard", reads.guard(), "--benign", negative];
+    let ran = pilotfish(&[&on[..], &["--native-vectors", &longer]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("has a vector"), "{ran:?}");
 }

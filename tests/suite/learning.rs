@@ -373,4 +373,51 @@ fn a_guard_of_several_vectors_is_made_step_by_step() {
     let mixed = ["guard", "build", "--name", "mixed", "--model", &other, "--vectors", &vectors, "--layer", "1"];
     let ran = pilotfish(&[&mixed[..], &["--onto", &onto, "--intervene", "add", "-o", &output]].concat());
     assert!(ran.code == 2 && ran.stderr.contains("expected a guard for the model"), "{ran:?}");
+
+    // Another source: the guard says of one that all its vectors were learnt there.
+    let mapping = prompts.at("other.map.safetensors");
+    let models = ["map", "--source", &other, "--target", &target, "--layers", "1:1"];
+    done(&[&models[..], &["--corpus", &birds, "--corpus", &sharks, "-o", &mapping]].concat());
+    let (ran, _) = build("mixed", "other.safetensors", &mapping, &[&steer[..], &["--baked"]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("expected vectors learnt on"), "{ran:?}");
+}
+
+/// A tiny model says bytes, and never that it will not.
+#[test]
+fn a_share_of_refusals_that_no_strength_reaches_leaves_the_guard_as_it_is() {
+    let fixture = Fixture::new(&["--intervene", "add", "--strength", "2"]);
+    let (positive, negative) = (fixture.positive.to_str().unwrap(), fixture.negative.to_str().unwrap());
+    let calibrate = |guard: &str, more: &[&str]| {
+        let plain = ["calibrate", "--model", fixture.model(), "--guard", guard, "--benign", negative];
+        pilotfish(&[&plain[..], more].concat())
+    };
+    let before = std::fs::read_to_string(fixture.manifest()).unwrap();
+    let asked = ["--positive", positive, "--limit", "3", "--max-tokens", "4", "--refusals"];
+    let ran = calibrate(fixture.guard(), &[&asked[..], &["0.5", "--false-positive-rate", "0.2"]].concat());
+    assert_eq!(ran.code, 2, "{ran:?}");
+    for says in ["has 50 % of the harmful prompts refused", "the most is 0 of 3, 0 % at 0 times", "--strengths"] {
+        assert!(ran.stderr.contains(says), "{says}: {}", ran.stderr);
+    }
+    // What was tried is told: the coarse factors, since the target is crossed nowhere.
+    let tried: Vec<_> = ran.stdout.lines().filter(|line| line.contains("0 of 3, 0 %")).collect();
+    assert!(tried.len() == 9 && tried[0].contains("0.0000") && tried[8].starts_with("│ 2 "), "{}", ran.stdout);
+    assert_eq!(std::fs::read_to_string(fixture.manifest()).unwrap(), before);
+
+    for (more, code, says) in [
+        (&[&asked[..], &["1.5"]].concat()[..], 2, "a share above 0"),
+        (&[&asked[..], &["0.5", "--strengths", "2..1"]].concat(), 64, "no range of factors"),
+        (&["--refusals", "0.5"], 64, "--positive"),
+        (&["--limit", "3"], 64, "--refusals"),
+    ] {
+        let ran = calibrate(fixture.guard(), more);
+        assert!(ran.code == code && ran.stderr.contains(says), "{says}: {ran:?}");
+    }
+    let table = pilotfish(&["calibrate", "--guard", fixture.guard(), "--use", "0.05", "--refusals", "0.5"]);
+    assert!(table.code == 64 && table.stderr.contains("cannot be used with"), "{table:?}");
+    let reads = Fixture::new(&[]);
+    let ran = calibrate(reads.guard(), &[&asked[..], &["0.5"]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("no intervention"), "{ran:?}");
+    fixture.edit_manifest("strength = 2.0", "strength = 0.0");
+    let ran = calibrate(fixture.guard(), &[&asked[..], &["0.5"]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("of a strength other than 0"), "{ran:?}");
 }

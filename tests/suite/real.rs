@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 pub const SMALL: &str = "smollm2-135m-instruct";
 pub const LARGE: &str = "gemma-3-270m";
 const GUARD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/harm-gate-smollm2-to-gemma3");
+const REFUSAL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/refusal-smollm2-to-gemma3");
 
 /// Where the model is; `None`, and a word of it, where it has not been pulled. With `PILOTFISH_REAL_MODELS=require`, as `make test`
 /// sets it, it must be there.
@@ -144,4 +145,50 @@ fn reading_changes_no_bit_of_the_logits() {
         a = plain.step(prompt.len() + step, token).unwrap();
         b = guarded.step(prompt.len() + step, token).unwrap();
     }
+}
+
+/// The written guard refuses what it was to refuse, as `eval` sees it too, and keeps the ratio of its strengths.
+#[test]
+fn a_strength_is_found_for_a_share_of_refusals() {
+    if located(LARGE).is_none() {
+        return;
+    }
+    const TARGET: f64 = 0.5;
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(REFUSAL).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+        std::fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let (guard, manifest) = (folder.path().to_str().unwrap(), folder.path().join("guard.toml"));
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, text.replacen("kind = \"add\"\n", "kind = \"add\" # steers\n", 1)).unwrap();
+    let before = Guard::load(folder.path()).unwrap();
+
+    let demo = std::fs::read_to_string(format!("{GUARD}/prompts/demo.txt")).unwrap();
+    let lines: Vec<&str> = demo.lines().collect();
+    let write = |name: &str, prompts: &[&str]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, prompts.join("\n")).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (harmful, harmless) = lines.split_at(lines.len() / 2);
+    let (positive, negative) = (write("harmful.txt", harmful), write("harmless.txt", harmless));
+    let on = ["--model", LARGE, "--guard", guard, "--positive", &positive, "--limit", "4", "--max-tokens", "10"];
+    let asked = ["--benign", &negative, "--refusals", "0.5"];
+    let told = done(&[&["calibrate"][..], &on, &asked].concat());
+    let chosen = told.lines().filter(|line| line.contains(" * ") && line.contains("of 4,")).count();
+    assert_eq!(chosen, 1, "{told}");
+
+    let after = Guard::load(folder.path()).unwrap();
+    let factor = |index: usize| after.interventions()[index].strength / before.interventions()[index].strength;
+    assert!((0.0..=2.0).contains(&factor(0)), "{}", factor(0));
+    for index in 0..after.interventions().len() {
+        assert!((factor(index) - factor(0)).abs() < 1e-5, "{index}: {} and {}", factor(index), factor(0));
+    }
+    assert!(std::fs::read_to_string(&manifest).unwrap().contains("kind = \"add\" # steers\n"));
+    let controls = ["--task", "steering", "--negative", &negative, "--control-seeds", "0", "--json"];
+    let found: Value = serde_json::from_str(&done(&[&["eval"][..], &on, &controls].concat())).unwrap();
+    let row = found["rows"].as_array().unwrap().iter().find(|row| row["role"] == "guard").unwrap();
+    let refused = row["harmful"]["refuses"]["share"].as_f64().unwrap();
+    // One of the four may be answered otherwise: which prompts are read together differs, and rounding with it.
+    assert!(refused >= TARGET - 0.25, "{refused} of the harmful prompts: {told}");
 }

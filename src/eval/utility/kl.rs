@@ -92,7 +92,7 @@ impl BenignAnswers {
 
     /// As [`compare`](Self::compare), of a control that does something only where `fired` says that the guard's gates fired: elsewhere it is the
     /// unguarded model, and is not run.
-    pub(super) fn compare_control(
+    pub(in crate::eval) fn compare_control(
         &self,
         model: &Model,
         control: &Guard,

@@ -8,7 +8,7 @@ pub use choice::{Answered, Question, answered, questions};
 pub use kl::{BenignAnswers, BenignKl, PromptKl};
 
 use super::EvalError;
-use super::controls::{Role, guard_at_wrong_layer, only_when_fired, random_guard};
+use super::controls::{NATIVE_ROW, Role, guard_at_wrong_layer, has_vectors, only_when_fired, random_guard, recentred};
 use super::metrics::{Estimate, Proportion};
 use crate::engine::Model;
 use crate::guard::Guard;
@@ -56,6 +56,8 @@ pub struct UtilityInput<'a> {
     pub control_seeds: u64,
     pub system_prompt: &'a str,
     /// As in [`SteeringInput`](super::SteeringInput).
+    pub native: Option<&'a Guard>,
+    /// As there.
     pub wrong_layer: Option<LayerIndex>,
 }
 
@@ -72,9 +74,9 @@ pub fn utility(
 ) -> Result<Utility, EvalError> {
     let mut questions = questions();
     questions.truncate(input.questions);
-    let vectors = guard.interventions().iter().any(|acts| acts.kind.vector().is_some());
+    let vectors = has_vectors(guard);
     let seeds = if vectors { input.control_seeds } else { 0 };
-    let runs = 3 + seeds as usize + usize::from(vectors);
+    let runs = 3 + usize::from(input.native.is_some()) + seeds as usize + usize::from(vectors);
     let total = runs * (input.benign.len() + questions.len());
     let mut measure = Measure { model, answers, input, questions: &questions, done: 0, total, progress };
 
@@ -82,6 +84,10 @@ pub fn utility(
     let known = Known { by_prompt: measured.by_prompt.clone(), answered };
     let known = only_when_fired(guard).then_some(&known);
     let mut rows = vec![measure.unguarded(&measured)?, measured];
+    if let Some(native) = input.native {
+        let control = recentred(model, native.clone(), input.benign)?;
+        rows.push(measure.control(NATIVE_ROW.into(), Role::Native, &control, known)?);
+    }
     let mut random = Vec::new();
     for seed in 0..seeds {
         let control = random_guard(model, guard, seed, input.benign)?;
