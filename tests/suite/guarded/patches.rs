@@ -68,6 +68,15 @@ pub(super) const CASES: &[Case] = &[
         changes: |kind, _| kind != RowKind::Prompt,
     },
     Case {
+        what: "the tokens of a text only",
+        policy: |policy| {
+            let positions = Positions::Matching(policy.subject.text_of(&policy.subject.script().prompt[1..3]));
+            policy.vector("v", 1).intervene(InterventionEntry { positions, ..add("v") })
+        },
+        first_point: 1,
+        changes: |_, position| (1..3).contains(&position),
+    },
+    Case {
         what: "two hook points, and two interventions in order at one of them",
         policy: |policy| {
             let policy = policy.vector("first", 0).vector("second", 2).vector("third", 2);
