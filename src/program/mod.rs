@@ -1,8 +1,8 @@
 //! Guards compiled for one model's shape, and what runs them on slices.
 //!
-//! In: validated [`Guard`](crate::guard::Guard)s, a [`ModelShape`], then residual rows with who they belong to. Out: the rows patched, and
-//! each sequence's gate decisions and faults. This room knows nothing of ggml, of devices or of files: the [hook](crate::hook) finds the
-//! rows and brings them here, or runs the same [`Program`] elsewhere.
+//! In: validated [`Guard`](crate::guard::Guard)s, a [`ModelShape`], what tokens spell, then residual rows with who they belong to. Out: the
+//! rows patched, and each sequence's gate decisions and faults. This room knows nothing of ggml, of devices or of files: the
+//! [hook](crate::hook) finds the rows and brings them here, or runs the same [`Program`] elsewhere.
 //!
 //! Every patch but a rotation has the canonical form `y = κx + U·g(Vx + c) + b`: see [`LowRank`].
 

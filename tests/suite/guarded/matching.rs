@@ -3,6 +3,7 @@
 use super::expected::Rows;
 use super::*;
 use pilotfish::engine::{Session, SessionOptions, tokens_spelling};
+use pilotfish::program;
 use std::collections::BTreeSet;
 
 on_every_model!(
@@ -96,12 +97,18 @@ fn the_tokens_of_a_text_are_patched_and_no_others(subject: &Subject) {
         let what = format!("{}: {texts:?}", subject.name());
         let guard = guard(subject, texts);
         let expected = spelling(subject, &script.prompt, texts);
-        assert!(expected.len() > 1 && expected.len() < script.prompt.len() / 2, "{what}: {expected:?}");
+        assert!(!expected.is_empty() && expected.len() + 3 < script.prompt.len(), "{what}: {expected:?}");
         assert_eq!(patched(subject, &guard, &script, &[], true), expected, "{what}");
         // Each by its own vector.
         let found = script.run_captured(subject, &mut subject.guarded(&guard, params()));
         subject.expected(&[&guard], &script, |_, _, _| Vec::new()).assert_is(&what, &found);
     }
+}
+
+/// The largest distance of two runs' logits.
+fn furthest(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| distance(a, &widened(b))).fold(0.0, f64::max)
 }
 
 fn the_parts_of_a_prompt_change_no_patched_row(subject: &Subject) {
@@ -110,40 +117,42 @@ fn the_parts_of_a_prompt_change_no_patched_row(subject: &Subject) {
     let guard = guard(subject, &TEXTS);
     let expected = spelling(subject, &script.prompt, &TEXTS);
     let (_, whole) = read(subject, &mut subject.guarded(&guard, params()), &script, &[], true);
+    let (_, unguarded) = read(subject, &mut subject.observed(), &script, &[], true);
     let sizes = if subject.is_quantized() { vec![1, 2, 7, 16] } else { (1..n).collect() };
     for size in sizes {
         let cuts: Vec<usize> = (1..n).filter(|cut| cut % size == 0).collect();
         let what = format!("{}: parts of {size}", subject.name());
         assert_eq!(patched(subject, &guard, &script, &cuts, true), expected, "{what}");
+        // Besides, there is what another shape of batch does to the model itself.
         let (_, logits) = read(subject, &mut subject.guarded(&guard, params()), &script, &cuts, true);
-        for (found, expected) in logits.iter().zip(&whole) {
-            let off = distance(found, &widened(expected));
-            assert!(off <= subject.tolerance(), "{what}: logits are off by {off:.1e} of the norm");
-        }
+        let (_, of_parts) = read(subject, &mut subject.observed(), &script, &cuts, true);
+        let (off, unguarded) = (furthest(&logits, &whole), furthest(&of_parts, &unguarded));
+        let tolerance = subject.tolerance().max(2.0 * unguarded);
+        assert!(off <= tolerance, "{what}: logits are off by {off:.1e} of the norm, unguarded by {unguarded:.1e}");
     }
 }
 
 fn what_may_go_on_is_patched_where_it_is_not_known(subject: &Subject) {
-    let script = script(subject);
+    let script = Script { answer: Vec::new(), ..script(subject) };
     let guard = guard(subject, &TEXTS);
     let expected = spelling(subject, &script.prompt, &TEXTS);
     let mut more = 0;
     let n = script.prompt.len();
-    for cut in (1..n).filter(|cut| !subject.is_quantized() || cut % 3 == 0 || expected.contains(cut)) {
+    // A real model takes its time.
+    let is_tried = |cut: &usize| !subject.is_quantized() || cut % 5 == 0 || expected.contains(&(cut - 1));
+    for cut in (1..n).filter(is_tried) {
         let what = format!("{}: cut at {cut}", subject.name());
         let found = patched(subject, &guard, &script, &[cut], false);
         // Only what comes before the cut may count besides, and does where a text may begin with it.
         assert!(found.is_superset(&expected), "{what}: {found:?}");
         let besides: Vec<usize> = found.difference(&expected).copied().collect();
+        let vocab = subject.model.llama().vocab();
+        let pieces = script.prompt[..cut].iter().map(|token| vocab.token_to_piece(*token, true, None));
+        let pieces: Vec<Vec<u8>> = pieces.collect();
         let open = |text: &&str| {
-            let ways = (0..text.len()).filter(|byte| text.is_char_boundary(*byte)).map(|byte| &text[byte..]);
-            let vocab = subject.model.llama().vocab();
-            let pieces = script.prompt[..cut].iter().map(|token| vocab.token_to_piece(*token, true, None));
-            let pieces: Vec<Vec<u8>> = pieces.collect();
-            let of = |end: &str| {
-                pilotfish::program::tokens_spelling(pieces.iter().map(Vec::as_slice).chain([end.as_bytes()]), text)
-            };
-            ways.flat_map(of).filter(|position| (1..cut).contains(position)).collect::<Vec<_>>()
+            let with = |end: &[u8]| program::tokens_spelling(pieces.iter().map(Vec::as_slice).chain([end]), text);
+            let ways = (0..text.len()).flat_map(|byte| with(&text.as_bytes()[byte..]));
+            ways.filter(|position| (1..cut).contains(position)).collect::<Vec<_>>()
         };
         let may: BTreeSet<usize> = TEXTS.iter().flat_map(open).collect();
         assert_eq!(besides, may.difference(&expected).copied().collect::<Vec<_>>(), "{what}");
