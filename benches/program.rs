@@ -21,7 +21,13 @@ fn hook_point(c: &mut Criterion) {
             let mut copy = values.clone();
             group.bench_function("copy", |b| b.iter(|| copy.copy_from_slice(black_box(&values))));
             let of_batch = rows(n_rows);
-            let row = |(index, &(sequence, position, kind))| Row { sequence: Some(sequence), position, kind, index };
+            let row = |(index, &(sequence, position, kind))| Row {
+                sequence: Some(sequence),
+                position,
+                kind,
+                index,
+                matched: 0,
+            };
             let rows: Vec<Row> = of_batch.iter().enumerate().map(row).collect();
             for kind in KINDS.into_iter().filter(|kind| kind.reaches(width)) {
                 let mut sequences = Sequences::new(Arc::new(kind.program(width)));

@@ -1,5 +1,6 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::guard::Positions;
 use pilotfish::learn::AutoencoderOptions;
 use pilotfish::steering::PromptTokens;
 use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
@@ -466,8 +467,9 @@ pub struct BuildArguments {
     /// Highest projection that `clamp` leaves alone
     #[arg(long, allow_hyphen_values = true)]
     pub high: Option<f64>,
-    #[arg(long, value_enum, default_value_t = PositionsArgument::All)]
-    pub positions: PositionsArgument,
+    /// Tokens that the intervention acts on: `all`, `prompt`, `generated`, or `matching=TEXT`, those of a prompt that spell this text
+    #[arg(long, value_name = "TOKENS", default_value_t)]
+    pub positions: Positions,
     /// What a run-time fault means
     #[arg(long, value_enum, default_value_t = OnErrorArgument::Block)]
     pub on_error: OnErrorArgument,
@@ -504,13 +506,6 @@ pub enum InterventionArgument {
     Add,
     Ablate,
     Clamp,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum PositionsArgument {
-    All,
-    Prompt,
-    Generated,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

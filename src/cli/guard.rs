@@ -1,7 +1,7 @@
 use super::Outcome;
 use super::args::{
     AggregateArgument, BuildArguments, GuardCommand, InterventionArgument, LoadArguments, OnErrorArgument,
-    OnFireArgument, PositionsArgument, ReadoutArgument,
+    OnFireArgument, ReadoutArgument,
 };
 use super::learn::best_layer;
 use super::models::{load, load_named};
@@ -13,8 +13,8 @@ use pilotfish::guard::manifest::{
     GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, VectorEntry,
 };
 use pilotfish::guard::{
-    Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Positions, Readout, Source,
-    VectorFile, carry, class_mean_tensors, extend_guard, from_control_vector, write_guard,
+    Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Readout, Source, VectorFile,
+    carry, class_mean_tensors, extend_guard, from_control_vector, write_guard,
 };
 use pilotfish::hook::ExecutorKind;
 use pilotfish::learn::{self, Classes};
@@ -217,7 +217,7 @@ fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::
                 intervention.kind.name().to_owned(),
                 guard.operand_of(intervention).to_owned(),
                 intervention.strength.to_string(),
-                format!("{:?}", intervention.positions).to_lowercase(),
+                on_one_line(&intervention.positions.to_string()),
                 text(intervention.when.as_ref().map(|rule| guard.written(rule))),
             ]
         });
@@ -227,6 +227,15 @@ fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::
         writeln!(out, "{}: {:.3} on {}", result.name, result.value, result.on)?;
     }
     Ok(())
+}
+
+/// Text of any characters as one line of a table.
+fn on_one_line(text: &str) -> String {
+    let mut line = String::new();
+    for character in text.chars() {
+        if character.is_control() { line.extend(character.escape_default()) } else { line.push(character) }
+    }
+    line
 }
 
 fn build(arguments: BuildArguments) -> anyhow::Result<()> {
@@ -260,11 +269,7 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
         },
         intervention: arguments.intervene.map(|kind| InterventionEntry {
             strength: f64::from(arguments.strength),
-            positions: match arguments.positions {
-                PositionsArgument::All => Positions::All,
-                PositionsArgument::Prompt => Positions::Prompt,
-                PositionsArgument::Generated => Positions::Generated,
-            },
+            positions: arguments.positions,
             low: arguments.low,
             high: arguments.high,
             ..InterventionEntry::new(

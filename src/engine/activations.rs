@@ -98,7 +98,7 @@ impl<'model> ActivationReader<'model> {
             self.batch.add_prompt(ONLY, TokenPosition(0), tokens)
         } else {
             // Without logits: nobody reads them, and with a large vocabulary they cost more than the layers.
-            self.batch.add_prompt_part(ONLY, TokenPosition(0), tokens)
+            self.batch.add_prompt_part(ONLY, TokenPosition(0), tokens, &[])
         }
         .map_err(crate::hook::ContextError::from)?;
         self.context.decode(&mut self.batch)?;

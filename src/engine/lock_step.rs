@@ -75,7 +75,12 @@ impl<'model> LockStep<'model> {
             let rows = prompts.iter().enumerate().flat_map(|(sequence, prompt)| {
                 prompt_rows(SequenceId(sequence as i32), start, &prompt[start..end], found - 1)
             });
-            unless_blocked(self.context.decode(rows)?)?;
+            let rest: Vec<_> = prompts
+                .iter()
+                .enumerate()
+                .map(|(sequence, prompt)| (SequenceId(sequence as i32), &prompt[end..]))
+                .collect();
+            unless_blocked(self.context.decode(rows, &rest)?)?;
         }
         Ok(())
     }
@@ -92,7 +97,7 @@ impl<'model> LockStep<'model> {
         let generated = |(sequence, token): (usize, &LlamaToken)| {
             (*token, row(SequenceId(sequence as i32), position, RowKind::Generated))
         };
-        unless_blocked(self.context.decode(tokens.iter().enumerate().map(generated))?)
+        unless_blocked(self.context.decode(tokens.iter().enumerate().map(generated), &[])?)
     }
 }
 

@@ -67,13 +67,15 @@ impl<'model> MaybeGuarded<'model> {
         }
     }
 
-    /// Decodes `rows`, as many as there is room for, and tells which sequences have come to an end by their guards.
+    /// Decodes `rows`, as many as there is room for, and tells which sequences have come to an end by their guards. `rest` is what is left of the
+    /// prompts that rows are parts of.
     ///
     /// # Errors
     /// llama.cpp decoded nothing.
     pub fn decode(
         &mut self,
         rows: impl Iterator<Item = (LlamaToken, BatchRow)>,
+        rest: &[(SequenceId, &[LlamaToken])],
     ) -> Result<Vec<(SequenceId, ContextError)>, ContextError> {
         match self {
             Self::Plain { context, batch } => {
@@ -89,6 +91,9 @@ impl<'model> MaybeGuarded<'model> {
                 batch.clear();
                 for (token, row) in rows {
                     batch.add(token, row)?;
+                }
+                for (sequence, tokens) in rest {
+                    batch.follow(*sequence, tokens);
                 }
                 context.decode_each(batch)
             }

@@ -1,4 +1,5 @@
 use super::EngineError;
+use crate::program;
 use llama_cpp_2::model::{LlamaChatMessage, LlamaChatTemplate, LlamaModel};
 use llama_cpp_2::token::LlamaToken;
 
@@ -25,25 +26,7 @@ pub struct PromptLayout {
 /// tokenizer has joined its ends with their neighbours these count too. Occurrences that overlap count once.
 pub fn tokens_spelling(model: &LlamaModel, tokens: &[LlamaToken], text: &str) -> Vec<usize> {
     let vocab = model.vocab();
-    let pieces = tokens.iter().map(|token| vocab.token_to_piece(*token, true, None));
-    spelling(pieces, text.as_bytes())
-}
-
-fn spelling(pieces: impl Iterator<Item = Vec<u8>>, text: &[u8]) -> Vec<usize> {
-    let (mut spelt, mut ends) = (Vec::new(), Vec::new());
-    for piece in pieces {
-        spelt.extend(piece);
-        ends.push(spelt.len());
-    }
-    let mut found = vec![false; spelt.len()];
-    for (at, window) in spelt.windows(text.len().max(1)).enumerate() {
-        if window == text {
-            found[at..at + text.len()].fill(true);
-        }
-    }
-    let starts = std::iter::once(0).chain(ends.iter().copied());
-    let spells = |(start, end): (usize, &usize)| found[start..*end].contains(&true);
-    starts.zip(&ends).enumerate().filter(|(_, span)| spells(*span)).map(|(index, _)| index).collect()
+    program::tokens_spelling(tokens.iter().map(|token| vocab.token_to_piece(*token, true, None)), text)
 }
 
 /// Where the prompt stands in a [`PromptTemplate::Text`].
@@ -174,23 +157,5 @@ impl PromptTemplate {
         tokens.extend(vocab.tokenize(prompt.as_bytes(), false, false));
         tokens.extend(vocab.tokenize(after.as_bytes(), false, true));
         Ok(tokens)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_that_spell_a_text_are_found_by_its_bytes() {
-        let of = |pieces: &[&str], text: &str| {
-            spelling(pieces.iter().map(|piece| piece.as_bytes().to_vec()), text.as_bytes())
-        };
-        assert_eq!(of(&["<s>", "a", " |", "prod", "|", " b"], "|prod|"), [2, 3, 4]);
-        // A token that goes on beyond the text, one that has more before it, an empty one, and the text twice.
-        assert_eq!(of(&["x|", "pro", "", "d|y", "z", "|prod|"], "|prod|"), [0, 1, 3, 5]);
-        assert_eq!(of(&["aaa", "a"], "aa"), [0, 1]);
-        assert_eq!(of(&["ab", "c"], "bd"), [] as [usize; 0]);
-        assert_eq!(of(&[], "a"), [] as [usize; 0]);
     }
 }

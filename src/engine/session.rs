@@ -71,7 +71,8 @@ impl<'model> Session<'model> {
         self.context.clear();
         let mut index = 0;
         for (chunk, tokens) in prompt.chunks(BATCH).enumerate() {
-            index = self.decode(prompt_rows(ONLY, chunk * BATCH, tokens, prompt.len() - 1))?;
+            let rows = prompt_rows(ONLY, chunk * BATCH, tokens, prompt.len() - 1);
+            index = self.decode(rows, &prompt[chunk * BATCH + tokens.len()..])?;
         }
         Ok(index)
     }
@@ -81,13 +82,17 @@ impl<'model> Session<'model> {
     /// # Errors
     /// The guard fails, or llama.cpp does.
     pub fn step(&mut self, position: usize, token: LlamaToken) -> Result<i32, EngineError> {
-        self.decode(std::iter::once((token, row(ONLY, position, RowKind::Generated))))
+        self.decode(std::iter::once((token, row(ONLY, position, RowKind::Generated))), &[])
     }
 
-    /// Decodes `rows`, and returns the index of the last one's logits.
-    fn decode(&mut self, rows: impl Iterator<Item = (LlamaToken, BatchRow)>) -> Result<i32, EngineError> {
+    /// Decodes `rows`, which `rest` of their prompt follows, and returns the index of the last one's logits.
+    fn decode(
+        &mut self,
+        rows: impl Iterator<Item = (LlamaToken, BatchRow)>,
+        rest: &[LlamaToken],
+    ) -> Result<i32, EngineError> {
         let mut n_rows = 0;
-        let ended = self.context.decode(rows.inspect(|_| n_rows += 1))?;
+        let ended = self.context.decode(rows.inspect(|_| n_rows += 1), &[(ONLY, rest)])?;
         ended.into_iter().next().map_or(Ok(n_rows - 1), |(_, error)| Err(error.into()))
     }
 
@@ -115,7 +120,7 @@ impl<'model> Session<'model> {
                 let position = prompt.len() + start + offset;
                 (*token, row(ONLY, position, RowKind::Generated))
             });
-            self.decode(rows)?;
+            self.decode(rows, &[])?;
             for offset in 0..tokens.len() {
                 each(start + offset + 1, self.logits(offset as i32));
             }

@@ -102,7 +102,7 @@ pub fn detection(
     }
     let n_prompts = positive.len() + negative.len() + input.look_alike.len();
     let n_native = input.native.map_or(0, |native| native.positive.len() + native.negative.len());
-    let readings = |tokens: &PromptTokens| guard.gates().iter().any(|gate| tokens_of(gate.scope) == *tokens);
+    let readings = |tokens: &PromptTokens| guard.gates().iter().any(|gate| tokens_of(&gate.scope) == *tokens);
     let kinds: Vec<PromptTokens> = [PromptTokens::Last, PromptTokens::Mean].into_iter().filter(readings).collect();
     let mut steps = Steps { done: 0, total: n_prompts + kinds.len() * (n_prompts + n_native), progress };
 
@@ -229,7 +229,7 @@ fn controls(
         activations.map(|class| projections(class, layer, direction))
     };
     let mut done: Vec<LayerIndex> = Vec::new();
-    for gate in guard.gates().iter().filter(|gate| tokens_of(gate.scope) == *tokens) {
+    for gate in guard.gates().iter().filter(|gate| tokens_of(&gate.scope) == *tokens) {
         let layer = guard.vectors()[gate.vector].layer;
         for at in &layers {
             let of_layer = scores(*at, &gate.direction);
@@ -289,7 +289,7 @@ fn projections(class: &Activations, layer: LayerIndex, direction: &[f32]) -> Vec
 }
 
 /// The tokens that a control of a gate reads: those of the gate, but for a maximum, which no direction is learnt on.
-fn tokens_of(scope: GateScope) -> PromptTokens {
+fn tokens_of(scope: &GateScope) -> PromptTokens {
     match scope {
         GateScope::Prompt(Aggregate::Mean) => PromptTokens::Mean,
         GateScope::Prompt(Aggregate::Last | Aggregate::Max) | GateScope::Token { .. } => PromptTokens::Last,

@@ -5,6 +5,8 @@ use super::{Digest, Fingerprint, GateCalibration, MAX_MANIFEST_BYTES, ModelIdent
 use crate::steering::VectorKind;
 use crate::tensor::{LayerIndex, LayerStack};
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
 
 /// The only `format` this version reads and writes.
 pub const FORMAT: u32 = 1;
@@ -378,13 +380,68 @@ impl InterventionName {
 }
 
 /// Which tokens an intervention acts on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+///
+/// Written `all`, `prompt`, `generated` or `matching=TEXT` on the command line; in a manifest the last is `{ matching = "TEXT" }`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Positions {
     #[default]
     All,
     Prompt,
     Generated,
+    /// The tokens of a prompt that spell this text, wherever it stands there (arXiv 2503.04429, appendix A). Interventions only.
+    Matching(String),
+}
+
+/// Bytes that the text of [`Positions::Matching`] may have.
+pub const MAX_MATCHING_BYTES: usize = 256;
+
+const MATCHING: &str = "matching=";
+
+impl Positions {
+    /// Whether its text, if it has one, is one that can be looked for.
+    ///
+    /// # Errors
+    /// It is empty, or longer than [`MAX_MATCHING_BYTES`].
+    pub(super) fn check(&self) -> Result<(), GuardError> {
+        let Self::Matching(text) = self else { return Ok(()) };
+        match text.len() {
+            0 => Err(GuardError::value("a text", "an empty one")),
+            1..=MAX_MATCHING_BYTES => Ok(()),
+            found => Err(GuardError::value(format!("a text of at most {MAX_MATCHING_BYTES} bytes"), found)),
+        }
+    }
+}
+
+impl fmt::Display for Positions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Prompt => f.write_str("prompt"),
+            Self::Generated => f.write_str("generated"),
+            Self::Matching(text) => write!(f, "{MATCHING}{text}"),
+        }
+    }
+}
+
+impl FromStr for Positions {
+    type Err = GuardError;
+
+    fn from_str(text: &str) -> Result<Self, GuardError> {
+        let positions = match text {
+            "all" => Self::All,
+            "prompt" => Self::Prompt,
+            "generated" => Self::Generated,
+            _ => match text.strip_prefix(MATCHING) {
+                Some(matching) => Self::Matching(matching.to_owned()),
+                None => {
+                    let expected = "`all`, `prompt`, `generated` or `matching=TEXT`";
+                    return Err(GuardError::value(expected, format!("`{text}`")));
+                }
+            },
+        };
+        positions.check().map(|()| positions)
+    }
 }
 
 /// `[[result]]`: a figure that was measured with this guard.

@@ -28,7 +28,8 @@ pub use digest::Digest;
 pub use error::{GuardError, Location};
 pub use identity::{Fingerprint, ModelIdentity};
 pub use manifest::{
-    Aggregate, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source, StrengthUnit,
+    Aggregate, MAX_MATCHING_BYTES, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source,
+    StrengthUnit,
 };
 pub use mapping_file::{CarryError, MappingFile, carry};
 pub use rule::{Rule, Truth};
@@ -139,7 +140,7 @@ pub struct Gate {
 }
 
 /// Which tokens a gate reads, and what it makes of them.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum GateScope {
     /// The tokens of the prompt become one score, which decides for the sequence.
     Prompt(Aggregate),
@@ -156,6 +157,7 @@ impl std::fmt::Display for GateScope {
             Self::Token { positions: Positions::All, .. } => "each token",
             Self::Token { positions: Positions::Prompt, .. } => "each token of the prompt",
             Self::Token { positions: Positions::Generated, .. } => "each generated token",
+            Self::Token { positions: Positions::Matching(text), .. } => return write!(f, "each token of `{text}`"),
         })
     }
 }

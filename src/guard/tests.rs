@@ -306,14 +306,45 @@ intervention = [{ kind = "ablate", vector = "v" }]
 "#;
     let guard = load(text, &tensors_of(&[("v", &[1.0])]), b"").unwrap();
     let gate = &guard.gates()[0];
-    assert_eq!((gate.scope, gate.on_fire), (GateScope::Prompt(Aggregate::Last), OnFire::Steer));
+    assert_eq!((&gate.scope, gate.on_fire), (&GateScope::Prompt(Aggregate::Last), OnFire::Steer));
     assert_eq!((gate.threshold, gate.calibration), (None, None));
     let intervention = &guard.interventions()[0];
     assert_eq!(intervention.name, "v");
     assert_eq!(intervention.kind, InterventionKind::Ablate { vector: 0, mean: 0.0 });
-    assert_eq!((intervention.strength, intervention.positions), (1.0, Positions::All));
+    assert_eq!((intervention.strength, &intervention.positions), (1.0, &Positions::All));
     assert_eq!((&intervention.when, intervention.first_position), (&None, false));
     assert_eq!((guard.on_error(), guard.message()), (OnError::Block, None));
+}
+
+#[test]
+fn an_intervention_acts_on_the_tokens_of_a_text() {
+    let with = |text: &str| edited("positions = \"generated\"", &format!("positions = {{ matching = {text:?} }}"));
+    let read = |text: &str| load(&with(text), &tensors(), &mapping_file().to_bytes().unwrap());
+    for text in ["|prod|", "é\n", &"é".repeat(MAX_MATCHING_BYTES / 2)] {
+        assert_eq!(read(text).unwrap().interventions()[0].positions, Positions::Matching(text.into()));
+    }
+    let error = read(&"x".repeat(MAX_MATCHING_BYTES + 1)).unwrap_err().to_string();
+    assert!(error.ends_with("positions.matching`: expected a text of at most 256 bytes, found 257"), "{error}");
+}
+
+#[test]
+fn positions_are_spelt_the_same_everywhere() {
+    let matching = Positions::Matching("|prod| = x".into());
+    for (positions, text, json) in [
+        (Positions::All, "all", serde_json::json!("all")),
+        (Positions::Prompt, "prompt", serde_json::json!("prompt")),
+        (Positions::Generated, "generated", serde_json::json!("generated")),
+        (matching, "matching=|prod| = x", serde_json::json!({ "matching": "|prod| = x" })),
+    ] {
+        assert_eq!(positions.to_string(), text);
+        assert_eq!(text.parse::<Positions>().unwrap(), positions);
+        assert_eq!(serde_json::to_value(&positions).unwrap(), json);
+        assert_eq!(serde_json::from_value::<Positions>(json).unwrap(), positions);
+    }
+    for (wrong, says) in [("", "matching=TEXT"), ("matching", "matching=TEXT"), ("matching=", "an empty one")] {
+        let error = wrong.parse::<Positions>().unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
 }
 
 /// A change to [`MANIFEST`], the text whose line the error must name, and the rest of the error.
@@ -389,9 +420,21 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
         ),
         (
             "positions = \"generated\"",
-            "positions = { matching = \"x\" }",
+            "positions = { spelling = \"x\" }",
+            "spelling",
+            "`intervention[0].positions.spelling`: unknown variant `spelling`, expected one of `all`, `prompt`, `generated`, `matching`",
+        ),
+        (
+            "positions = \"generated\"",
+            "positions = { matching = 1 }",
             "matching",
-            "`intervention[0].positions.matching`: unknown variant `matching`, expected one of `all`, `prompt`, `generated`",
+            "`intervention[0].positions.matching`: invalid type: integer `1`, expected a string",
+        ),
+        (
+            "positions = \"generated\"",
+            "positions = { matching = \"\" }",
+            "matching",
+            "`intervention[0].positions.matching`: expected a text, found an empty one",
         ),
         (
             "kind = \"add\"",
@@ -645,6 +688,12 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
             "positions = \"generated\"",
             "positions",
             "`gate[0].positions`: does not belong here: it is a key of gates of scope `token`",
+        ),
+        (
+            "scope = \"prompt\"\naggregate = \"mean\"",
+            "scope = \"token\"\npositions = { matching = \"x\" }",
+            "matching",
+            "`gate[0].positions.matching`: does not belong here: it is for interventions; a gate reads `all`, `prompt` or `generated` tokens",
         ),
         (
             "scope = \"prompt\"\naggregate = \"mean\"",
@@ -1481,7 +1530,7 @@ fn a_control_vector_becomes_adds_everywhere() {
         assert_eq!(intervention.name, name);
         assert_eq!(guard.operand_of(intervention), name);
         assert!(matches!(intervention.kind, InterventionKind::Add { .. }));
-        assert_eq!((intervention.strength, intervention.positions), (-0.5, Positions::All));
+        assert_eq!((intervention.strength, &intervention.positions), (-0.5, &Positions::All));
         assert!(intervention.first_position && intervention.when.is_none());
     }
     assert_eq!(guard.interventions().len(), 2);
@@ -1707,7 +1756,10 @@ proptest! {
         text in "\\PC*",
         number in prop::num::f64::NORMAL,
         layer in any::<u32>(),
-        positions in prop::sample::select(vec![Positions::All, Positions::Prompt, Positions::Generated]),
+        positions in prop_oneof![
+            prop::sample::select(vec![Positions::All, Positions::Prompt, Positions::Generated]),
+            any::<String>().prop_map(Positions::Matching),
+        ],
     ) {
         let written = Manifest {
             format: manifest::FORMAT,

@@ -385,12 +385,13 @@ impl<F: Files> Check<'_, F> {
             let at = |key: &str| format!("intervention[{index}].{key}");
             let kind = kind_of(index, entry, vectors, switches)?;
             let deviation = deviation_of(index, entry)?;
+            entry.positions.check().at(at("positions.matching"))?;
             Ok(Intervention {
                 name: intervention_name(entry).to_owned(),
                 kind,
                 strength: strength(entry.strength, deviation, kind, vectors).at(at("strength"))?,
                 deviation,
-                positions: entry.positions,
+                positions: entry.positions.clone(),
                 when: entry.when.as_ref().map(|when| Rule::parse(when, gate)).transpose().at(at("when"))?,
                 first_position: entry.first_position,
             })
@@ -434,7 +435,12 @@ fn scope_of(index: usize, entry: &GateEntry) -> Result<GateScope, Problem> {
                     return Err(GuardError::value(expected, release)).at(at("release"));
                 }
             }
-            Ok(GateScope::Token { positions: entry.positions.unwrap_or(Positions::All), release: entry.release })
+            if let Some(Positions::Matching(_)) = entry.positions {
+                let why = "it is for interventions; a gate reads `all`, `prompt` or `generated` tokens".to_owned();
+                return Err(GuardError::Misplaced { why }).at(at("positions.matching"));
+            }
+            let positions = entry.positions.clone().unwrap_or(Positions::All);
+            Ok(GateScope::Token { positions, release: entry.release })
         }
     }
 }

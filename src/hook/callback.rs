@@ -4,7 +4,7 @@ use super::rows::{BatchRow, GraphInputs, RowTracker, Splitting};
 use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
 use super::{CopyExecutor, DeviceExecutor, HookFault};
 use crate::guard::OnError;
-use crate::program::{Program, Sequences, panic_message};
+use crate::program::{Program, Sequences, TokenBytes, panic_message};
 use crate::tensor::{LayerIndex, SequenceId};
 use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -181,6 +181,17 @@ impl Hook {
         self.sequences.forget_rows();
     }
 
+    /// Says what tokens are, by their ids, for programs that act on a text's tokens. Where it is not known, nor the ids of a batch's tokens, they act
+    /// on all tokens of prompts.
+    pub fn set_vocabulary(&mut self, vocabulary: TokenBytes) {
+        self.sequences.set_vocabulary(vocabulary);
+    }
+
+    /// Says which token ids follow those of the next decode in the prompt of `sequence`: see [`Sequences::follow`].
+    pub fn follow(&mut self, sequence: SequenceId, rest: &[i32]) {
+        self.sequences.follow(sequence, rest);
+    }
+
     /// Says how many rows a sequence may have, so that no decode needs memory for what is kept of them.
     pub fn set_capacity(&mut self, n_rows: usize) {
         self.sequences.set_capacity(n_rows);
@@ -210,7 +221,9 @@ impl Hook {
     /// that cuts batches by `splitting`.
     pub fn begin(&mut self, batch: &[BatchRow], tokens: &[i32], splitting: Splitting) {
         self.rows.begin(batch, tokens, splitting);
-        self.sequences.begin(batch.iter().map(|row| (row.sequence, row.position, row.kind)));
+        let rows = batch.iter().map(|row| (row.sequence, row.position, row.kind));
+        self.sequences.begin(rows.clone());
+        self.sequences.mark_texts(rows, tokens, self.rows.marks_mut());
         self.wanted.clear();
         for program in self.sequences.programs() {
             self.wanted.extend(program.points().iter().map(|point| point.layer));

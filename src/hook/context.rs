@@ -2,7 +2,7 @@ use super::{
     BatchRow, Capture, CaptureRows, CapturedLayer, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault,
     Replacement, Splitting,
 };
-use crate::program::{GateDecision, Program, RowKind};
+use crate::program::{GateDecision, Program, RowKind, TokenBytes};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::kv_cache::KvCacheConversionError;
@@ -11,7 +11,7 @@ use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::{LlamaLoraAdapter, LlamaModel};
 use llama_cpp_2::token::LlamaToken;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -42,6 +42,7 @@ pub struct GuardedContext<'model> {
     context: LlamaContext<'model>,
     hook: OwnedHook,
     splitting: Splitting,
+    model: &'model LlamaModel,
 }
 
 /// A [`Hook`] on the heap that llama.cpp also has a pointer to.
@@ -121,15 +122,27 @@ impl<'model> GuardedContext<'model> {
         let context = model.new_context(backend, params)?;
         let splitting = Splitting { n_streams, n_ubatch: context.n_ubatch() as usize };
         hook.as_mut().set_capacity(context.n_ctx() as usize / n_streams);
-        let mut guarded = Self { context, hook, splitting };
-        guarded.dry_run(model)?;
+        let mut guarded = Self { context, hook, splitting, model };
+        let program = Arc::clone(guarded.program());
+        guarded.prepare_for(&program);
+        guarded.dry_run()?;
         Ok(guarded)
     }
 
+    /// Reads the vocabulary, once, if `program` looks for texts.
+    fn prepare_for(&mut self, program: &Program) {
+        if program.texts().is_empty() || self.hook.as_ref().sequences().knows_vocabulary() {
+            return;
+        }
+        let vocab = self.model.vocab();
+        let bytes = TokenBytes::new(vocab.tokens().map(|token| vocab.token_to_piece(token, true, None)));
+        self.hook.as_mut().set_vocabulary(bytes);
+    }
+
     /// Decodes one token and checks that every hook point fired. Clears the KV cache.
-    fn dry_run(&mut self, model: &LlamaModel) -> Result<(), ContextError> {
+    fn dry_run(&mut self) -> Result<(), ContextError> {
         let mut batch = GuardedBatch::new(1);
-        let bos = model.vocab().bos();
+        let bos = self.model.vocab().bos();
         batch.add_prompt(SequenceId(0), TokenPosition(0), &[if bos.0 < 0 { LlamaToken(0) } else { bos }])?;
         let outcome = self.run(&mut batch)?;
         self.clear();
@@ -161,6 +174,9 @@ impl<'model> GuardedContext<'model> {
     }
 
     fn run(&mut self, batch: &mut GuardedBatch) -> Result<Result<(), HookFault>, ContextError> {
+        for (sequence, rest) in &batch.following {
+            self.hook.as_mut().follow(*sequence, &batch.rest[rest.clone()]);
+        }
         self.hook.as_mut().begin(&batch.rows, &batch.tokens, self.splitting);
         let decoded = self.context.decode(&mut batch.batch);
         // A failed decode first: its hook points have not fired, and that is not the guard's fault.
@@ -194,11 +210,13 @@ impl<'model> GuardedContext<'model> {
     /// Runs `program` for sequences to come; those that live keep theirs. A hook point of it that this model's graph lacks is a fault of the
     /// first decode.
     pub fn set_program(&mut self, program: Arc<Program>) {
+        self.prepare_for(&program);
         self.hook.as_mut().set_program(program);
     }
 
     /// Starts `sequence`, which has no tokens yet, with a program of its own.
     pub fn assign(&mut self, sequence: SequenceId, program: Arc<Program>) {
+        self.prepare_for(&program);
         self.hook.as_mut().assign(sequence, program);
     }
 
@@ -253,9 +271,10 @@ impl<'model> GuardedContext<'model> {
         Ok(())
     }
 
-    /// How many tokens of `sequence`, from its first, a new prompt that begins with them may have from it, under the same program: see
-    /// [`resume`](Self::resume). Tokens of an answer are among them where the program has treated them as it would in a prompt.
-    pub fn reusable(&self, sequence: SequenceId) -> usize {
+    /// How many of the first `n_tokens` tokens of `sequence` a new prompt that begins with these may have from it, under the same program: see
+    /// [`resume`](Self::resume). Tokens of an answer are among them where the program has treated them as it would in a prompt. Those at the end
+    /// are not, if a text that the program looks for may begin with them: what they count as depends on what follows.
+    pub fn reusable(&self, sequence: SequenceId, n_tokens: usize) -> usize {
         // Cells that are cut off keep their values, and a copy of a stream has them too.
         if self.hook.as_ref().is_tainted(sequence) {
             return 0;
@@ -265,7 +284,7 @@ impl<'model> GuardedContext<'model> {
             0 => usize::try_from(self.context.kv_cache_seq_pos_max(sequence.0) + 1).unwrap_or(0),
             _ => 0,
         };
-        self.hook.as_ref().sequences().reusable(sequence).min(there)
+        self.hook.as_ref().sequences().reusable(sequence, n_tokens.min(there))
     }
 
     /// Makes of `to` a new sequence under the program of `from` whose prompt begins with the first `n_tokens` tokens of `from`: their cells are
@@ -276,7 +295,7 @@ impl<'model> GuardedContext<'model> {
     /// leaves `to` empty.
     pub fn resume(&mut self, from: SequenceId, to: SequenceId, n_tokens: usize) -> Result<(), ContextError> {
         let refused = |reusable| ContextError::NotReusable { sequence: from, asked: n_tokens, reusable };
-        let reusable = self.reusable(from);
+        let reusable = self.reusable(from, n_tokens);
         let [Ok(id), Ok(at)] = [u32::try_from(to.0), u32::try_from(n_tokens)] else { return Err(refused(reusable)) };
         if n_tokens > reusable || !self.hook.as_mut().resume(from, to, n_tokens) {
             return Err(refused(reusable));
@@ -374,6 +393,9 @@ pub struct GuardedBatch {
     rows: Vec<BatchRow>,
     /// Token ids of `rows`.
     tokens: Vec<i32>,
+    /// Which of `rest` follow in the prompts of which sequences.
+    following: Vec<(SequenceId, Range<usize>)>,
+    rest: Vec<i32>,
     capacity: usize,
 }
 
@@ -382,13 +404,16 @@ impl GuardedBatch {
     /// If `capacity` is above `i32::MAX`.
     pub fn new(capacity: usize) -> Self {
         let (rows, tokens) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
-        Self { batch: LlamaBatch::new(capacity, 1), rows, tokens, capacity }
+        let (following, rest) = (Vec::new(), Vec::new());
+        Self { batch: LlamaBatch::new(capacity, 1), rows, tokens, following, rest, capacity }
     }
 
     pub fn clear(&mut self) {
         self.batch.clear();
         self.rows.clear();
         self.tokens.clear();
+        self.following.clear();
+        self.rest.clear();
     }
 
     pub fn is_empty(&self) -> bool {
@@ -427,7 +452,11 @@ impl GuardedBatch {
         self.add_tokens(sequence, start, tokens, true)
     }
 
-    /// Adds `tokens`, a part of the prompt of `sequence` that more will follow.
+    /// Adds `tokens`, a part of the prompt of `sequence` that `rest` will follow: all that is left of the prompt, or nothing where that is not
+    /// known yet.
+    ///
+    /// A guard that acts on the tokens of a text sees by `rest` whether the text goes on there. Where it is not known, tokens at the end of the
+    /// part that the text may begin with count as its own.
     ///
     /// # Errors
     /// The batch is full.
@@ -436,8 +465,22 @@ impl GuardedBatch {
         sequence: SequenceId,
         start: TokenPosition,
         tokens: &[LlamaToken],
+        rest: &[LlamaToken],
     ) -> Result<i32, BatchError> {
-        self.add_tokens(sequence, start, tokens, false)
+        let last = self.add_tokens(sequence, start, tokens, false)?;
+        self.follow(sequence, rest);
+        Ok(last)
+    }
+
+    /// Says that `rest`, all that is left of its prompt, will follow the rows of `sequence` in this batch, which were added one by one:
+    /// [`add_prompt_part`](Self::add_prompt_part) says it by itself.
+    pub fn follow(&mut self, sequence: SequenceId, rest: &[LlamaToken]) {
+        self.following.retain(|(other, _)| *other != sequence);
+        if !rest.is_empty() {
+            let start = self.rest.len();
+            self.rest.extend(rest.iter().map(|token| token.0));
+            self.following.push((sequence, start..self.rest.len()));
+        }
     }
 
     /// Adds a token of the answer. Returns its index.

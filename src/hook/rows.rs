@@ -8,7 +8,7 @@
 //!
 //! A row has one sequence: [`GuardedBatch`](super::GuardedBatch) offers no row of several.
 
-use crate::program::{Row, RowKind};
+use crate::program::{EVERY_TEXT, Row, RowKind};
 use crate::tensor::{SequenceId, TokenPosition};
 
 /// A row of a batch, as it was handed to llama.cpp.
@@ -45,6 +45,8 @@ pub(super) struct RowTracker {
     batch: Vec<BatchRow>,
     /// Token ids of `batch`.
     tokens: Vec<i32>,
+    /// [`Row::matched`] of `batch`, empty where nobody asks.
+    marks: Vec<u64>,
     splitting: Splitting,
     /// Whether the batch has several sequences.
     mixed: bool,
@@ -67,6 +69,7 @@ impl Default for RowTracker {
         Self {
             batch: Vec::new(),
             tokens: Vec::new(),
+            marks: Vec::new(),
             splitting: Splitting { n_streams: 1, n_ubatch: 1 },
             mixed: false,
             used: Vec::new(),
@@ -92,11 +95,17 @@ impl RowTracker {
         self.batch.extend_from_slice(batch);
         self.tokens.clear();
         self.tokens.extend_from_slice(tokens);
+        self.marks.clear();
         self.splitting = splitting;
         self.mixed = batch.iter().any(|row| row.sequence != batch[0].sequence);
         self.used.clear();
         self.used.resize(batch.len(), false);
         (self.unknown, self.uncertain) = (false, false);
+    }
+
+    /// What the rows of the batch spell, to be filled in: [`Row::matched`] of each.
+    pub fn marks_mut(&mut self) -> &mut Vec<u64> {
+        &mut self.marks
     }
 
     /// Enters a micro-batch of `n_rows` rows whose graph reads `inputs`.
@@ -109,10 +118,11 @@ impl RowTracker {
         if found {
             for (index, of_batch) in self.order.iter().enumerate() {
                 let row = &self.batch[*of_batch];
+                let known = row.known(index, self.marks.get(*of_batch).copied().unwrap_or(EVERY_TEXT));
                 self.used[*of_batch] = true;
-                self.rows.push(row.known(index));
+                self.rows.push(known);
                 if row.output {
-                    self.outputs.push(row.known(index));
+                    self.outputs.push(known);
                 }
             }
         } else {
@@ -223,14 +233,14 @@ impl RowTracker {
 }
 
 impl BatchRow {
-    fn known(&self, index: usize) -> Row {
-        Row { sequence: Some(self.sequence), position: self.position, kind: self.kind, index }
+    fn known(&self, index: usize, matched: u64) -> Row {
+        Row { sequence: Some(self.sequence), position: self.position, kind: self.kind, index, matched }
     }
 }
 
-/// Treated as the end of a prompt, so that interventions on the prompt and on the answer act alike.
+/// Treated as the end of a prompt that spells all texts, so that interventions on the prompt and on the answer act alike.
 fn unknown(position: TokenPosition, index: usize) -> Row {
-    Row { sequence: None, position, kind: RowKind::PromptEnd, index }
+    Row { sequence: None, position, kind: RowKind::PromptEnd, index, matched: EVERY_TEXT }
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 use super::fuse::fuse;
 use super::{
-    Condition, Gate, GuardInfo, HookPoint, LowRank, Op, Patch, Program, Readout, Response, Rotate, Scope, Write,
+    Condition, Gate, GuardInfo, HookPoint, LowRank, MAX_TEXTS, Op, Patch, Positions, Program, Readout, Response,
+    Rotate, Scope, Write,
 };
-use crate::guard::{Aggregate, GateScope, Guard, Intervention, InterventionKind, Positions};
+use crate::guard::{self, Aggregate, GateScope, Guard, Intervention, InterventionKind};
 use crate::mapping::ResidualMap;
 use crate::tensor::{self, HiddenSize, LayerIndex};
 use std::collections::BTreeMap;
@@ -47,6 +48,8 @@ pub enum CompileError {
     TwoSwitches { layer: LayerIndex, first: String, second: String },
     #[error("guard `{name}` is there twice")]
     SameGuard { name: String },
+    #[error("more than {MAX_TEXTS} different texts that interventions act on")]
+    TooManyTexts,
     #[error("guard `{guard}`: intervention `{intervention}` has values that do not fit in `f32`")]
     Overflow { guard: String, intervention: String },
 }
@@ -54,7 +57,7 @@ pub enum CompileError {
 impl Program {
     /// A program that reads and patches nothing, for reading activations through the hook.
     pub fn observer(shape: ModelShape) -> Self {
-        Self { guards: Vec::new(), width: shape.n_embd, gates: Vec::new(), points: Vec::new() }
+        Self { guards: Vec::new(), width: shape.n_embd, gates: Vec::new(), points: Vec::new(), texts: Vec::new() }
     }
 
     /// Compiles `guard` for a model of `shape`.
@@ -73,7 +76,7 @@ impl Program {
     ///
     /// # Errors
     /// A layer or width that the model does not have, a gate without calibration where it is required, an intervention before a gate that
-    /// it waits for, two switches at one layer, or one guard twice.
+    /// it waits for, two switches at one layer, one guard twice, or more than [`MAX_TEXTS`] texts to look for.
     pub fn stack(guards: &[&Guard], shape: ModelShape, calibration: Calibration) -> Result<Self, CompileError> {
         let mut program = Self::observer(shape);
         let mut points = BTreeMap::new();
@@ -86,7 +89,7 @@ impl Program {
             compiling.check_shape()?;
             let first_gate = program.gates.len();
             for gate in guard.gates() {
-                let (compiled, direction) = compiling.gate(index, gate)?;
+                let (compiled, direction) = compiling.gate(index, gate, &mut program.texts)?;
                 let readout = Readout { gate: program.gates.len(), direction };
                 point_at(&mut points, compiled.layer).readouts.push(readout);
                 program.gates.push(compiled);
@@ -101,7 +104,7 @@ impl Program {
                     }
                 }
                 let condition = Condition {
-                    positions: intervention.positions,
+                    positions: positions(&intervention.positions, &mut program.texts)?,
                     when: intervention.when.as_ref().map(|rule| rule.shifted(first_gate)),
                     first_position: intervention.first_position,
                 };
@@ -125,6 +128,24 @@ impl Program {
 
 fn point_at(points: &mut BTreeMap<LayerIndex, HookPoint>, layer: LayerIndex) -> &mut HookPoint {
     points.entry(layer).or_insert_with(|| HookPoint { layer, readouts: Vec::new(), patches: Vec::new() })
+}
+
+/// `positions` as the program has them, its text among `texts`.
+fn positions(positions: &guard::Positions, texts: &mut Vec<Box<[u8]>>) -> Result<Positions, CompileError> {
+    let text = match positions {
+        guard::Positions::All => return Ok(Positions::All),
+        guard::Positions::Prompt => return Ok(Positions::Prompt),
+        guard::Positions::Generated => return Ok(Positions::Generated),
+        guard::Positions::Matching(text) => text.as_bytes(),
+    };
+    let index = texts.iter().position(|known| **known == *text).unwrap_or(texts.len());
+    if index == MAX_TEXTS {
+        return Err(CompileError::TooManyTexts);
+    }
+    if index == texts.len() {
+        texts.push(text.into());
+    }
+    Ok(Positions::Matching(index))
 }
 
 /// One guard on its way into a program.
@@ -166,7 +187,12 @@ impl Compiling<'_> {
         Ok(tensor::unit(direction).ok_or_else(no_direction)?.into_boxed_slice())
     }
 
-    fn gate(&self, guard: usize, gate: &crate::guard::Gate) -> Result<(Gate, Box<[f32]>), CompileError> {
+    fn gate(
+        &self,
+        guard: usize,
+        gate: &guard::Gate,
+        texts: &mut Vec<Box<[u8]>>,
+    ) -> Result<(Gate, Box<[f32]>), CompileError> {
         let layer = self.guard.vectors()[gate.vector].layer;
         let reads = match gate.scope {
             GateScope::Prompt(Aggregate::Last) => None,
@@ -186,12 +212,15 @@ impl Compiling<'_> {
                 (benign.mean, benign.deviation, Some(threshold))
             }
         };
-        let scope = match gate.scope {
-            GateScope::Prompt(aggregate) => Scope::Prompt(aggregate),
-            GateScope::Token { positions, release } => {
+        let scope = match &gate.scope {
+            GateScope::Prompt(aggregate) => Scope::Prompt(*aggregate),
+            GateScope::Token { positions: read, release } => {
                 // A threshold lowered since by calibration takes the release with it.
                 let threshold = threshold.unwrap_or(f64::INFINITY);
-                Scope::Token { positions, release: release.unwrap_or(threshold).min(threshold) }
+                Scope::Token {
+                    positions: positions(read, texts)?,
+                    release: release.unwrap_or(threshold).min(threshold),
+                }
             }
         };
         let name = if self.stacked { format!("{}/{}", self.guard.name(), gate.name) } else { gate.name.clone() };
@@ -202,10 +231,11 @@ impl Compiling<'_> {
     /// An intervention and the gates that it waits for may share a layer, where gates come first. One on generated tokens alone may lie
     /// before gates of the prompt, which have decided when the first of them comes.
     fn check_order(&self, intervention: &Intervention, layer: LayerIndex) -> Result<(), CompileError> {
-        for gate in intervention.when.iter().flat_map(crate::guard::Rule::gates) {
+        for gate in intervention.when.iter().flat_map(guard::Rule::gates) {
             let gate = &self.guard.gates()[gate];
             let read = self.guard.vectors()[gate.vector].layer;
-            let decided = intervention.positions == Positions::Generated && matches!(gate.scope, GateScope::Prompt(_));
+            let decided =
+                intervention.positions == guard::Positions::Generated && matches!(gate.scope, GateScope::Prompt(_));
             if layer < read && !decided {
                 return Err(CompileError::BeforeGate {
                     guard: self.name(),

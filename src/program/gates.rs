@@ -1,5 +1,5 @@
-use super::{Gate, Scope};
-use crate::guard::{Aggregate, Positions, Truth};
+use super::{Gate, Positions, Scope};
+use crate::guard::{Aggregate, Truth};
 use crate::tensor::{SequenceId, TokenPosition};
 
 /// What a row of the residual is, as far as a program needs to know.
@@ -11,6 +11,8 @@ pub struct Row {
     pub kind: RowKind,
     /// Number of the row in its micro-batch, the same at every layer.
     pub index: usize,
+    /// Bit `i`: whether its token spells a part of text `i` of its sequence's [`Program::texts`](super::Program::texts), or may.
+    pub matched: u64,
 }
 
 /// A row's place between prompt and answer.
@@ -25,13 +27,14 @@ pub enum RowKind {
 }
 
 impl Positions {
-    /// Whether what has these positions acts on a row of `kind`. The answer is predicted from the last row of the prompt on, so that row is
-    /// both of the prompt and of what is generated.
-    pub(super) fn cover(self, kind: RowKind) -> bool {
+    /// Whether what has these positions acts on `row`. The answer is predicted from the last row of the prompt on, so that row is both of the
+    /// prompt and of what is generated.
+    pub(super) fn cover(self, row: &Row) -> bool {
         match self {
             Self::All => true,
-            Self::Prompt => kind != RowKind::Generated,
-            Self::Generated => kind != RowKind::Prompt,
+            Self::Prompt => row.kind != RowKind::Generated,
+            Self::Generated => row.kind != RowKind::Prompt,
+            Self::Matching(text) => row.kind != RowKind::Generated && row.matched >> text & 1 == 1,
         }
     }
 }
@@ -90,7 +93,7 @@ impl GateState {
                 false
             }
             Scope::Token { positions, release } => {
-                if positions.cover(row.kind) && !row.position.is_sink() {
+                if positions.cover(row) && !row.position.is_sink() {
                     self.read_token(gate, release, projection);
                 }
                 self.open

@@ -329,8 +329,8 @@ impl Rotate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guard::{Digest, Positions};
-    use crate::program::{Condition, GuardInfo, Program, Response, RowKind};
+    use crate::guard::Digest;
+    use crate::program::{Condition, GuardInfo, Positions, Program, Response, RowKind};
     use crate::tensor::{HiddenSize, SequenceId, TokenPosition};
 
     const LAYER: LayerIndex = LayerIndex(3);
@@ -349,6 +349,7 @@ mod tests {
             width: HiddenSize(WIDTH),
             gates: Vec::new(),
             points: vec![HookPoint { layer: LAYER, readouts: Vec::new(), patches }],
+            texts: Vec::new(),
         })
     }
 
@@ -358,6 +359,7 @@ mod tests {
             position: TokenPosition(index as i32),
             kind: RowKind::Generated,
             index,
+            matched: 0,
         };
         sequences.iter().enumerate().map(row).collect()
     }

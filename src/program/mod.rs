@@ -1,8 +1,8 @@
 //! Guards compiled for one model's shape, and what runs them on slices.
 //!
-//! In: validated [`Guard`](crate::guard::Guard)s, a [`ModelShape`], then residual rows with who they belong to. Out: the rows patched, and
-//! each sequence's gate decisions and faults. This room knows nothing of ggml, of devices or of files: the [hook](crate::hook) finds the
-//! rows and brings them here, or runs the same [`Program`] elsewhere.
+//! In: validated [`Guard`](crate::guard::Guard)s, a [`ModelShape`], what tokens spell, then residual rows with who they belong to. Out: the
+//! rows patched, and each sequence's gate decisions and faults. This room knows nothing of ggml, of devices or of files: the
+//! [hook](crate::hook) finds the rows and brings them here, or runs the same [`Program`] elsewhere.
 //!
 //! Every patch but a rotation has the canonical form `y = κx + U·g(Vx + c) + b`: see [`LowRank`].
 
@@ -12,15 +12,18 @@ mod gates;
 mod host;
 pub mod reference;
 mod sequences;
+mod spelling;
 mod trail;
 
 pub use compile::{Calibration, CompileError, ModelShape};
 pub use gates::{GateDecision, Row, RowKind};
 pub(crate) use host::{Group, panic_message};
 pub use host::{RowFault, Scratch};
+pub(crate) use sequences::EVERY_TEXT;
 pub use sequences::Sequences;
+pub use spelling::{TokenBytes, tokens_spelling};
 
-use crate::guard::{Aggregate, Digest, OnError, OnFire, Positions, Rule};
+use crate::guard::{Aggregate, Digest, OnError, OnFire, Rule};
 use crate::tensor::{HiddenSize, LayerIndex};
 
 /// Guards compiled for one model: per hook point, what to read and what to patch, in order.
@@ -30,7 +33,12 @@ pub struct Program {
     pub(crate) width: HiddenSize,
     pub(crate) gates: Vec<Gate>,
     pub(crate) points: Vec<HookPoint>,
+    /// Bytes that patches look for in prompts, each once, up to [`MAX_TEXTS`].
+    pub(crate) texts: Vec<Box<[u8]>>,
 }
+
+/// Texts that a program may look for: as many as [`Row::matched`] has bits.
+pub const MAX_TEXTS: usize = 64;
 
 /// What a program keeps of a guard besides its gates and patches.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,6 +75,17 @@ pub enum Scope {
     Prompt(Aggregate),
     /// Each token of `positions` decides for itself: the gate opens at a score of the threshold, and closes at one below `release`.
     Token { positions: Positions, release: f64 },
+}
+
+/// Which tokens a gate reads or a patch acts on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Positions {
+    All,
+    Prompt,
+    /// From the prompt's last token on.
+    Generated,
+    /// The tokens of a prompt that spell this text: an index into [`Program::texts`].
+    Matching(usize),
 }
 
 /// What happens at one layer: gates are read first, from the residual as the model made it, then patches act in the guards' order.
@@ -211,6 +230,11 @@ impl Program {
 
     pub fn gates(&self) -> &[Gate] {
         &self.gates
+    }
+
+    /// Texts that patches look for in prompts.
+    pub fn texts(&self) -> &[Box<[u8]>] {
+        &self.texts
     }
 
     /// Hook points in the order of their layers, each layer once.

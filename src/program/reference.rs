@@ -2,10 +2,11 @@
 //! compiled forms. Slow and plain; the tests hold every executor against it.
 
 use super::RowKind;
-use crate::guard::{Guard, InterventionKind, Truth};
+use crate::guard::{Guard, InterventionKind, Positions, Truth};
 use crate::tensor::{LayerIndex, TokenPosition};
 
-/// Applies the interventions of `guard` at `layer` to one row `x` (`[width]`), with `gate_open[i]` for its gate `i`.
+/// Applies the interventions of `guard` at `layer` to one row `x` (`[width]`), with `gate_open[i]` for its gate `i`. `spells` tells
+/// whether the row's token spells a part of a text in its prompt.
 ///
 /// # Panics
 /// If `x` has not the width of the guard's vectors at `layer`, or `gate_open` is shorter than the guard's gates.
@@ -15,17 +16,27 @@ pub fn apply(
     position: TokenPosition,
     kind: RowKind,
     gate_open: &[bool],
+    spells: &dyn Fn(&str) -> bool,
     x: &mut [f64],
 ) {
     for intervention in guard.interventions() {
         let open = |gate: usize| Truth::from(gate_open[gate]);
         let acts = guard.layer_of(intervention) == layer
-            && intervention.positions.cover(kind)
+            && covers(&intervention.positions, kind, spells)
             && (intervention.first_position || !position.is_sink())
             && intervention.when.as_ref().is_none_or(|rule| rule.eval(&open) == Truth::True);
         if acts {
             apply_one(guard, intervention.kind, f64::from(intervention.strength), x);
         }
+    }
+}
+
+fn covers(positions: &Positions, kind: RowKind, spells: &dyn Fn(&str) -> bool) -> bool {
+    match positions {
+        Positions::All => true,
+        Positions::Prompt => kind != RowKind::Generated,
+        Positions::Generated => kind != RowKind::Prompt,
+        Positions::Matching(text) => kind != RowKind::Generated && spells(text),
     }
 }
 

@@ -1,8 +1,9 @@
 use super::gates::{GateState, RowKind, Standing, UNREAD};
 use super::host::RowFault;
+use super::spelling::{Next, Spelt, Texts, TokenBytes};
 use super::trail::Trail;
-use super::{Condition, Gate, GateDecision, Patch, Program, Row, Scope};
-use crate::guard::{OnFire, Positions, Rule, Truth};
+use super::{Condition, Gate, GateDecision, Patch, Positions, Program, Row, Scope};
+use crate::guard::{OnFire, Rule, Truth};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -16,7 +17,11 @@ pub struct Sequences {
     current: Arc<Program>,
     states: BTreeMap<SequenceId, SequenceState>,
     /// Of cleared sequences, whose memory is used again.
-    spare: Vec<(Vec<GateState>, Trail)>,
+    spare: Vec<(Vec<GateState>, Trail, Spelt)>,
+    /// What tokens are, where programs look for texts.
+    vocabulary: Option<TokenBytes>,
+    /// Tokens that follow those of the next decode in their prompts, as far as a text reaches.
+    following: BTreeMap<SequenceId, Vec<i32>>,
     /// Rows that a sequence may come to have, as far as is known.
     capacity: usize,
     /// The sequences of the decode.
@@ -32,7 +37,12 @@ pub(super) struct SequenceState {
     gates: Vec<GateState>,
     fault: Option<(LayerIndex, RowFault)>,
     trail: Trail,
+    /// Of a program that looks for texts.
+    spelt: Spelt,
 }
+
+/// [`Row::matched`] of a row of which it is not known what it spells.
+pub(crate) const EVERY_TEXT: u64 = u64::MAX;
 
 /// Which gates of scope `token` are open for which rows of the micro-batch.
 #[derive(Debug, Default)]
@@ -54,13 +64,31 @@ impl OpenGates {
 
 impl Sequences {
     pub fn new(program: Arc<Program>) -> Self {
-        let (states, spare, batch) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { current: program, states, spare, capacity: 0, batch, open: OpenGates::default(), shared: None }
+        Self {
+            current: program,
+            states: BTreeMap::new(),
+            spare: Vec::new(),
+            vocabulary: None,
+            following: BTreeMap::new(),
+            capacity: 0,
+            batch: Vec::new(),
+            open: OpenGates::default(),
+            shared: None,
+        }
     }
 
     /// Says how many rows a sequence may have, so that memory for what is kept of them is there from its beginning.
     pub fn set_capacity(&mut self, n_rows: usize) {
         self.capacity = n_rows;
+    }
+
+    /// Says what tokens are, by their ids: programs that look for texts need it. Without it every token of a prompt counts as a part of each.
+    pub fn set_vocabulary(&mut self, vocabulary: TokenBytes) {
+        self.vocabulary = Some(vocabulary);
+    }
+
+    pub fn knows_vocabulary(&self) -> bool {
+        self.vocabulary.is_some()
     }
 
     /// The program of sequences to come.
@@ -97,12 +125,12 @@ impl Sequences {
 
     /// Forgets `sequence`: its next row starts a new prompt.
     pub fn clear(&mut self, sequence: SequenceId) {
-        self.spare.extend(self.states.remove(&sequence).map(|state| (state.gates, state.trail)));
+        self.spare.extend(self.states.remove(&sequence).map(SequenceState::into_memory));
     }
 
     pub fn clear_all(&mut self) {
         let states = std::mem::take(&mut self.states).into_values();
-        self.spare.extend(states.map(|state| (state.gates, state.trail)));
+        self.spare.extend(states.map(SequenceState::into_memory));
     }
 
     /// Prepares for a decode of `rows`: makes room for their sequences, so that no row of theirs allocates.
@@ -131,6 +159,55 @@ impl Sequences {
         }
     }
 
+    /// Says that `rest`, its token ids, follows the rows of the next decode in the prompt of `sequence`, up to the prompt's end.
+    pub fn follow(&mut self, sequence: SequenceId, rest: &[i32]) {
+        let program = self.program(sequence).unwrap_or(&self.current);
+        let Some(vocabulary) = self.vocabulary.as_ref().filter(|_| !program.texts.is_empty()) else { return };
+        let reach = Texts { texts: &program.texts, vocabulary }.reach();
+        let mut n_bytes = 0;
+        let near = rest.iter().copied().take_while(|token| {
+            let is_near = n_bytes < reach;
+            n_bytes += vocabulary.of(*token).len();
+            is_near
+        });
+        let near = near.collect();
+        self.following.insert(sequence, near);
+    }
+
+    /// Finds the rows of a decode that has [begun](Self::begin) that spell texts of their programs: `marks` becomes [`Row::matched`] of each of
+    /// `rows`, or stays empty where no program looks for a text. `tokens` are their ids, or none where these are not known: then all count.
+    ///
+    /// At the end of a part of a prompt of which it is not known what [follows](Self::follow), tokens count that a text may begin with.
+    pub fn mark_texts(
+        &mut self,
+        rows: impl Iterator<Item = (SequenceId, TokenPosition, RowKind)> + Clone,
+        tokens: &[i32],
+        marks: &mut Vec<u64>,
+    ) {
+        let following = std::mem::take(&mut self.following);
+        marks.clear();
+        if self.programs().all(|program| program.texts.is_empty()) {
+            return;
+        }
+        marks.resize(rows.clone().count(), EVERY_TEXT);
+        for sequence in &self.batch {
+            let state = self.states.get_mut(sequence).filter(|state| !state.program.texts.is_empty());
+            let Some(SequenceState { program, spelt, .. }) = state else { continue };
+            let (Some(vocabulary), true) = (&self.vocabulary, tokens.len() == marks.len()) else {
+                spelt.lose_track();
+                continue;
+            };
+            let texts = Texts { texts: &program.texts, vocabulary };
+            let own = rows.clone().enumerate().filter(|(_, (of, ..))| of == sequence);
+            if !spelt.take(own.clone().map(|(index, (_, position, _))| (position, tokens[index]))) {
+                continue;
+            }
+            let next = following.get(sequence).map_or(Next::Unknown, |following| Next::Known(following));
+            spelt.mark_taken(own.clone().map(|(_, (.., kind))| kind), texts, next);
+            own.zip(spelt.taken()).for_each(|((index, _), mark)| marks[index] = *mark);
+        }
+    }
+
     /// Ends a decode for `sequence`. Unless it went `well`, what its gates have read can't be told from here on.
     pub fn finish(&mut self, sequence: SequenceId, well: bool) {
         if let Some(state) = self.states.get_mut(&sequence) {
@@ -152,20 +229,29 @@ impl Sequences {
     }
 
     fn state_for(&mut self, program: Arc<Program>) -> SequenceState {
-        let (mut gates, mut trail) = self.spare.pop().unwrap_or_default();
+        let (mut gates, mut trail, mut spelt) = self.spare.pop().unwrap_or_default();
         gates.clear();
         gates.resize(program.gates.len(), UNREAD);
         trail.restart(gates.len(), self.capacity);
-        SequenceState { program, gates, fault: None, trail }
+        spelt.restart(if program.texts.is_empty() { 0 } else { self.capacity });
+        SequenceState { program, gates, fault: None, trail, spelt }
     }
 
-    /// How many rows of `sequence`, from its first, are what they would be in a new prompt of the same tokens under the same program.
+    /// How many of the first `n_rows` rows of `sequence` are what they would be in any new prompt that begins with their tokens, under the same
+    /// program.
     ///
     /// Those of its prompt are, but for its last token. Those after it are too, unless what has acted on them knows an answer from a
-    /// prompt, by its positions or by a gate that had decided.
-    pub fn reusable(&self, sequence: SequenceId) -> usize {
+    /// prompt, by its positions or by a gate that had decided. Rows at the end that may spell a text, as the prompt goes on, are not.
+    pub fn reusable(&self, sequence: SequenceId, n_rows: usize) -> usize {
         let Some(state) = self.states.get(&sequence) else { return 0 };
-        if state.treats_answers_as_prompts() { state.trail.n_rows() } else { state.trail.n_prompt() }
+        let n_known = if state.treats_answers_as_prompts() { state.trail.n_rows() } else { state.trail.n_prompt() };
+        let n = n_rows.min(n_known);
+        let texts = &state.program.texts;
+        match &self.vocabulary {
+            _ if texts.is_empty() => n,
+            Some(vocabulary) => state.spelt.settled(n, Texts { texts, vocabulary }),
+            None => 0,
+        }
     }
 
     /// Makes nothing [reusable](Self::reusable) of what has been read up to now: what reads it has become another model.
@@ -176,16 +262,20 @@ impl Sequences {
     /// Makes of `to` a new sequence under the program of `from` whose prompt begins with the first `n_rows` rows of `from`, its gates as they
     /// are then. Returns whether that many rows are [reusable](Self::reusable); if not, nothing is changed.
     pub fn resume(&mut self, from: SequenceId, to: SequenceId, n_rows: usize) -> bool {
-        if n_rows > self.reusable(from) {
+        if n_rows > self.reusable(from, n_rows) {
             return false;
         }
         let Some(program) = self.program(from).map(Arc::clone) else { return false };
         let mut state = self.state_for(program);
         let Some(source) = self.states.get(&from) else { return false };
         state.trail.extend_as_prompt(&source.trail, n_rows);
+        if !state.program.texts.is_empty() {
+            state.spelt.extend(&source.spelt, n_rows);
+        }
         for row in 0..n_rows {
             let position = TokenPosition(i32::try_from(row).unwrap_or(i32::MAX));
-            let read = Row { sequence: Some(to), position, kind: RowKind::Prompt, index: row };
+            let matched = state.spelt.mark_at(row);
+            let read = Row { sequence: Some(to), position, kind: RowKind::Prompt, index: row, matched };
             for (gate, projection) in state.trail.projections(row) {
                 state.gates[gate].read(&state.program.gates[gate], &read, f64::from(projection));
             }
@@ -277,7 +367,7 @@ impl Sequences {
 
     /// Whether a patch of the row's program acts on it. Where it is uncertain whose row it is or what a gate says, it does.
     pub(crate) fn acts(&self, condition: &Condition, row: &Row) -> bool {
-        if !condition.positions.cover(row.kind) || (row.position.is_sink() && !condition.first_position) {
+        if !condition.positions.cover(row) || (row.position.is_sink() && !condition.first_position) {
             return false;
         }
         let Some(rule) = &condition.when else { return true };
@@ -291,7 +381,13 @@ impl Sequences {
 }
 
 impl SequenceState {
-    /// Whether every patch does to a row of the answer, and to the prompt's last, what it would do to the same token in a prompt.
+    /// What of it is used again.
+    fn into_memory(self) -> (Vec<GateState>, Trail, Spelt) {
+        (self.gates, self.trail, self.spelt)
+    }
+
+    /// Whether every patch does to a row of the answer, and to the prompt's last, what it would do to the same token in a prompt, if that token
+    /// spells the same texts: of an answer none.
     fn treats_answers_as_prompts(&self) -> bool {
         let mut patches = self.program.points.iter().flat_map(|point| &point.patches);
         patches.all(|Patch { condition, .. }| {
@@ -300,16 +396,18 @@ impl SequenceState {
             if gates.iter().any(|gate| matches!(scope(gate), Scope::Token { .. })) {
                 // Such a gate reads a row alike wherever it lies. A rule that asks one of the prompt too is not looked into.
                 let reads_all = |gate| matches!(scope(gate), Scope::Token { positions: Positions::All, .. });
-                return condition.positions == Positions::All && gates.iter().all(reads_all);
+                let alike = matches!(condition.positions, Positions::All | Positions::Matching(_));
+                return alike && gates.iter().all(reads_all);
             }
             // No gate decides before a prompt's end, and there only at its own layer.
             let undecided = condition.when.as_ref().is_none_or(|rule| holds(rule, |_| Standing::Undecided));
             let decided = condition.when.as_ref().is_none_or(|rule| {
                 holds(rule, |gate| self.gates[gate].standing(&self.program.gates[gate], RowKind::Generated, false))
             });
-            let in_prompt = condition.positions.cover(RowKind::Prompt) && undecided;
-            let in_answer = condition.positions.cover(RowKind::Generated) && decided;
-            [undecided, decided, in_answer] == [in_prompt; 3]
+            match condition.positions {
+                Positions::All | Positions::Matching(_) => undecided == decided,
+                Positions::Prompt | Positions::Generated => !undecided && !decided,
+            }
         })
     }
 }
@@ -338,6 +436,73 @@ mod tests {
     use crate::program::ModelShape;
     use crate::tensor::HiddenSize;
 
+    /// A program that looks for `texts`, in a vocabulary of bytes.
+    fn looking_for(texts: &[&str]) -> Arc<Program> {
+        let shape = ModelShape { n_embd: HiddenSize(4), n_layer: 2 };
+        let texts = texts.iter().map(|text| text.as_bytes().into()).collect();
+        Arc::new(Program { texts, ..Program::observer(shape) })
+    }
+
+    /// Decodes rows of sequences, each a byte of text, and gives their marks.
+    fn marks(sequences: &mut Sequences, rows: &[(i32, i32, RowKind, u8)], tokens_are_known: bool) -> Vec<u64> {
+        let tokens: Vec<i32> = rows.iter().map(|row| i32::from(row.3)).collect();
+        let rows = rows.iter().map(|(sequence, at, kind, _)| (SequenceId(*sequence), TokenPosition(*at), *kind));
+        sequences.begin(rows.clone());
+        let mut marks = vec![7];
+        sequences.mark_texts(rows, if tokens_are_known { &tokens } else { &[] }, &mut marks);
+        (0..2).for_each(|sequence| sequences.finish(SequenceId(sequence), true));
+        marks
+    }
+
+    #[test]
+    fn rows_are_marked_by_the_texts_of_their_own_sequences() {
+        use RowKind::{Generated, Prompt, PromptEnd};
+        let bytes = || TokenBytes::new((0..=u8::MAX).map(|byte| [byte]));
+        let mut sequences = Sequences::new(looking_for(&["ab", "bc"]));
+        sequences.set_vocabulary(bytes());
+        sequences.assign(SequenceId(1), looking_for(&["c"]));
+        // Rows of both in turn, the first with a following, the second with none.
+        sequences.follow(SequenceId(0), &[i32::from(b'x'), i32::from(b'b')]);
+        let rows = [
+            (0, 0, Prompt, b'a'),
+            (1, 0, Prompt, b'c'),
+            (0, 1, Prompt, b'b'),
+            (1, 1, PromptEnd, b'x'),
+            (0, 2, Prompt, b'x'),
+            (0, 3, Prompt, b'a'),
+        ];
+        assert_eq!(marks(&mut sequences, &rows, true), [1, 1, 1, 0, 0, 0]);
+        // What was said to follow counts for one decode.
+        let rows = [(0, 4, Prompt, b'a'), (1, 2, Generated, b'c')];
+        assert_eq!(marks(&mut sequences, &rows, true), [1, 0]);
+        assert_eq!(sequences.reusable(SequenceId(0), 9), 3, "either `a` may go on");
+        assert_eq!(
+            sequences.reusable(SequenceId(1), 9),
+            2,
+            "of an answer no row is marked, in a prompt the third would be"
+        );
+        assert!(
+            !sequences.resume(SequenceId(1), SequenceId(1), 3) && sequences.resume(SequenceId(1), SequenceId(1), 2)
+        );
+        assert_eq!(marks(&mut sequences, &[(1, 2, Prompt, b'c'), (1, 3, PromptEnd, b'c')], true), [1, 1]);
+    }
+
+    #[test]
+    fn where_tokens_are_not_known_every_text_counts() {
+        let mut sequences = Sequences::new(looking_for(&["ab"]));
+        let rows = [(0, 0, RowKind::Prompt, b'x'), (0, 1, RowKind::PromptEnd, b'x')];
+        assert_eq!(marks(&mut sequences, &rows, true), [EVERY_TEXT; 2], "no vocabulary");
+        assert_eq!(sequences.reusable(SequenceId(0), 9), 0);
+        sequences.set_vocabulary(TokenBytes::new((0..=u8::MAX).map(|byte| [byte])));
+        sequences.clear(SequenceId(0));
+        assert_eq!(marks(&mut sequences, &rows, false), [EVERY_TEXT; 2], "no ids");
+        assert_eq!(marks(&mut sequences, &[(0, 2, RowKind::Prompt, b'b')], true), [1], "it may have begun before");
+        assert_eq!(sequences.reusable(SequenceId(0), 9), 0);
+        let mut sequences = Sequences::new(looking_for(&[]));
+        assert!(marks(&mut sequences, &rows, true).is_empty(), "nobody asks");
+        assert_eq!(sequences.reusable(SequenceId(0), 9), 2);
+    }
+
     #[test]
     fn what_is_resumed_time_and_again_takes_no_more_memory() {
         let shape = ModelShape { n_embd: HiddenSize(4), n_layer: 2 };
@@ -348,7 +513,7 @@ mod tests {
         for _ in 0..9 {
             assert!(sequences.resume(a, b, 2) && sequences.resume(a, a, 3));
         }
-        assert_eq!(sequences.reusable(b), 2);
+        assert_eq!(sequences.reusable(b, 9), 2);
         assert!(sequences.spare.len() <= 1, "{}", sequences.spare.len());
     }
 }

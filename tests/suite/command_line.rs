@@ -520,7 +520,7 @@ fn discriminant_is_carried(pair: &str) {
     let built = Guard::load(guard.as_ref()).unwrap();
     let (vector, gate) = (&built.vectors()[0], &built.gates()[0]);
     assert_eq!((vector.kind, vector.layer.0), (VectorKind::Discriminant, 2));
-    assert_eq!((gate.scope, gate.readout), (GateScope::Prompt(Aggregate::Mean), Readout::Projection));
+    assert_eq!((&gate.scope, gate.readout), (&GateScope::Prompt(Aggregate::Mean), Readout::Projection));
 
     // The reading, from the files alone.
     let file = MappingFile::from_bytes("m", &std::fs::read(&mapping).unwrap()).unwrap();
@@ -590,4 +590,40 @@ fn a_shrinkage_out_of_range_writes_nothing() {
 
 fn json_lines(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// From the command line to the rows of a prompt, and back to who asks what the guard does.
+#[test]
+fn a_guard_acts_on_the_tokens_of_a_text() {
+    let fixture = Fixture::new(&["--intervene", "add", "--strength", "40", "--positions", "matching=eats thi"]);
+    assert!(std::fs::read_to_string(fixture.manifest()).unwrap().contains("matching = \"eats thi\""));
+    assert!(done(&["guard", "inspect", fixture.guard()]).contains("matching=eats thi"));
+    let json: Value = serde_json::from_str(&done(&["guard", "inspect", fixture.guard(), "--json"])).unwrap();
+    assert_eq!(json["interventions"][0]["positions"], serde_json::json!({ "matching": "eats thi" }));
+    // Its gate is to stay out of it.
+    fixture.edit_manifest("when = \"sharks\"\n", "");
+    let answer = |prompt: &str, guard: &[&str]| {
+        done(&[&["run", "--model", fixture.model(), "-p", prompt, "--max-tokens", "8"], guard].concat())
+    };
+    let guarded = ["--guard", fixture.guard()];
+    for (prompt, acts) in [("a shark eats things", true), ("a shark eats the things", false)] {
+        assert_eq!(answer(prompt, &guarded) != answer(prompt, &[]), acts, "{prompt}");
+    }
+    let empty = pilotfish(&[
+        "guard",
+        "build",
+        "--name",
+        "g",
+        "--model",
+        fixture.model(),
+        "--vectors",
+        "v",
+        "--intervene",
+        "add",
+        "--positions",
+        "matching=",
+        "-o",
+        "g",
+    ]);
+    assert!(empty.code == 64 && empty.stderr.contains("an empty one"), "{empty:?}");
 }

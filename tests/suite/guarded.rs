@@ -22,6 +22,7 @@ mod expected;
 mod fault_sweep;
 mod faults;
 mod gates;
+mod matching;
 mod patches;
 #[path = "../support/reference_model.rs"]
 mod reference_model;

@@ -374,7 +374,7 @@ impl<'model> Scheduler<'model> {
             return 0;
         }
         let alike = self.slots[slot].tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        alike.min(prompt.len() - 1).min(self.context.reusable(SequenceId(slot as i32)))
+        self.context.reusable(SequenceId(slot as i32), alike.min(prompt.len() - 1))
     }
 
     /// Whether the sequence runs under `program`, this very one, or did last.
@@ -418,7 +418,8 @@ impl<'model> Scheduler<'model> {
             if part.len() == rest.len() {
                 running.row = Some(self.batch.add_prompt(sequence, at, part).map_err(ContextError::from)?);
             } else {
-                self.batch.add_prompt_part(sequence, at, part).map_err(ContextError::from)?;
+                let rest = &rest[part.len()..];
+                self.batch.add_prompt_part(sequence, at, part, rest).map_err(ContextError::from)?;
             }
             tokens.extend_from_slice(part);
         }

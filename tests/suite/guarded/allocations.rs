@@ -17,6 +17,7 @@ fn everything(subject: &Subject) -> Guard {
         .gate(gate("last", Aggregate::Last, NEVER, OnFire::Block))
         .intervene(InterventionEntry { strength: 0.01, ..add("v") })
         .intervene(clamp("last", -3.0, 3.0))
+        .intervene(InterventionEntry { positions: Positions::Matching("eats thi".into()), ..called("text", add("v")) })
         .intervene(InterventionEntry { strength: 0.1, ..rotate("t", 10.0) })
         .intervene(InterventionEntry { strength: 0.01, ..switch("m") })
         .intervene(InterventionEntry { strength: 0.01, ..switch("n") })

@@ -2,6 +2,7 @@
 //! the model gave it: the same run without that hook point's patches tells the row, and the interventions in `f64` the rest.
 
 use super::*;
+use pilotfish::engine::tokens_spelling;
 use pilotfish::guard::Intervention;
 
 /// Residuals of the tests' layers, `[layer][n_tokens][n_embd]`, and the logits of every token.
@@ -86,6 +87,18 @@ impl Subject {
         late.fold(guard.clone(), |early, entry| early.with_strength(&entry.name, 0.0).unwrap())
     }
 
+    /// What `tokens` spell.
+    pub fn text_of(&self, tokens: &[LlamaToken]) -> String {
+        let vocab = self.model.llama().vocab();
+        let bytes = tokens.iter().flat_map(|token| vocab.token_to_piece(*token, true, None));
+        String::from_utf8(bytes.collect()).unwrap()
+    }
+
+    /// Indices of the tokens of a prompt that spell `text`.
+    pub fn spelling(&self, prompt: &[LlamaToken], text: &str) -> Vec<usize> {
+        tokens_spelling(self.model.llama(), prompt, text)
+    }
+
     /// How far logits may be from those of a batch of another shape.
     pub fn tolerance(&self) -> f64 {
         if self.is_quantized() { TOLERANCE_OF_KERNELS } else { TOLERANCE }
@@ -141,7 +154,8 @@ impl Subject {
         let apply = |layer: u32, position: usize, row: &mut [f64]| {
             for guard in guards {
                 let (at, kind) = (TokenPosition(position as i32), script.kind(position));
-                reference::apply(guard, self.layer(layer), at, kind, &open(guard, layer, position), row);
+                let spells = |text: &str| self.spelling(&script.prompt, text).contains(&position);
+                reference::apply(guard, self.layer(layer), at, kind, &open(guard, layer, position), &spells, row);
             }
         };
         if let Some(tiny) = self.known() {

@@ -68,6 +68,15 @@ pub(super) const CASES: &[Case] = &[
         changes: |kind, _| kind != RowKind::Prompt,
     },
     Case {
+        what: "the tokens of a text only",
+        policy: |policy| {
+            let positions = Positions::Matching(policy.subject.text_of(&policy.subject.script().prompt[3..5]));
+            policy.vector("v", 1).intervene(InterventionEntry { positions, ..add("v") })
+        },
+        first_point: 1,
+        changes: |_, position| (3..5).contains(&position),
+    },
+    Case {
         what: "two hook points, and two interventions in order at one of them",
         policy: |policy| {
             let policy = policy.vector("first", 0).vector("second", 2).vector("third", 2);
@@ -183,7 +192,7 @@ fn a_patched_run_agrees_with_the_reference(subject: &Subject) {
         expected.assert_is(&what, &found);
         // What is patched goes on to the logits.
         let last = distance(found.1.last().unwrap(), unguarded.logits.last().unwrap());
-        assert_eq!(last > 100.0 * TOLERANCE, (case.changes)(RowKind::PromptEnd, 1), "{what}: logits: {last:.1e}");
+        assert_eq!(last > 100.0 * TOLERANCE, (case.changes)(RowKind::PromptEnd, 3), "{what}: logits: {last:.1e}");
     }
 }
 

@@ -7,13 +7,15 @@ use pilotfish::engine::scheduler::{End, Request, RequestId, SchedulerOptions};
 
 const WORDS: [&str; 10] = [" the", " sea", " fish", " shark", " and", " bird", " song", " eats", " x", " so"];
 
+/// What patches may look for: words, and what lies over the edges of tokens.
+const TEXTS: [&str; 8] = [" sea", "h sh", "d so", "x", "eats the", "a", "ea", "fish and the bird song"];
+
 fn one_of<T: Clone>(rng: &mut ChaCha8Rng, of: &[T]) -> T {
     of[rng.random_range(0..of.len())].clone()
 }
 
 /// Gates of all kinds, and patches that may ask them.
 fn any_program(tiny: &Subject, rng: &mut ChaCha8Rng) -> Arc<Program> {
-    const POSITIONS: [Positions; 4] = [Positions::All, Positions::All, Positions::Prompt, Positions::Generated];
     let policy = tiny.policy().vector("a", 0).vector("b", 1).vector("c", 2).vector("d", 3);
     let mut policy = policy.vector("u", 1).vector("v", 2).vector("w", 3);
     let is_block = |rng: &mut ChaCha8Rng| if rng.random_range(0..8) == 0 { OnFire::Block } else { OnFire::Steer };
@@ -38,7 +40,9 @@ fn any_program(tiny: &Subject, rng: &mut ChaCha8Rng) -> Arc<Program> {
         }
         let rule = one_of(rng, rules);
         let when = (!rule.is_empty()).then(|| rule.to_owned());
-        let positions = one_of(rng, &POSITIONS);
+        let text = || Positions::Matching(one_of(&mut rng.clone(), &TEXTS).into());
+        let positions = [Positions::All, Positions::All, Positions::Prompt, Positions::Generated, text(), text()];
+        let positions = one_of(rng, &positions);
         let first_position = rng.random_range(0..3) == 0;
         policy = policy.intervene(InterventionEntry { when, positions, first_position, ..add(vector) });
     }
@@ -158,7 +162,7 @@ fn cells_of_a_request_that_went_wrong_are_not_shared() {
                 let mut batch = GuardedBatch::new(tokens.len());
                 let start = TokenPosition(at as i32);
                 if !ends {
-                    batch.add_prompt_part(sequence, start, tokens).unwrap();
+                    batch.add_prompt_part(sequence, start, tokens, &[]).unwrap();
                     context.decode(&mut batch).unwrap();
                     return Vec::new();
                 }
@@ -173,7 +177,7 @@ fn cells_of_a_request_that_went_wrong_are_not_shared() {
             context.clear();
             read(&mut context, ONLY, 0, &shared, false);
             read(&mut context, ONLY, shared.len(), &[other, poisoned, other, other], true);
-            let n = context.reusable(ONLY);
+            let n = context.reusable(ONLY, shared.len());
             if n > 0 {
                 context.resume(ONLY, to, n).unwrap();
             } else {

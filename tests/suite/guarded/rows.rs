@@ -86,7 +86,7 @@ fn assert_patched_rows(
     };
     assert_patched(what, &subject.layers_of([guard]), run, |_, layer, position, row| {
         let (at, kind) = (TokenPosition(position as i32), script.kind(position));
-        reference::apply(guard, subject.layer(layer), at, kind, &open(kind), row);
+        reference::apply(guard, subject.layer(layer), at, kind, &open(kind), &|_| false, row);
     });
 }
 
@@ -98,7 +98,7 @@ fn see(context: &mut GuardedContext, script: &Script, part: usize) -> Seen {
         let mut batch = GuardedBatch::new(part);
         let start = TokenPosition((index * part) as i32);
         if index + 1 < n_parts {
-            batch.add_prompt_part(ONLY, start, tokens).unwrap();
+            batch.add_prompt_part(ONLY, start, tokens, &script.prompt[(index + 1) * part..]).unwrap();
             context.decode(&mut batch).unwrap();
         } else {
             let last = batch.add_prompt(ONLY, start, tokens).unwrap();
@@ -186,7 +186,7 @@ fn micro_batches_may_hold_rows_of_several_sequences(subject: &Subject) {
         let what = format!("{}: micro-batches of {n_ubatch}", subject.name());
         assert_patched(&what, &subject.layers_of([&guard]), run, |sequence, layer, position, row| {
             let (at, kind) = (TokenPosition(position as i32), scripts[sequence.0 as usize].kind(position));
-            reference::apply(&guard, subject.layer(layer), at, kind, &open_of_busy(kind), row);
+            reference::apply(&guard, subject.layer(layer), at, kind, &open_of_busy(kind), &|_| false, row);
         });
     }
 }

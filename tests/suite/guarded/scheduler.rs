@@ -339,6 +339,23 @@ pub(super) mod prefixes {
             Reuse::Prompt,
         ),
         (
+            "an addition to a text",
+            |policy| {
+                let positions = Positions::Matching(" eats the sha".into());
+                policy.vector("v", 1).intervene(InterventionEntry { positions, ..add("v") })
+            },
+            Reuse::All,
+        ),
+        (
+            "an addition to a text, by a gate that opens",
+            |policy| {
+                let policy = policy.vector("g", 0).gate(gate("g", Aggregate::Mean, -NEVER, OnFire::Steer));
+                let positions = Positions::Matching(" eats".into());
+                policy.vector("v", 1).intervene(InterventionEntry { positions, ..when("g", add("v")) })
+            },
+            Reuse::Prompt,
+        ),
+        (
             "a gate that opens",
             |policy| {
                 let policy = policy.vector("g", 0).gate(gate("g", Aggregate::Mean, -NEVER, OnFire::Steer));

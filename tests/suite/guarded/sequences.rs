@@ -106,7 +106,7 @@ fn answer_as(
             }
             let rest = &request.prompt[read[index]..];
             if rest.len() > 7 {
-                batch.add_prompt_part(sequence, at, &rest[..7]).unwrap();
+                batch.add_prompt_part(sequence, at, &rest[..7], &rest[7..]).unwrap();
                 read[index] += 7;
             } else {
                 asked.push((index, batch.add_prompt(sequence, at, rest).unwrap()));
@@ -287,7 +287,7 @@ fn executors_agree_on_a_mixed_batch(subject: &Subject) {
                 // The second guard's gate is one of each token.
                 let decided = guard.name() == "second" || kind != RowKind::Prompt;
                 let (at, open) = (TokenPosition(position as i32), decided && sequence.0 % 2 == 0);
-                reference::apply(guard, subject.layer(layer), at, kind, &[open], row);
+                reference::apply(guard, subject.layer(layer), at, kind, &[open], &|_| false, row);
             }
         });
     }

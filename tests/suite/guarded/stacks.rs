@@ -74,7 +74,7 @@ fn a_token_gate_reads_the_positions_that_it_says(subject: &Subject) {
         (Positions::Prompt, 1..script.prompt.len()),
         (Positions::Generated, script.prompt.len() - 1..script.tokens().len()),
     ] {
-        let entry = GateEntry { positions: Some(positions), ..token_gate("t", NEVER, None) };
+        let entry = GateEntry { positions: Some(positions.clone()), ..token_gate("t", NEVER, None) };
         let guard = subject.policy().vector("t", 1).gate(entry).guard();
         let mut context = subject.guarded(&guard, params());
         script.run(&mut context).unwrap();
@@ -213,6 +213,19 @@ fn what_contradicts_itself_does_not_compile() {
     }
     let error = compiled(&[&one, &one]).unwrap_err();
     assert!(matches!(error, CompileError::SameGuard { .. }), "{error}");
+    // One text counts once, whoever looks for it.
+    let looking = |name: &str, n: usize| {
+        let mut policy = tiny.policy().named(name).vector("v", 1);
+        for index in 0..2 * n {
+            let positions = Positions::Matching(format!("text {}", index / 2));
+            policy = policy.intervene(InterventionEntry { positions, ..called(&format!("add-{index}"), add("v")) });
+        }
+        policy.guard()
+    };
+    let both = compiled(&[&looking("first", 64), &looking("second", 3)]).unwrap();
+    assert_eq!((both.texts().len(), &*both.texts()[63]), (64, &b"text 63"[..]));
+    let error = compiled(&[&looking("first", 65)]).unwrap_err();
+    assert!(error.to_string().contains("64 different texts"), "{error}");
     // At the last layer llama.cpp has only tokens with logits, so a gate on each token would miss some.
     let last = tiny.last_layer();
     let guard = tiny.policy().vector("g", last).gate(of_token()).guard();

@@ -13,6 +13,7 @@ on_every_model!(
     a_table_that_is_looked_up_does_what_the_linked_one_does,
     a_program_is_swapped_between_decodes,
     gates_count_as_fired_where_rows_cannot_be_told,
+    a_hook_that_does_not_know_tokens_takes_all_of_a_prompt_for_a_text,
 );
 
 /// A context with a hook that the app keeps.
@@ -346,4 +347,17 @@ mod shapes {
             }
         }
     }
+}
+
+/// A guard errs towards acting.
+fn a_hook_that_does_not_know_tokens_takes_all_of_a_prompt_for_a_text(subject: &Subject) {
+    let script = subject.script();
+    let run = |positions| {
+        let policy = subject.policy().vector("v", 1).intervene(InterventionEntry { positions, ..add("v") });
+        let program = compiled(subject, &policy.guard());
+        Hooked::new(subject, GgmlTable::linked(), program, params()).run(&script)
+    };
+    let text = Positions::Matching("this text is nowhere".into());
+    assert!(bits(&run(text)) == bits(&run(Positions::Prompt)), "{}", subject.name());
+    assert!(bits(&run(Positions::Prompt)) != bits(&run(Positions::All)), "{}", subject.name());
 }
