@@ -547,7 +547,7 @@ pub struct CalibrateArguments {
     /// Multiples of the guard's strengths among which `--refusals` looks: from none to twice what they are
     #[arg(long, value_name = "LOW..HIGH", default_value = "0..2", requires = "refusals")]
     pub strengths: Factors,
-    /// Prompts of each file that are answered for `--refusals`, the first ones
+    /// Prompts of each file that are answered for `--refusals`, spread evenly over it
     #[arg(long, default_value_t = 40, value_name = "N", requires = "refusals")]
     pub limit: usize,
     /// Tokens of their answers

@@ -29,9 +29,8 @@ pub fn for_refusals(
     arguments: &CalibrateArguments,
 ) -> anyhow::Result<Guard> {
     let Factors { low, high } = arguments.strengths;
-    let [harmful, benign] =
-        [prompts.positive, prompts.negative].map(|class| &class[..class.len().min(arguments.limit)]);
-    let input = StrengthInput { harmful, benign, max_tokens: arguments.max_tokens };
+    let [harmful, benign] = [prompts.positive, prompts.negative].map(|class| spread(class, arguments.limit));
+    let input = StrengthInput { harmful: &harmful, benign: &benign, max_tokens: arguments.max_tokens };
     let options = StrengthOptions { target, range: (low, high), coarse: COARSE, halvings: HALVINGS };
     let found = {
         let bar = Bar::new("trying strengths");
@@ -46,6 +45,12 @@ pub fn for_refusals(
         eprintln!("intervention `{}`: strength {}, was {}", after.name, after.strength, before.strength);
     }
     Ok(strengthened)
+}
+
+/// `limit` of the prompts, evenly over all of them: a file often has one kind after another.
+fn spread(prompts: &[String], limit: usize) -> Vec<String> {
+    let n = prompts.len().min(limit);
+    (0..n).map(|index| prompts[index * prompts.len() / n].clone()).collect()
 }
 
 fn tried(found: &StrengthSearch, n_harmful: usize) -> comfy_table::Table {
@@ -83,6 +88,15 @@ mod tests {
         let tried: Vec<_> =
             tried.iter().map(|&(strength, effect, kl)| TriedStrength { strength, effect, kl }).collect();
         StrengthSearch { chosen: chosen.map(|index| tried[index]), tried }
+    }
+
+    #[test]
+    fn prompts_are_taken_evenly_each_once() {
+        let prompts: Vec<String> = (0..7).map(|n| n.to_string()).collect();
+        assert_eq!(spread(&prompts, 3), ["0", "2", "4"]);
+        assert_eq!(spread(&prompts, 7), prompts);
+        assert_eq!(spread(&prompts, 100), prompts);
+        assert!(spread(&prompts, 0).is_empty() && spread(&[], 3).is_empty());
     }
 
     #[test]
