@@ -33,12 +33,12 @@ struct Edges {
 /// Where `text`, which is not empty, stands in `bytes`, or may stand over an open edge of them.
 fn occurrences<'a>(bytes: &'a [u8], text: &'a [u8], edges: Edges) -> impl Iterator<Item = Range<usize>> + 'a {
     let length = text.len();
-    // Counted from as many bytes before the first.
+    // By where an occurrence would end, which may be behind all bytes; it may begin before them.
     let first = if edges.open_before { 1 } else { length };
-    let last = if edges.open_after { bytes.len() + length } else { bytes.len() + 1 };
-    (first..last).filter_map(move |at| {
-        let (start, end) = (at.saturating_sub(length), at.min(bytes.len()));
-        let of_text = start + length - at..end + length - at;
+    let behind_last = bytes.len() + if edges.open_after { length } else { 1 };
+    (first..behind_last).filter_map(move |ends| {
+        let (start, end) = (ends.saturating_sub(length), ends.min(bytes.len()));
+        let of_text = start + length - ends..end + length - ends;
         (bytes[start..end] == text[of_text]).then_some(start..end)
     })
 }

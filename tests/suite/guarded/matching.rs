@@ -136,27 +136,25 @@ fn what_may_go_on_is_patched_where_it_is_not_known(subject: &Subject) {
     let script = Script { answer: Vec::new(), ..script(subject) };
     let guard = guard(subject, &TEXTS);
     let expected = spelling(subject, &script.prompt, &TEXTS);
+    let vocab = subject.model.llama().vocab();
+    let pieces = script.prompt.iter().map(|token| vocab.token_to_piece(*token, true, None));
+    let pieces: Vec<Vec<u8>> = pieces.collect();
     let mut more = 0;
-    let n = script.prompt.len();
-    // A real model takes its time.
-    let is_tried = |cut: &usize| !subject.is_quantized() || cut % 5 == 0 || expected.contains(&(cut - 1));
-    for cut in (1..n).filter(is_tried) {
+    for cut in 1..script.prompt.len() {
         let what = format!("{}: cut at {cut}", subject.name());
-        let found = patched(subject, &guard, &script, &[cut], false);
-        // Only what comes before the cut may count besides, and does where a text may begin with it.
-        assert!(found.is_superset(&expected), "{what}: {found:?}");
-        let besides: Vec<usize> = found.difference(&expected).copied().collect();
-        let vocab = subject.model.llama().vocab();
-        let pieces = script.prompt[..cut].iter().map(|token| vocab.token_to_piece(*token, true, None));
-        let pieces: Vec<Vec<u8>> = pieces.collect();
+        // Tokens before the cut that a text would have if it went on there.
         let open = |text: &&str| {
-            let with = |end: &[u8]| program::tokens_spelling(pieces.iter().map(Vec::as_slice).chain([end]), text);
+            let with =
+                |end: &[u8]| program::tokens_spelling(pieces[..cut].iter().map(Vec::as_slice).chain([end]), text);
             let ways = (0..text.len()).flat_map(|byte| with(&text.as_bytes()[byte..]));
             ways.filter(|position| (1..cut).contains(position)).collect::<Vec<_>>()
         };
-        let may: BTreeSet<usize> = TEXTS.iter().flat_map(open).collect();
-        assert_eq!(besides, may.difference(&expected).copied().collect::<Vec<_>>(), "{what}");
-        more += besides.len();
+        let may: BTreeSet<usize> = TEXTS.iter().flat_map(open).chain(expected.iter().copied()).collect();
+        more += may.len() - expected.len();
+        // A real model takes its time.
+        if !subject.is_quantized() || may != expected || cut % 8 == 0 {
+            assert_eq!(patched(subject, &guard, &script, &[cut], false), may, "{what}");
+        }
     }
     assert!(more > 0, "{}: no cut leaves a text open", subject.name());
 }
