@@ -24,7 +24,11 @@ pub fn set_gate_calibration(text: &str, gate: &str, found: &GateCalibration) -> 
         entry.insert("calibration", Item::ArrayOfTables(ArrayOfTables::new()));
     }
     let list = entry.get_mut("calibration").expect("it is there now");
-    let points: Array = points.iter().map(point_table).collect();
+    let mut points: Array = points.iter().map(point_table).collect();
+    // One a line.
+    points.iter_mut().for_each(|point| point.decor_mut().set_prefix("\n    "));
+    points.set_trailing_comma(true);
+    points.set_trailing("\n");
     let mut keys: Vec<(&str, Value)> =
         vec![("quantization", quantization.into()), ("n_benign", i64::try_from(*n_benign).unwrap_or(i64::MAX).into())];
     keys.extend(figures.map(|(key, number)| (key, number.into())));

@@ -1558,7 +1558,7 @@ vector = "harm" # no name of its own
 "#;
     let figures = calibration(-2.5, 0.75, 1.7);
     let calibrated = edit::set_gate_calibration(text, "harmful", &figures).unwrap();
-    let entry = "\n[[gate.calibration]]\nquantization = \"Q4_K_M\"\nn_benign = 200\nthreshold = 1.7\nmean = -2.5\ndeviation = 0.75\noperating_point = [{ rate = 0.01, threshold = 1.7, fired = 2, low = 0.001, high = 0.04, detection = 0.5 }, { rate = 0.05, threshold = 1.25, fired = 10, low = 0.02, high = 0.09 }]\n";
+    let entry = "\n[[gate.calibration]]\nquantization = \"Q4_K_M\"\nn_benign = 200\nthreshold = 1.7\nmean = -2.5\ndeviation = 0.75\noperating_point = [\n    { rate = 0.01, threshold = 1.7, fired = 2, low = 0.001, high = 0.04, detection = 0.5 },\n    { rate = 0.05, threshold = 1.25, fired = 10, low = 0.02, high = 0.09 },\n]\n";
     for line in ["threshold = 1.7 # by hand\n", "\nmean = -2.5\ndeviation = 0.75\n", entry] {
         assert!(calibrated.contains(line), "no {line:?} in\n{calibrated}");
     }
