@@ -206,11 +206,7 @@ fn read_native(arguments: &EvalArguments) -> anyhow::Result<Option<Vec<VectorFil
         tasks.contains(&Task::Steering) || tasks.contains(&Task::Utility),
         "`--native-vectors` are for `steering` and `utility`; the model's own direction in `detection` comes of `--native-positive` and `--native-negative`"
     );
-    let read = |path: &PathBuf| -> anyhow::Result<VectorFile> {
-        let bytes = std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))?;
-        Ok(VectorFile::from_bytes(&path.display().to_string(), &bytes)?)
-    };
-    Ok(Some(paths.iter().map(read).collect::<anyhow::Result<_>>()?))
+    paths.iter().map(|path| guard::read_vectors(path)).collect::<anyhow::Result<_>>().map(Some)
 }
 
 fn read_survey(path: &Path) -> anyhow::Result<Survey> {

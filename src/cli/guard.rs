@@ -85,6 +85,11 @@ fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))
 }
 
+/// Reads a file of vectors, as `extract` writes it.
+pub fn read_vectors(path: &Path) -> anyhow::Result<VectorFile> {
+    Ok(VectorFile::from_bytes(&path.display().to_string(), &read(path)?)?)
+}
+
 fn load_plain(model: &str, gpu_layers: u32) -> anyhow::Result<Model> {
     load_named(model, &LoadArguments { gpu_layers, raw: false })
 }
@@ -336,7 +341,7 @@ fn build_to(
         "a guard needs `--gate NAME`, `--intervene KIND` or both"
     );
     let vectors_label = vectors.display().to_string();
-    let file = VectorFile::from_bytes(&vectors_label, &read(vectors)?)?;
+    let file = read_vectors(vectors)?;
     let mapping = mapping
         .map(|path| -> anyhow::Result<_> {
             let bytes = read(path)?;
