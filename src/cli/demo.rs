@@ -9,7 +9,7 @@ use std::path::Path;
 
 const SOURCE: &str = "smollm2-135m-instruct";
 const TARGET: &str = "gemma-3-270m";
-/// Folder of the shipped guard, and of the prompts that it is made from.
+/// Folder of the guard that is shown, and of the prompts that it is made from.
 const SHIPPED: &str = "harm-gate-smollm2-to-gemma3";
 /// Where `--rebuild` puts what it makes.
 const REBUILT: &str = "demo-guard";
