@@ -50,6 +50,23 @@ fn descriptors_say_what_the_models_are() {
     }
 }
 
+/// What is shipped runs as it stands: its files are whole, and its probe is answered by the model that it is for.
+#[test]
+fn every_shipped_guard_is_whole_and_for_its_model() {
+    let catalog = Catalog::load().unwrap();
+    let entries = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/guards")).unwrap();
+    let folders: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
+    assert!([GUARD, REFUSAL].iter().all(|guard| folders.iter().any(|folder| folder == Path::new(guard))));
+    for folder in folders {
+        let fingerprint = Guard::load(&folder).unwrap().target().fingerprint.to_string();
+        let is_its = |name: &&str| catalog.find(name).unwrap().fingerprint.as_ref() == Some(&fingerprint);
+        let name = [SMALL, LARGE].into_iter().find(is_its).unwrap_or_else(|| panic!("{}", folder.display()));
+        if located(name).is_some() {
+            done(&["guard", "verify", folder.to_str().unwrap(), "--model", name]);
+        }
+    }
+}
+
 /// The difference of the classes' means, in f64, from residuals that llama.cpp's own C API gave.
 #[test]
 fn extraction_agrees_with_raw_activations() {
