@@ -36,6 +36,8 @@ pub enum Command {
     Calibrate(CalibrateArguments),
     /// Gate scores of prompts, without generating.
     Score(ScoreArguments),
+    /// The tokens that a model reads for prompts.
+    Tokens(TokensArguments),
     /// Generate, guarded or not.
     Run(RunArguments),
     /// Measure a guard beside its controls.
@@ -582,6 +584,18 @@ pub struct ScoreArguments {
     pub guards: GuardArguments,
     #[arg(long, value_name = "F")]
     pub prompts: PathBuf,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TokensArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// Prompts; the field `answer` of a record is read as what follows the prompt
+    #[arg(long, value_name = "F")]
+    pub prompts: PathBuf,
+    /// A line of JSON a prompt, with the tokens' numbers
     #[arg(long)]
     pub json: bool,
 }

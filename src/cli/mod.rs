@@ -17,6 +17,7 @@ mod run;
 mod strength;
 mod synthesize;
 mod table;
+mod tokens;
 
 use args::{Arguments, Command};
 use clap::Parser;
@@ -70,6 +71,7 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Guard(command) => guard::guard(command),
         Command::Calibrate(arguments) => learn::calibrate(arguments),
         Command::Score(arguments) => run::score(arguments),
+        Command::Tokens(arguments) => tokens::tokens(arguments),
         Command::Run(arguments) => run::run(arguments),
         Command::Eval(arguments) => eval::eval(*arguments),
         Command::Bench(arguments) => bench::bench(arguments),

