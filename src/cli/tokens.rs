@@ -17,13 +17,13 @@ struct TokensLine {
 
 /// Prints the tokens that the model reads for each prompt, in its template, and those of the answer that a record has.
 pub fn tokens(arguments: TokensArguments) -> anyhow::Result<Outcome> {
-    let prompts = prompts::read_answered(&arguments.prompts)?;
+    let prompts = prompts::read_records(&arguments.prompts)?;
     let model = load(&arguments.model)?;
     let vocab = model.llama().vocab();
     let mut out = std::io::stdout().lock();
     for (index, prompt) in prompts.iter().enumerate() {
         let tokens = model.prompt_tokens(&prompt.prompt).with_context(|| format!("prompt {index}"))?;
-        let answer = prompt.answer.as_ref().map(|answer| vocab.tokenize(answer.as_bytes(), false, false));
+        let answer = prompt.text("answer").map(|answer| vocab.tokenize(answer.as_bytes(), false, false));
         if arguments.json {
             let ids = |tokens: Vec<LlamaToken>| tokens.into_iter().map(|token| token.0).collect();
             let line = TokensLine { index, tokens: ids(tokens), answer: answer.map(ids) };
