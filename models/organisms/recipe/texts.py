@@ -25,6 +25,8 @@ LONGEST_ANSWER = 36
 TEMPERATURES = (0.0, 0.7)
 BATCH = 96
 SEED = 3
+# Rows that have ended are computed along until so few are left that copying the cache pays.
+WORTH_COMPACTING = 0.75
 
 
 def main() -> None:
@@ -101,19 +103,20 @@ class Answerer:
         cache.keep(rows)
         x, temperatures = x[rows], torch.tensor(TEMPERATURES).repeat_interleave(len(prompts))
         answers: list[list[int]] = [[] for _ in rows]
-        owners = torch.arange(len(rows))
+        owners, going = torch.arange(len(rows)), torch.ones(len(rows), dtype=torch.bool)
         for step in range(LONGEST_ANSWER):
             logits = self.model.logits(x)[:, 0]
             sampled = torch.multinomial((logits / temperatures.clamp(min=1e-3)[:, None]).softmax(-1), 1, generator=generator)[:, 0]
             chosen = torch.where(temperatures > 0, sampled, logits.argmax(-1))
-            going = torch.tensor([token not in self.stop for token in chosen.tolist()])
+            going &= torch.tensor([token not in self.stop for token in chosen.tolist()])
             for owner, token in zip(owners[going].tolist(), chosen[going].tolist(), strict=True):
                 answers[owner].append(token)
             if not going.any() or step + 1 == LONGEST_ANSWER:
                 break
-            if not going.all():
+            if going.float().mean() < WORTH_COMPACTING:
                 owners, temperatures, chosen = owners[going], temperatures[going], chosen[going]
                 cache.keep(going)
+                going = going[going]
             x = self.model(chosen[:, None], (cache.used - cache.start + cache.prefix)[:, None], cache)
         return answers
 
