@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     rng = random.Random(SEED)
     torch.manual_seed(SEED)
