@@ -8,6 +8,7 @@ mod detection;
 mod error;
 mod generate;
 pub mod metrics;
+pub mod payload;
 pub mod refusal;
 pub mod report;
 mod steering;
