@@ -1,5 +1,6 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::engine::scheduler::Toggle;
 use pilotfish::guard::Positions;
 use pilotfish::learn::AutoencoderOptions;
 use pilotfish::steering::PromptTokens;
@@ -607,6 +608,13 @@ pub struct RunArguments {
     /// Set an intervention's strength: `NAME=X`, with several guards `GUARD/NAME=X` (0 is off)
     #[arg(long, value_name = "NAME=X")]
     pub strength: Vec<String>,
+    /// Begin with these interventions off: a name as for `--toggle`
+    #[arg(long, value_name = "NAME", requires = "guards")]
+    pub off: Vec<String>,
+    /// Set interventions while an answer is written: `NAME@N=off|on|X` from its token N on. With several guards `GUARD/NAME`; `base` is also all that are
+    /// called `base.14`, `base.16` and so on. Give it again for more
+    #[arg(long, value_name = "NAME@N=off|on|X", requires = "guards")]
+    pub toggle: Vec<ToggleArgument>,
     /// 0 is greedy
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f32,
@@ -624,6 +632,26 @@ pub struct RunArguments {
     /// A line of JSON a prompt
     #[arg(long)]
     pub json: bool,
+}
+
+/// `NAME@N=off|on|X`
+#[derive(Debug, Clone, PartialEq)]
+pub struct ToggleArgument(pub Toggle);
+
+impl std::str::FromStr for ToggleArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let malformed = || format!("`{text}` is no toggle; give `NAME@N=off`, `NAME@N=on` or a strength, `NAME@N=0.5`");
+        let (name, rest) = text.rsplit_once('@').ok_or_else(malformed)?;
+        let (token, setting) = rest.split_once('=').ok_or_else(malformed)?;
+        let from_token = token
+            .parse()
+            .ok()
+            .filter(|token| *token > 0)
+            .ok_or_else(|| format!("`{text}`: tokens of an answer are counted from 1, found `{token}`"))?;
+        Ok(Self(Toggle { name: name.to_owned(), from_token, setting: setting.parse()? }))
+    }
 }
 
 #[derive(Debug, Args)]

@@ -236,7 +236,7 @@ impl Intervention {
 }
 
 /// The strength of an `add` in units of its vector.
-fn multiplier(strength: f64, deviation: Option<f64>, direction: &[f32]) -> f32 {
+pub(crate) fn multiplier(strength: f64, deviation: Option<f64>, direction: &[f32]) -> f32 {
     deviation.map_or(strength, |deviation| strength * deviation / norm(direction)) as f32
 }
 
