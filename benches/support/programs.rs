@@ -102,7 +102,8 @@ impl Map {
         let size = (3.0 / width as f32).sqrt();
         let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-size..size)).collect() };
         let side = || Standardization { mean: vec![0.0; width], scale: vec![1.0; width] };
-        let model = ModelIdentity { name: "bench".into(), architecture: "llama".into(), fingerprint };
+        let model =
+            ModelIdentity { name: "bench".into(), architecture: "llama".into(), fingerprint, adapters: Vec::new() };
         let mut file = MappingFile {
             source: model.clone(),
             target: model,

@@ -51,11 +51,35 @@ pub struct ModelArguments {
     /// A GGUF file, or a name from `pilotfish models list`
     #[arg(long, value_name = "M")]
     pub model: String,
+    /// A LoRA adapter (GGUF) that the model carries, added SCALE times to its weights (1 unless given). May be given several times
+    #[arg(long, value_name = "F[=SCALE]")]
+    pub lora: Vec<LoraArgument>,
     #[command(flatten)]
     pub load: LoadArguments,
 }
 
-#[derive(Debug, Args, Clone)]
+/// An adapter's file and how often it is added.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraArgument {
+    pub path: PathBuf,
+    pub scale: f64,
+}
+
+impl std::str::FromStr for LoraArgument {
+    type Err = String;
+
+    /// `F` or `F=SCALE`. What follows the last `=` is the scale where it is a number, or where `.gguf` stands before it.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some((path, scale)) = text.rsplit_once('=') else { return Ok(Self { path: text.into(), scale: 1.0 }) };
+        match scale.trim().parse::<f64>() {
+            Ok(scale) if scale.is_finite() && !path.is_empty() => Ok(Self { path: path.into(), scale }),
+            Err(_) if !path.ends_with(".gguf") => Ok(Self { path: text.into(), scale: 1.0 }),
+            _ => Err(format!("`{scale}` is no scale of an adapter; give a number, as `{path}=0.5`")),
+        }
+    }
+}
+
+#[derive(Debug, Args, Clone, Default)]
 pub struct LoadArguments {
     /// Layers to put on a GPU
     #[arg(long, default_value_t = 0, value_name = "N")]
@@ -319,6 +343,12 @@ pub struct MapArguments {
     pub seed: u32,
     #[command(flatten)]
     pub training: TrainingArguments,
+    /// A LoRA adapter (GGUF) that the small model carries. May be given several times
+    #[arg(long, value_name = "F[=SCALE]")]
+    pub source_lora: Vec<LoraArgument>,
+    /// A LoRA adapter (GGUF) that the model to guard carries. May be given several times
+    #[arg(long, value_name = "F[=SCALE]")]
+    pub target_lora: Vec<LoraArgument>,
     #[command(flatten)]
     pub load: LoadArguments,
     /// Where to write the mapping
@@ -374,23 +404,16 @@ pub enum GuardCommand {
     /// What a guard says and does
     Inspect {
         guard: PathBuf,
-        /// Compile it for this model too, and say how each hook point's residual is reached
-        #[arg(long, value_name = "M")]
-        model: Option<String>,
-        /// Layers to put on a GPU
-        #[arg(long, default_value_t = 0, value_name = "N", requires = "model")]
-        gpu_layers: u32,
+        #[command(flatten)]
+        against: AgainstModel,
         #[arg(long)]
         json: bool,
     },
     /// Check a guard's files, and with a model that they belong together
     Verify {
         guard: PathBuf,
-        #[arg(long, value_name = "M")]
-        model: Option<String>,
-        /// Layers to put on a GPU
-        #[arg(long, default_value_t = 0, value_name = "N", requires = "model")]
-        gpu_layers: u32,
+        #[command(flatten)]
+        against: AgainstModel,
     },
     /// Make a guard from a llama.cpp control vector (GGUF)
     Import {
@@ -401,11 +424,28 @@ pub enum GuardCommand {
         /// The model that it is for
         #[arg(long, value_name = "M")]
         model: String,
+        /// A LoRA adapter (GGUF) that the model carries. May be given several times
+        #[arg(long, value_name = "F[=SCALE]")]
+        lora: Vec<LoraArgument>,
         #[arg(long, default_value_t = 1.0)]
         strength: f32,
         #[arg(short, long, value_name = "DIR")]
         output: PathBuf,
     },
+}
+
+/// A model to hold a guard against, if there is one.
+#[derive(Debug, Args)]
+pub struct AgainstModel {
+    /// Compile it for this model too, and ask its probe; `inspect` then says how each hook point's residual is reached
+    #[arg(long, value_name = "M")]
+    pub model: Option<String>,
+    /// A LoRA adapter (GGUF) that the model carries, added SCALE times to its weights (1 unless given). May be given several times
+    #[arg(long, value_name = "F[=SCALE]", requires = "model")]
+    pub lora: Vec<LoraArgument>,
+    /// Layers to put on a GPU
+    #[arg(long, default_value_t = 0, value_name = "N", requires = "model")]
+    pub gpu_layers: u32,
 }
 
 #[derive(Debug, Args)]
@@ -439,6 +479,9 @@ pub struct BuildArguments {
     /// With `--positive`: the model that the vectors were learnt on, where their file's name for it is not known here
     #[arg(long, value_name = "M", requires = "positive")]
     pub source: Option<String>,
+    /// With `--positive`: a LoRA adapter (GGUF) that that model carries. May be given several times
+    #[arg(long, value_name = "F[=SCALE]", requires = "positive")]
+    pub source_lora: Vec<LoraArgument>,
     /// Store the mapped vector instead of the vector and its mapping
     #[arg(long)]
     pub baked: bool,
@@ -520,6 +563,9 @@ pub struct CalibrateArguments {
     /// A GGUF file, or a name from `pilotfish models list`. The figures are kept for its quantization
     #[arg(long, value_name = "M", required_unless_present = "operating_point")]
     pub model: Option<String>,
+    /// A LoRA adapter (GGUF) that the model carries, added SCALE times to its weights (1 unless given). May be given several times
+    #[arg(long, value_name = "F[=SCALE]", conflicts_with = "operating_point")]
+    pub lora: Vec<LoraArgument>,
     #[command(flatten)]
     pub load: LoadArguments,
     #[arg(long, value_name = "DIR")]

@@ -25,6 +25,7 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let guard = guard::load_guard(&arguments.guard)?;
     let native = read_native(&arguments)?;
     let model = load(&arguments.model)?;
+    guard::warn_of_adapters(&model, [&guard]);
     let native = native.map(|files| native_guard(&model, &guard, &files)).transpose()?;
     let seeds = Seeds { bootstrap: arguments.seed, controls: arguments.control_seeds };
     let mut report = Report::new(&model, &guard, seeds, std::env::args().collect());

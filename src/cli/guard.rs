@@ -1,7 +1,7 @@
 use super::Outcome;
 use super::args::{
-    AggregateArgument, BuildArguments, GuardCommand, InterventionArgument, LoadArguments, OnErrorArgument,
-    OnFireArgument, ReadoutArgument,
+    AgainstModel, AggregateArgument, BuildArguments, GuardCommand, InterventionArgument, LoadArguments, LoraArgument,
+    OnErrorArgument, OnFireArgument, ReadoutArgument,
 };
 use super::learn::best_layer;
 use super::models::{load, load_named};
@@ -13,8 +13,8 @@ use pilotfish::guard::manifest::{
     GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, VectorEntry,
 };
 use pilotfish::guard::{
-    Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Readout, Source, VectorFile,
-    carry, class_mean_tensors, extend_guard, from_control_vector, write_guard,
+    AdapterIdentity, Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Readout, Source,
+    VectorFile, carry, class_mean_tensors, extend_guard, from_control_vector, write_guard,
 };
 use pilotfish::hook::ExecutorKind;
 use pilotfish::learn::{self, Classes};
@@ -32,16 +32,12 @@ const PROBE_PROMPT: &str = "The pilot fish swims beside the shark, eats what it 
 pub fn guard(command: GuardCommand) -> anyhow::Result<Outcome> {
     match command {
         GuardCommand::Build(arguments) => build(*arguments)?,
-        GuardCommand::Inspect { guard, model, gpu_layers, json } => {
-            inspect(&guard, model.as_deref().map(|model| (model, gpu_layers)), json)?;
-        }
-        GuardCommand::Verify { guard, model, gpu_layers } => {
-            verify(&guard, model.as_deref().map(|model| (model, gpu_layers)))?;
-        }
-        GuardCommand::Import { file, name, model, strength, output } => {
+        GuardCommand::Inspect { guard, against, json } => inspect(&guard, &against, json)?,
+        GuardCommand::Verify { guard, against } => verify(&guard, &against)?,
+        GuardCommand::Import { file, name, model, lora, strength, output } => {
             let bytes = read(&file)?;
             let vector = ControlVector::from_gguf(&bytes).with_context(|| format!("`{}`", file.display()))?;
-            let model = load_plain(&model, 0)?;
+            let model = load_named(&model, &lora, &LoadArguments::default())?;
             let (manifest, tensors) = from_control_vector(&name, &vector, model.identity(), f64::from(strength));
             let guard = write_guard(&output, &manifest, &tensors, &[])?;
             eprintln!("wrote guard `{}` with {} vectors to {}", guard.name(), guard.vectors().len(), output.display());
@@ -90,17 +86,30 @@ pub fn read_vectors(path: &Path) -> anyhow::Result<VectorFile> {
     Ok(VectorFile::from_bytes(&path.display().to_string(), &read(path)?)?)
 }
 
-fn load_plain(model: &str, gpu_layers: u32) -> anyhow::Result<Model> {
-    load_named(model, &LoadArguments { gpu_layers, raw: false })
+/// Says which guards were made for other adapters than the model carries. It is no error: a guard may well do for a model's variants, which
+/// its probe decides.
+pub fn warn_of_adapters<'a>(model: &Model, guards: impl IntoIterator<Item = &'a Guard>) {
+    for guard in guards {
+        if let Some(what) = guard.target().other_adapters(model.identity()) {
+            eprintln!("warning: guard `{}` {what}", guard.name());
+        }
+    }
 }
 
-/// `model` with the number of its layers that go on a GPU.
-fn verify(directory: &Path, model: Option<(&str, u32)>) -> anyhow::Result<()> {
+/// The model that `guard` is to be held against, if there is one, with its name.
+fn load_against<'a>(against: &'a AgainstModel, guard: &Guard) -> anyhow::Result<Option<(&'a str, Model)>> {
+    let Some(name) = &against.model else { return Ok(None) };
+    let load = LoadArguments { gpu_layers: against.gpu_layers, ..Default::default() };
+    let model = load_named(name, &against.lora, &load)?;
+    warn_of_adapters(&model, [guard]);
+    Ok(Some((name, model)))
+}
+
+fn verify(directory: &Path, against: &AgainstModel) -> anyhow::Result<()> {
     let guard = load_guard(directory)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}: files verified, sha256 {}", guard.name(), guard.content_hash())?;
-    if let Some((name, gpu_layers)) = model {
-        let model = load_plain(name, gpu_layers)?;
+    if let Some((name, model)) = load_against(against, &guard)? {
         // Making a session checks the fingerprint, compiles, asks the probe and runs dry.
         Session::new(&model, &[&guard], SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
         writeln!(out, "{}: is for {name}; its probe is answered and every hook point fires", guard.name())?;
@@ -127,11 +136,10 @@ fn executors(session: &Session<'_>) -> Vec<(ExecutorKind, Vec<LayerIndex>)> {
     ways
 }
 
-fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::Result<()> {
+fn inspect(directory: &Path, against: &AgainstModel, json: bool) -> anyhow::Result<()> {
     let guard = load_guard(directory)?;
-    let executors = model
-        .map(|(name, gpu_layers)| -> anyhow::Result<_> {
-            let model = load_plain(name, gpu_layers)?;
+    let executors = load_against(against, &guard)?
+        .map(|(_, model)| -> anyhow::Result<_> {
             let session = Session::new(&model, &[&guard], SessionOptions { n_ctx: 256, guard: lenient(&guard) })?;
             Ok(executors(&session))
         })
@@ -164,7 +172,7 @@ fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::
         let value = serde_json::json!({
             "name": guard.name(), "description": guard.description(), "sha256": guard.content_hash().to_string(),
             "on_error": guard.on_error(), "architecture": guard.target().architecture,
-            "fingerprint": guard.target().fingerprint.to_string(), "source": guard.source().map(|source| &source.model),
+            "fingerprint": guard.target().fingerprint.to_string(), "adapters": guard.target().adapters, "source": guard.source().map(|source| &source.model),
             "executor": executor, "executors": executors.map(|ways| {
                 let layers = ways.iter().flat_map(|(kind, layers)| layers.iter().map(move |layer| (layer, kind)));
                 layers.map(|(layer, kind)| (layer.to_string(), kind.to_string())).collect::<BTreeMap<_, _>>()
@@ -176,6 +184,9 @@ fn inspect(directory: &Path, model: Option<(&str, u32)>, json: bool) -> anyhow::
     }
     writeln!(out, "{}: {}", guard.name(), guard.description())?;
     writeln!(out, "for {} {}", guard.target().architecture, guard.target().fingerprint)?;
+    if !guard.target().adapters.is_empty() {
+        writeln!(out, "made for it {}", AdapterIdentity::listed(&guard.target().adapters))?;
+    }
     if let Some(source) = guard.source() {
         writeln!(out, "learnt on {} {}", source.model, source.fingerprint)?;
     }
@@ -252,6 +263,7 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
         None => LayerChoice::Separating {
             sets: choose_on.iter().map(prompts::Contrasted::classes).collect(),
             source: arguments.source.as_deref(),
+            lora: &arguments.source_lora,
             load: &arguments.model.load,
         },
     };
@@ -322,7 +334,7 @@ enum LayerChoice<'a> {
     /// `L`, or `S:T` with a mapping.
     Given(&'a str),
     /// Where the mapped vector best tells these prompts apart in the target, each judged by a vector made without it in the source.
-    Separating { sets: Vec<Classes<'a>>, source: Option<&'a str>, load: &'a LoadArguments },
+    Separating { sets: Vec<Classes<'a>>, source: Option<&'a str>, lora: &'a [LoraArgument], load: &'a LoadArguments },
     /// The mapping's pair that leaves least unexplained; without a mapping, the layer with the highest cross-validated AUC.
     Best,
 }
@@ -519,9 +531,14 @@ fn only_pair(mapping: &MappingFile, map: &ResidualMap, kind: VectorKind) -> (Map
 }
 
 /// The model that the vectors were learnt on, to make them anew without some prompts.
-fn source_of(file: &VectorFile, name: Option<&str>, load: &LoadArguments) -> anyhow::Result<Model> {
+fn source_of(
+    file: &VectorFile,
+    name: Option<&str>,
+    lora: &[LoraArgument],
+    load: &LoadArguments,
+) -> anyhow::Result<Model> {
     let known = &file.model;
-    let source = load_named(name.unwrap_or(&known.name), load).with_context(|| {
+    let source = load_named(name.unwrap_or(&known.name), lora, load).with_context(|| {
         format!("choosing layers by prompts needs the model that the vectors are of, `{}`: give `--source`", known.name)
     })?;
     ensure!(
@@ -529,6 +546,12 @@ fn source_of(file: &VectorFile, name: Option<&str>, load: &LoadArguments) -> any
         "the vectors are of {}, and {} is another model",
         known.name,
         source.identity().name
+    );
+    ensure!(
+        AdapterIdentity::alike(&source.identity().adapters, &known.adapters),
+        "the vectors are of {} {}: give it the same with `--source-lora`",
+        known.name,
+        AdapterIdentity::listed(&known.adapters)
     );
     Ok(source)
 }
@@ -583,8 +606,8 @@ fn choose<'a>(
                 format!("the mapping has no pair {pair}; it has {}", known.join(", "))
             })?
         }
-        LayerChoice::Separating { sets, source, load } => {
-            let source = source_of(file, source, load)?;
+        LayerChoice::Separating { sets, source, lora, load } => {
+            let source = source_of(file, source, lora, load)?;
             let separations = {
                 let bar = Bar::new("choosing layers");
                 let step = &mut |done, total| bar.at(done, total);

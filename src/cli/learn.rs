@@ -157,7 +157,8 @@ pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
     };
     let benign = prompts::read(benign)?;
     let positive = arguments.positive.as_deref().map(prompts::read).transpose()?.unwrap_or_default();
-    let model = load_named(name, &arguments.load)?;
+    let model = load_named(name, &arguments.lora, &arguments.load)?;
+    guard::warn_of_adapters(&model, [&guard]);
     let calibrated = {
         let bar = Bar::new("scoring prompts");
         let options = CalibrationOptions { false_positive_rate: rate, confidence: arguments.confidence };

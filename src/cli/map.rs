@@ -23,8 +23,8 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
         let output = arguments.output.display();
         format!("`{output}`: a mapping's file name ends in `{MAPPING_SUFFIX}`, so that guards can find it")
     })?;
-    let source = load_named(&arguments.source, &arguments.load)?;
-    let target = load_named(&arguments.target, &arguments.load)?;
+    let source = load_named(&arguments.source, &arguments.source_lora, &arguments.load)?;
+    let target = load_named(&arguments.target, &arguments.target_lora, &arguments.load)?;
     let sampled = CorpusOptions { documents: arguments.documents, seed: arguments.seed, ..Default::default() };
     let corpus = corpus_of(&source, &arguments.corpus, sampled)?;
     let seed = u64::from(arguments.seed);

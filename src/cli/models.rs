@@ -1,11 +1,11 @@
 use super::Outcome;
-use super::args::{LoadArguments, ModelArguments, ModelsCommand};
+use super::args::{LoadArguments, LoraArgument, ModelArguments, ModelsCommand};
 use super::progress::Bar;
 use super::synthesize::synthesize;
 use super::table::table;
 use anyhow::{Context, bail};
 use indicatif::HumanBytes;
-use pilotfish::engine::{Model, ModelOptions};
+use pilotfish::engine::{Adapter, Model, ModelOptions};
 use pilotfish::models::{Catalog, Descriptor, ModelCache, PullProgress, pull};
 use std::cell::RefCell;
 use std::io::Write;
@@ -76,11 +76,11 @@ fn not_pulled(name: &str) -> String {
 }
 
 pub fn load(arguments: &ModelArguments) -> anyhow::Result<Model> {
-    load_named(&arguments.model, &arguments.load)
+    load_named(&arguments.model, &arguments.lora, &arguments.load)
 }
 
-/// Loads `model`, a GGUF file or a descriptor's name.
-pub fn load_named(model: &str, arguments: &LoadArguments) -> anyhow::Result<Model> {
+/// Loads `model`, a GGUF file or a descriptor's name, with its adapters.
+pub fn load_named(model: &str, lora: &[LoraArgument], arguments: &LoadArguments) -> anyhow::Result<Model> {
     let catalog = Catalog::load()?;
     let path = Path::new(model);
     let (name, path, template) = match catalog.find(model) {
@@ -94,6 +94,11 @@ pub fn load_named(model: &str, arguments: &LoadArguments) -> anyhow::Result<Mode
         }
         None => bail!("`{model}` is neither a GGUF file nor a known model; see `pilotfish models list`"),
     };
-    let options = ModelOptions { gpu_layers: arguments.gpu_layers, fallback_template: template, raw: arguments.raw };
+    let options = ModelOptions {
+        gpu_layers: arguments.gpu_layers,
+        fallback_template: template,
+        raw: arguments.raw,
+        adapters: lora.iter().map(|of| Adapter { path: of.path.clone(), scale: of.scale }).collect(),
+    };
     Ok(Model::load(&path, &name, &options)?)
 }

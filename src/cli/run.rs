@@ -41,6 +41,7 @@ pub fn score(arguments: ScoreArguments) -> anyhow::Result<Outcome> {
     let prompts = prompts::read(&arguments.prompts)?;
     let guards = guard::load_guards(&arguments.guards.folders)?;
     let model = load(&arguments.model)?;
+    guard::warn_of_adapters(&model, &guards);
     let mut session = Session::new(&model, &guards.iter().collect::<Vec<_>>(), SessionOptions::default())?;
     let mut out = std::io::stdout().lock();
     let mut rows = Vec::new();
@@ -74,6 +75,7 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     let mut guards = guard::load_guards(&arguments.guards)?;
     guard::set_strengths(&mut guards, &arguments.strength)?;
     let model = load(&arguments.model)?;
+    guard::warn_of_adapters(&model, &guards);
     let parallel = arguments.parallel.get();
     let options = SchedulerOptions {
         n_sequences: parallel,

@@ -1,10 +1,8 @@
-use super::EngineError;
-use super::model::{Model, backend, context_params, shape_of};
+use super::model::{Model, context_params};
+use super::{EngineError, Weights};
 use crate::hook::{CaptureRows, GuardedBatch, GuardedContext};
 use crate::program::{ModelShape, Program};
 use crate::tensor::{LayerIndex, LayerStack, Residual, SequenceId, TokenPosition};
-use llama_cpp_2::llama_backend::LlamaBackend;
-use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::token::LlamaToken;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -36,26 +34,21 @@ impl<'model> ActivationReader<'model> {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn of(model: &'model Model, layers: Vec<LayerIndex>, capacity: usize) -> Result<Self, EngineError> {
-        Self::new(model.llama(), backend()?, layers, capacity)
+        Self::new(model.weights(), layers, capacity)
     }
 
     /// A reader of `layers` for prompts of up to `capacity` tokens.
     ///
     /// # Errors
     /// A layer that the model does not have, or llama.cpp can't make the context.
-    pub fn new(
-        model: &'model LlamaModel,
-        backend: &LlamaBackend,
-        layers: Vec<LayerIndex>,
-        capacity: usize,
-    ) -> Result<Self, EngineError> {
-        let shape = shape_of(model);
+    pub fn new(weights: Weights<'model>, layers: Vec<LayerIndex>, capacity: usize) -> Result<Self, EngineError> {
+        let shape = weights.shape();
         if let Some(layer) = layers.iter().find(|layer| layer.0 >= shape.n_layer) {
             return Err(EngineError::NoLayer { layer: *layer, last: shape.n_layer - 1 });
         }
         let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
         let params = context_params(size, size);
-        let context = GuardedContext::new(model, backend, params, Arc::new(Program::observer(shape)))?;
+        let context = weights.guarded(params, Arc::new(Program::observer(shape)))?;
         Ok(Self { context, shape, layers, batch: GuardedBatch::new(size as usize), capacity: size as usize })
     }
 

@@ -1,8 +1,8 @@
 //! From a guard and a model to a context that is guarded: identity, compilation, probe, dry run.
 
 use super::activations::ActivationReader;
-use super::model::{Model, backend, shape_of};
-use super::{EngineError, PromptTemplate, identity_of, quantization_of};
+use super::model::Model;
+use super::{EngineError, PromptTemplate, Weights, identity_of, quantization_of};
 use crate::guard::{Guard, Probe};
 use crate::hook::GuardedContext;
 use crate::program::{Calibration, Program};
@@ -38,22 +38,17 @@ pub fn guard_context<'model>(
     params: LlamaContextParams,
     guards: &[&Guard],
 ) -> Result<GuardedContext<'model>, EngineError> {
-    let program = program_for(model, backend, guards, GuardOptions::default())?;
+    let program = program_for(Weights::of(model, backend), guards, GuardOptions::default())?;
     Ok(GuardedContext::new(model, backend, params, Arc::new(program))?)
 }
 
-/// Compiles `guards` into one program for `model`, after checking that it is the model that each was made for. They act in this order (see
+/// Compiles `guards` into one program for a model, after checking that it is the one that each was made for. They act in this order (see
 /// [`Program::stack`]).
 ///
 /// # Errors
 /// Another fingerprint, another answer to a probe, or guards that do not compile for this model.
-pub fn program_for(
-    model: &LlamaModel,
-    backend: &LlamaBackend,
-    guards: &[&Guard],
-    options: GuardOptions,
-) -> Result<Program, EngineError> {
-    let identity = identity_of("", model)?;
+pub fn program_for(weights: Weights<'_>, guards: &[&Guard], options: GuardOptions) -> Result<Program, EngineError> {
+    let identity = identity_of("", weights.llama())?;
     for guard in guards {
         let target = guard.target();
         if target.architecture != identity.architecture || target.fingerprint != identity.fingerprint {
@@ -64,13 +59,13 @@ pub fn program_for(
             });
         }
     }
-    let quantization = quantization_of(model);
+    let quantization = quantization_of(weights.llama());
     let of_this_file: Vec<_> = guards.iter().map(|guard| guard.calibrated_for(&quantization)).collect();
     let calibrated: Vec<&Guard> = of_this_file.iter().map(|(guard, _)| guard.as_ref()).collect();
-    let program = Program::stack(&calibrated, shape_of(model), options.calibration)?;
+    let program = Program::stack(&calibrated, weights.shape(), options.calibration)?;
     for guard in guards.iter().filter(|_| options.probe) {
         if let Some(probe) = &guard.target().probe {
-            check_probe(model, backend, guard, probe)?;
+            check_probe(weights, guard, probe)?;
         }
     }
     // Of the right model only: what is another one has its error.
@@ -87,7 +82,7 @@ pub fn program_for(
     Ok(program)
 }
 
-fn check_probe(model: &LlamaModel, backend: &LlamaBackend, guard: &Guard, probe: &Probe) -> Result<(), EngineError> {
+fn check_probe(weights: Weights<'_>, guard: &Guard, probe: &Probe) -> Result<(), EngineError> {
     let vector =
         guard.vectors().iter().find(|vector| vector.name == probe.vector && vector.layer == probe.layer).ok_or_else(
             || EngineError::ProbeVector {
@@ -96,7 +91,7 @@ fn check_probe(model: &LlamaModel, backend: &LlamaBackend, guard: &Guard, probe:
                 layer: probe.layer,
             },
         )?;
-    let found = measure_probe(model, backend, &probe.prompt, &probe.vector, probe.layer, &vector.direction)?;
+    let found = measure_probe(weights, &probe.prompt, &probe.vector, probe.layer, &vector.direction)?;
     let mismatch = |quantity, expected: f64, found: f64, margin: f64| {
         // A NaN is within no margin.
         if (found - expected).abs() <= margin {
@@ -120,7 +115,7 @@ pub fn probe_of(
     layer: LayerIndex,
     direction: &[f32],
 ) -> Result<Probe, EngineError> {
-    measure_probe(model.llama(), backend()?, prompt, vector, layer, direction)
+    measure_probe(model.weights(), prompt, vector, layer, direction)
 }
 
 /// Statistics of the residual of `prompt` (as plain text, no template) at `layer` over all tokens but the first: its mean norm, and the
@@ -129,15 +124,14 @@ pub fn probe_of(
 /// # Errors
 /// The prompt has fewer than three tokens, or the model can't run it.
 pub fn measure_probe(
-    model: &LlamaModel,
-    backend: &LlamaBackend,
+    weights: Weights<'_>,
     prompt: &str,
     vector: &str,
     layer: LayerIndex,
     direction: &[f32],
 ) -> Result<Probe, EngineError> {
-    let tokens = PromptTemplate::Raw.tokens(model, prompt)?;
-    let mut reader = ActivationReader::new(model, backend, vec![layer], tokens.len())?;
+    let tokens = PromptTemplate::Raw.tokens(weights.llama(), prompt)?;
+    let mut reader = ActivationReader::new(weights, vec![layer], tokens.len())?;
     let activations = reader.every_token(&tokens)?;
     let unit = tensor::unit(direction).unwrap_or_default();
     let residual = activations.layer(layer);

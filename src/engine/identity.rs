@@ -52,7 +52,7 @@ pub fn quantization_of(model: &LlamaModel) -> String {
     }
 }
 
-/// What `model` is, whatever its quantization: architecture, shape and the fingerprint over them and the vocabulary.
+/// What `model` is, whatever its quantization: architecture, shape and the fingerprint over them and the vocabulary. Of adapters it knows nothing.
 ///
 /// # Errors
 /// The GGUF does not say its architecture.
@@ -68,5 +68,5 @@ pub fn identity_of(name: &str, model: &LlamaModel) -> Result<ModelIdentity, Engi
         .map(|token| (vocab.text(token).map_or(&b""[..], |text| text.to_bytes()), vocab.attr(token).bits() as u32))
         .collect();
     let fingerprint = Fingerprint::compute(&architecture, model.n_embd() as u32, model.n_layer(), tokens.into_iter());
-    Ok(ModelIdentity { name: name.to_owned(), architecture, fingerprint })
+    Ok(ModelIdentity { name: name.to_owned(), architecture, fingerprint, adapters: Vec::new() })
 }

@@ -1,5 +1,5 @@
 use super::attach::program_for;
-use super::model::{Model, backend};
+use super::model::Model;
 use super::{EngineError, GuardOptions};
 use crate::guard::Guard;
 use crate::hook::{BatchRow, ContextError, ExecutorKind, GuardedBatch, GuardedContext};
@@ -30,11 +30,11 @@ impl<'model> MaybeGuarded<'model> {
         n_batch: usize,
     ) -> Result<Self, EngineError> {
         if guards.is_empty() {
-            let context = model.llama().new_context(backend()?, params).map_err(ContextError::from)?;
+            let context = model.weights().plain(params)?;
             return Ok(Self::Plain { context, batch: LlamaBatch::new(n_batch, 1) });
         }
-        let program = program_for(model.llama(), backend()?, guards, options)?;
-        let context = Box::new(GuardedContext::new(model.llama(), backend()?, params, Arc::new(program))?);
+        let program = program_for(model.weights(), guards, options)?;
+        let context = Box::new(model.weights().guarded(params, Arc::new(program))?);
         Ok(Self::Guarded { context, batch: GuardedBatch::new(n_batch) })
     }
 

@@ -5,6 +5,7 @@
 //! never parses a guard file and never speaks HTTP.
 
 mod activations;
+mod adapter;
 mod attach;
 mod identity;
 mod lock_step;
@@ -16,8 +17,10 @@ mod replaced;
 mod sampling;
 pub mod scheduler;
 mod session;
+mod weights;
 
 pub use activations::{ActivationReader, Activations};
+pub use adapter::Adapter;
 pub use attach::{GuardOptions, guard_context, measure_probe, probe_of, program_for};
 pub use identity::{identity_of, quantization_of};
 pub use lock_step::LockStep;
@@ -28,6 +31,7 @@ pub use replaced::ReplacedReader;
 pub use sampling::Sampling;
 pub use scheduler::Scheduler;
 pub use session::{GateReading, Session, SessionOptions};
+pub use weights::Weights;
 
 use crate::guard::GuardError;
 use crate::hook::ContextError;
@@ -43,6 +47,12 @@ pub enum EngineError {
     NoFile { path: PathBuf },
     #[error("llama.cpp can't load `{}`: {reason}", .path.display())]
     Load { path: PathBuf, reason: String },
+    #[error("no adapter file at `{}`", .path.display())]
+    NoAdapter { path: PathBuf },
+    #[error("`{}` is no adapter for this model: {reason}", .path.display())]
+    Adapter { path: PathBuf, reason: String },
+    #[error("adapter `{}` can't be added {scale} times: give a finite number, as 1 or 0.5", .path.display())]
+    AdapterScale { path: PathBuf, scale: f64 },
     #[error("llama.cpp did not start: {0}")]
     Backend(String),
     #[error("the model's metadata lacks `{key}`")]

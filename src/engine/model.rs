@@ -1,7 +1,7 @@
-use super::{EngineError, PromptTemplate, identity_of};
+use super::{Adapter, EngineError, PromptTemplate, Weights, adapter, identity_of};
 use crate::guard::ModelIdentity;
+use crate::hook::Adapters;
 use crate::program::ModelShape;
-use crate::tensor::HiddenSize;
 use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
@@ -10,11 +10,15 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_2::{LogOptions, send_logs_to_tracing};
 use std::num::NonZeroU32;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-/// A loaded model, with what a guard asks of it.
+/// A loaded model, with the adapters that it carries and what a guard asks of it.
 pub struct Model {
-    llama: LlamaModel,
+    /// Shared with the same model without its adapters.
+    llama: Arc<LlamaModel>,
+    backend: &'static LlamaBackend,
+    /// Of `llama`, which they don't outlive.
+    adapters: Adapters,
     identity: ModelIdentity,
     template: PromptTemplate,
 }
@@ -27,6 +31,8 @@ pub struct ModelOptions {
     pub fallback_template: Option<String>,
     /// Put nothing around prompts.
     pub raw: bool,
+    /// LoRA adapters that every context of the model has.
+    pub adapters: Vec<Adapter>,
 }
 
 /// llama.cpp's one-time initialisation, for contexts of a [`Model`] that an app makes itself. Its log goes to `tracing`.
@@ -48,22 +54,39 @@ impl Model {
     /// Loads the GGUF at `path`, called `name` in reports and provenance.
     ///
     /// # Errors
-    /// No such file, or llama.cpp can't load it.
+    /// No such file, or llama.cpp can't load it or one of its adapters.
     pub fn load(path: &Path, name: &str, options: &ModelOptions) -> Result<Self, EngineError> {
         if !path.is_file() {
             return Err(EngineError::NoFile { path: path.to_owned() });
         }
         let backend = backend()?;
         let params = LlamaModelParams::default().with_n_gpu_layers(options.gpu_layers);
-        let llama = LlamaModel::load_from_file(backend, path, &params)
+        let mut llama = LlamaModel::load_from_file(backend, path, &params)
             .map_err(|error| EngineError::Load { path: path.to_owned(), reason: error.to_string() })?;
-        let identity = identity_of(name, &llama)?;
+        let (adapters, identities) = adapter::load(&mut llama, &options.adapters)?;
+        let identity = ModelIdentity { adapters: identities, ..identity_of(name, &llama)? };
         let template = if options.raw {
             PromptTemplate::Raw
         } else {
             PromptTemplate::of(&llama, options.fallback_template.as_deref())
         };
-        Ok(Self { llama, identity, template })
+        Ok(Self { llama: Arc::new(llama), backend, adapters, identity, template })
+    }
+
+    /// The same weights without the adapters, in the same memory.
+    pub fn without_adapters(&self) -> Self {
+        Self {
+            llama: Arc::clone(&self.llama),
+            backend: self.backend,
+            adapters: Adapters::default(),
+            identity: ModelIdentity { adapters: Vec::new(), ..self.identity.clone() },
+            template: self.template.clone(),
+        }
+    }
+
+    /// What contexts of this model are made from.
+    pub fn weights(&self) -> Weights<'_> {
+        Weights::with_adapters(&self.llama, self.backend, &self.adapters)
     }
 
     pub fn llama(&self) -> &LlamaModel {
@@ -79,7 +102,7 @@ impl Model {
     }
 
     pub fn shape(&self) -> ModelShape {
-        shape_of(&self.llama)
+        self.weights().shape()
     }
 
     /// The tokens of `prompt` inside the model's template.
@@ -109,8 +132,4 @@ pub(super) fn context_params(n_ctx: u32, n_batch: u32) -> LlamaContextParams {
         .with_n_ubatch(n_batch.min(512))
         .with_n_threads(threads)
         .with_n_threads_batch(threads)
-}
-
-pub(super) fn shape_of(model: &LlamaModel) -> ModelShape {
-    ModelShape { n_embd: HiddenSize(model.n_embd() as usize), n_layer: model.n_layer() }
 }

@@ -1,5 +1,5 @@
 use super::EngineError;
-use super::model::{Model, backend, context_params};
+use super::model::{Model, context_params};
 use crate::hook::ContextError;
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::llama_batch::LlamaBatch;
@@ -46,7 +46,7 @@ impl<'model> ParallelSampler<'model> {
         // One KV stream, so that the start's cells are shared and not copied.
         let params =
             context_params(n_ctx as u32, n_batch as u32).with_n_seq_max(width as u32 + 1).with_kv_unified(true);
-        let context = model.llama().new_context(backend()?, params).map_err(ContextError::from)?;
+        let context = model.weights().plain(params)?;
         Ok(Self { model, context, batch: LlamaBatch::new(n_batch, 1), start, width, max_tokens })
     }
 

@@ -1,5 +1,5 @@
 use super::EngineError;
-use super::model::{Model, backend, context_params};
+use super::model::{Model, context_params};
 use crate::hook::{BatchRow, ContextError, GuardedBatch, GuardedContext, Replacement};
 use crate::program::{Program, RowKind};
 use crate::tensor::{LayerIndex, Residual, SequenceId, TokenPosition};
@@ -24,7 +24,7 @@ impl<'model> ReplacedReader<'model> {
     pub fn of(model: &'model Model, capacity: usize) -> Result<Self, EngineError> {
         let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
         let observer = Arc::new(Program::observer(model.shape()));
-        let context = GuardedContext::new(model.llama(), backend()?, context_params(size, size), observer)?;
+        let context = model.weights().guarded(context_params(size, size), observer)?;
         Ok(Self {
             context,
             batch: GuardedBatch::new(size as usize),

@@ -1,7 +1,7 @@
 //! What else could have done it: guards that differ from the one that is measured in one thing only.
 
 use super::EvalError;
-use crate::engine::{GuardOptions, Model, backend, program_for};
+use crate::engine::{GuardOptions, Model, program_for};
 use crate::guard::{GateScope, Guard, GuardError, Intervention, InterventionKind, Rule, Truth, VectorFile};
 use crate::learn::{BenignProjection, benign_projections};
 use crate::tensor::{LayerIndex, norm};
@@ -151,7 +151,7 @@ pub fn guard_at_wrong_layer(
     let mut last = None;
     for layer in layers {
         let control = moved(layer)?;
-        match program_for(model.llama(), backend()?, &[&control], options) {
+        match program_for(model.weights(), &[&control], options) {
             Ok(_) => return Ok((layer, control)),
             Err(error) => last = Some(error),
         }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// A model, whatever its quantization.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelIdentity {
     /// What people call it; identifies nothing.
@@ -13,6 +13,46 @@ pub struct ModelIdentity {
     /// `general.architecture` of its GGUF.
     pub architecture: String,
     pub fingerprint: Fingerprint,
+    /// What its weights are changed by.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterIdentity>,
+}
+
+/// A LoRA adapter that a model carries.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterIdentity {
+    /// What people call it; identifies nothing.
+    pub name: String,
+    /// Of its file.
+    pub sha256: Digest,
+    /// Times that it is added to the weights.
+    pub scale: f64,
+}
+
+impl AdapterIdentity {
+    /// Adapters as a sentence has them: `without adapters`, `with adapter …`.
+    pub fn listed(adapters: &[Self]) -> String {
+        let one = |Self { name, sha256, scale }: &Self| {
+            format!("`{name}` (sha256 {}, times {scale})", &sha256.to_string()[..12])
+        };
+        match adapters {
+            [] => "without adapters".to_owned(),
+            [only] => format!("with adapter {}", one(only)),
+            several => format!("with adapters {}", several.iter().map(one).collect::<Vec<_>>().join(", ")),
+        }
+    }
+
+    /// Whether both change weights alike: order and names are no matter, nor is one that is added no times.
+    pub fn alike(one: &[Self], other: &[Self]) -> bool {
+        let acting = |adapters: &[Self]| {
+            let mut acting: Vec<_> =
+                adapters.iter().filter(|of| of.scale != 0.0).map(|of| (of.sha256, of.scale)).collect();
+            acting.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+            acting
+        };
+        acting(one) == acting(other)
+    }
 }
 
 /// Identity of a model by its shape and vocabulary: the same for every quantization of it.
@@ -87,6 +127,24 @@ impl FromStr for Fingerprint {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn adapters_are_alike_that_change_weights_alike() {
+        let adapter =
+            |name: &str, scale| AdapterIdentity { name: name.into(), sha256: Digest::of(name.as_bytes()), scale };
+        let (a, b) = (adapter("a", 1.0), adapter("b", 0.5));
+        let renamed = AdapterIdentity { name: "c".into(), ..a.clone() };
+        assert!(AdapterIdentity::alike(&[a.clone(), b.clone()], &[b.clone(), renamed]));
+        assert!(AdapterIdentity::alike(&[], &[adapter("a", 0.0)]));
+        for other in
+            [vec![], vec![b.clone()], vec![a.clone(), b.clone()], vec![adapter("a", 0.9)], vec![a.clone(), a.clone()]]
+        {
+            assert!(!AdapterIdentity::alike(std::slice::from_ref(&a), &other), "{other:?}");
+        }
+        assert_eq!(AdapterIdentity::listed(&[]), "without adapters");
+        let listed = AdapterIdentity::listed(&[a, b]);
+        assert!(listed.starts_with("with adapters `a` (sha256 ") && listed.ends_with(", times 0.5)"), "{listed}");
+    }
 
     type Vocabulary<'a> = &'a [(&'a str, u32)];
 

@@ -1,7 +1,7 @@
 //! The manifest as it is written: TOML and nothing else checked. [`Guard`](super::Guard) is what it becomes.
 
 use super::error::{GuardError, Location, shown};
-use super::{Digest, Fingerprint, GateCalibration, MAX_MANIFEST_BYTES, ModelIdentity, location};
+use super::{AdapterIdentity, Digest, Fingerprint, GateCalibration, MAX_MANIFEST_BYTES, ModelIdentity, location};
 use crate::steering::VectorKind;
 use crate::tensor::{LayerIndex, LayerStack};
 use serde::{Deserialize, Serialize};
@@ -52,6 +52,7 @@ impl Manifest {
             target: TargetEntry {
                 architecture: target.architecture.clone(),
                 fingerprint: target.fingerprint,
+                adapters: target.adapters.clone(),
                 probe: None,
             },
             source: None,
@@ -82,6 +83,9 @@ pub enum OnError {
 pub struct TargetEntry {
     pub architecture: String,
     pub fingerprint: Fingerprint,
+    /// What the model carried when the guard was made.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterIdentity>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe: Option<Probe>,
 }

@@ -26,7 +26,7 @@ mod tests;
 pub use calibration::{GateCalibration, OperatingPoint};
 pub use digest::Digest;
 pub use error::{GuardError, Location};
-pub use identity::{Fingerprint, ModelIdentity};
+pub use identity::{AdapterIdentity, Fingerprint, ModelIdentity};
 pub use manifest::{
     Aggregate, MAX_MATCHING_BYTES, Manifest, MeasuredResult, OnError, OnFire, Positions, Probe, Readout, Source,
     StrengthUnit,
@@ -82,6 +82,20 @@ pub struct Target {
     pub architecture: String,
     pub fingerprint: Fingerprint,
     pub probe: Option<Probe>,
+    /// What the model carried when the guard was made.
+    pub adapters: Vec<AdapterIdentity>,
+}
+
+impl Target {
+    /// What is to be said where `model`, which is this one, carries other adapters than when the guard was made. Whether its weights will do is
+    /// for the probe to tell.
+    pub fn other_adapters(&self, model: &ModelIdentity) -> Option<String> {
+        let (expected, found) = (&self.adapters, &model.adapters);
+        (!AdapterIdentity::alike(expected, found)).then(|| {
+            let [expected, found] = [expected, found].map(|adapters| AdapterIdentity::listed(adapters));
+            format!("was made for the model {expected}, and runs on it {found}")
+        })
+    }
 }
 
 /// A direction in the target's residual.

@@ -134,6 +134,10 @@ impl<'a> Described<'a> {
         self.left.remove(key).ok_or_else(|| self.problem(key, "missing".to_owned()))
     }
 
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.left.contains_key(key)
+    }
+
     /// Checks `format`, the first thing to be read.
     pub(super) fn format(&mut self, expected: &str) -> Result<(), GuardError> {
         let found = self.text("format")?;

@@ -96,7 +96,12 @@ command = "pilotfish eval"
 "#;
 
 fn identity(name: &str, architecture: &str, fingerprint: &str) -> ModelIdentity {
-    ModelIdentity { name: name.into(), architecture: architecture.into(), fingerprint: fingerprint.parse().unwrap() }
+    ModelIdentity {
+        name: name.into(),
+        architecture: architecture.into(),
+        fingerprint: fingerprint.parse().unwrap(),
+        adapters: Vec::new(),
+    }
 }
 
 fn map(source_layer: u32, target_layer: u32, scale: f32) -> (AffineMap, MappingQuality) {
@@ -1767,7 +1772,12 @@ proptest! {
             description: text.clone(),
             on_error: OnError::Pass,
             message: Some(text.clone()),
-            target: TargetEntry { architecture: text.clone(), fingerprint: TARGET.parse().unwrap(), probe: None },
+            target: TargetEntry {
+                architecture: text.clone(),
+                fingerprint: TARGET.parse().unwrap(),
+                adapters: Vec::new(),
+                probe: None,
+            },
             source: None,
             tensors: TensorsEntry::default(),
             vectors: vec![VectorEntry {

@@ -36,6 +36,7 @@ pub(super) fn guard(file: &str, bytes: &[u8], files: &impl Files) -> Result<Guar
                 architecture: target.architecture.clone(),
                 fingerprint: target.fingerprint,
                 probe: target.probe.clone(),
+                adapters: target.adapters.clone(),
             },
             source: source.clone(),
             vectors,
@@ -100,6 +101,15 @@ impl<F: Files> Check<'_, F> {
         check_text(description).at("description")?;
         message.as_deref().map_or(Ok(()), check_text).at("message")?;
         check_label(&target.architecture).at("target.architecture")?;
+        if target.adapters.len() > MAX_ENTRIES {
+            let found = format!("{} entries", target.adapters.len());
+            return Err(GuardError::value(format!("at most {MAX_ENTRIES} entries"), found)).at("target.adapters");
+        }
+        for (index, adapter) in target.adapters.iter().enumerate() {
+            let at = |key: &str| format!("target.adapters[{index}].{key}");
+            check_label(&adapter.name).at(at("name"))?;
+            finite_f32(adapter.scale).at(at("scale"))?;
+        }
         if let Some(source) = source {
             check_label(&source.model).at("source.model")?;
         }

@@ -18,6 +18,9 @@ pub struct VectorFile {
     pub vectors: Vec<SteeringVector>,
 }
 
+/// The metadata's key of what the model's weights are changed by; no tensor is called so, as those have a full stop in their names.
+const ADAPTERS: &str = "adapters";
+
 /// What the names of the tensors of a vector's class means end in, the positive class first.
 const CLASSES: [&str; 2] = [".positive", ".negative"];
 
@@ -52,6 +55,10 @@ impl VectorFile {
             ("architecture".to_owned(), self.model.architecture.clone()),
             ("fingerprint".to_owned(), self.model.fingerprint.to_string()),
         ]);
+        if !self.model.adapters.is_empty() {
+            let adapters = serde_json::to_string(&self.model.adapters).expect("adapters are JSON");
+            metadata.insert(ADAPTERS.to_owned(), adapters);
+        }
         let mut tensors = BTreeMap::new();
         for vector in &self.vectors {
             check_name(&vector.name)?;
@@ -107,6 +114,7 @@ impl VectorFile {
             name: described.text("model")?.to_owned(),
             architecture: described.text("architecture")?.to_owned(),
             fingerprint: described.parsed("fingerprint")?,
+            adapters: if described.has(ADAPTERS) { described.json(ADAPTERS)? } else { Vec::new() },
         };
         let (class_means, names): (Vec<_>, Vec<_>) =
             tensors.names().into_iter().partition(|tensor| CLASSES.iter().any(|class| tensor.ends_with(class)));

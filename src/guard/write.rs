@@ -3,7 +3,7 @@ use super::folder::{Files, Folder, MappingFiles};
 use super::manifest::{InterventionEntry, InterventionName, Manifest, VectorEntry};
 use super::tensors::{self, TensorData, TensorFile};
 use super::validate::{self, check_file_name};
-use super::{Digest, Guard, MANIFEST_FILE, MAPPING_SUFFIX, ModelIdentity};
+use super::{AdapterIdentity, Digest, Guard, MANIFEST_FILE, MAPPING_SUFFIX, ModelIdentity};
 use crate::steering::{ControlVector, ExtractionMethod, VectorKind};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -79,6 +79,11 @@ pub fn extend_guard(
     if manifest.target.fingerprint != addition.target.fingerprint {
         let (expected, found) = (addition.target.fingerprint, manifest.target.fingerprint);
         return Err(GuardError::value(format!("a guard for the model {expected} in `{label}`"), found.to_string()));
+    }
+    if !AdapterIdentity::alike(&manifest.target.adapters, &addition.target.adapters) {
+        let [expected, found] =
+            [&addition, &manifest].map(|manifest| AdapterIdentity::listed(&manifest.target.adapters));
+        return Err(GuardError::value(format!("a guard for the model {expected} in `{label}`"), found));
     }
     // A guard names one source, and what it names has to be true of every vector that came through a mapping.
     if let (Some(first), Some(second)) = (&manifest.source, &addition.source)

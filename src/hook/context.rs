@@ -1,6 +1,6 @@
 use super::{
-    BatchRow, Capture, CaptureRows, CapturedLayer, EvalCallbackParams, ExecutorKind, GgmlTable, Hook, HookFault,
-    Replacement, Splitting,
+    Adapters, BatchRow, Capture, CaptureRows, CapturedLayer, EvalCallbackParams, ExecutorKind, GgmlTable, Hook,
+    HookFault, Replacement, Splitting,
 };
 use crate::program::{GateDecision, Program, RowKind, Setting, ToggleError, TokenBytes};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
@@ -94,6 +94,8 @@ pub enum ContextError {
     Cache(String),
     #[error(transparent)]
     Toggle(#[from] ToggleError),
+    #[error("llama.cpp can't put the model's adapters on a context: {0}")]
+    Adapters(String),
     /// Tokens of another sequence that are not what they would be in a new prompt, or no longer there.
     #[error("{asked} tokens of sequence {sequence} can't be used again: its first {reusable} can")]
     NotReusable { sequence: SequenceId, asked: usize, reusable: usize },
@@ -429,7 +431,16 @@ impl<'model> GuardedContext<'model> {
     /// llama.cpp refuses the adapter.
     pub fn lora_adapter_set(&mut self, adapter: &mut LlamaLoraAdapter, scale: f32) -> Result<(), ContextError> {
         self.hook.as_mut().forget_rows();
-        self.context.lora_adapter_set(adapter, scale).map_err(|error| ContextError::Cache(error.to_string()))
+        self.context.lora_adapter_set(adapter, scale).map_err(|error| ContextError::Adapters(error.to_string()))
+    }
+
+    /// Puts the adapters of its model on a context that has read nothing yet.
+    ///
+    /// # Errors
+    /// llama.cpp refuses them.
+    pub(crate) fn put_on(&mut self, adapters: &Adapters) -> Result<(), ContextError> {
+        self.hook.as_mut().forget_rows();
+        adapters.put_on(&mut self.context)
     }
 }
 

@@ -11,6 +11,8 @@
 //!
 //! Without the `engine` feature there is no [`GuardedContext`] and no linked function table: what remains holds no C++.
 
+#[cfg(feature = "engine")]
+mod adapters;
 mod callback;
 mod capture;
 #[cfg(feature = "engine")]
@@ -24,6 +26,8 @@ mod params;
 mod rows;
 mod table;
 
+#[cfg(feature = "engine")]
+pub(crate) use adapters::Adapters;
 pub use callback::Hook;
 pub use capture::{Capture, CaptureRows, CapturedLayer, Replacement};
 #[cfg(feature = "engine")]

@@ -1,6 +1,7 @@
 //! Behaviour, from outside. Three tiers: without a model, on tiny GGUFs that the tests write, and on real models, which run where
 //! they have been pulled (`pilotfish models pull`) and say so where they are skipped.
 
+mod adapters;
 mod architecture;
 mod autoencoder;
 mod command_line;
@@ -15,6 +16,8 @@ mod real;
 mod reference;
 mod support;
 mod synthetic;
+#[path = "../support/tiny_adapter.rs"]
+mod tiny_adapter;
 #[path = "../support/tiny_model.rs"]
 mod tiny_model;
 

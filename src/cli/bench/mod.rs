@@ -50,6 +50,7 @@ pub fn bench(arguments: BenchArguments) -> anyhow::Result<Outcome> {
             vec![made::guard(&model, what, &made::layers(arguments.points, model.shape().n_layer), folder.path())?]
         }
     };
+    guard::warn_of_adapters(&model, &guards);
     let guards: Vec<&Guard> = guards.iter().collect();
     let kind = arguments.executor.map(|executor| match executor {
         ExecutorArgument::Host => ExecutorKind::Host,

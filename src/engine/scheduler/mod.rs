@@ -15,7 +15,7 @@ mod text;
 pub use text::{Streamed, TextStream};
 
 use super::attach::program_for;
-use super::model::{Model, backend, context_params};
+use super::model::{Model, context_params};
 use super::sampling::Sampling;
 use super::session::{GateReading, readings};
 use super::{EngineError, GuardOptions, identity_of};
@@ -186,7 +186,7 @@ impl<'model> Scheduler<'model> {
     pub fn guarded(model: &'model Model, guards: &[&Guard], options: SchedulerOptions) -> Result<Self, EngineError> {
         let program = match guards {
             [] => Program::observer(model.shape()),
-            _ => program_for(model.llama(), backend()?, guards, GuardOptions::default())?,
+            _ => program_for(model.weights(), guards, GuardOptions::default())?,
         };
         Self::new(model, Arc::new(program), options)
     }
@@ -201,7 +201,7 @@ impl<'model> Scheduler<'model> {
         check_shape(model, &program)?;
         let params = context_params(options.n_ctx.saturating_mul(n), options.n_batch);
         let params = params.with_n_seq_max(n).with_kv_unified(false);
-        let context = GuardedContext::new(model.llama(), backend()?, params, program)?;
+        let context = model.weights().guarded(params, program)?;
         let batch = GuardedBatch::new(options.n_batch as usize);
         let slots = (0..n).map(|_| Slot::default()).collect();
         let waiting = VecDeque::new();

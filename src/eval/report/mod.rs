@@ -9,7 +9,7 @@ mod tables;
 
 use super::{Detection, EvalError, Steering, Utility};
 use crate::engine::Model;
-use crate::guard::{Digest, Guard, ModelIdentity, Source};
+use crate::guard::{AdapterIdentity, Digest, Guard, ModelIdentity, Source};
 use crate::learn::Survey;
 use serde::Serialize;
 
@@ -45,6 +45,9 @@ pub struct ModelEntry {
     pub name: String,
     pub architecture: String,
     pub fingerprint: String,
+    /// What it carries.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterIdentity>,
     pub n_layer: u32,
     pub n_embd: usize,
     /// Bytes of its tensors: what tells one quantization from another.
@@ -97,7 +100,7 @@ impl PromptsEntry {
 impl Report {
     /// A report in which nothing has been measured yet.
     pub fn new(model: &Model, guard: &Guard, seeds: Seeds, command: Vec<String>) -> Self {
-        let ModelIdentity { name, architecture, fingerprint } = model.identity().clone();
+        let ModelIdentity { name, architecture, fingerprint, adapters } = model.identity().clone();
         let shape = model.shape();
         let gates = guard.gates().iter().map(|gate| {
             let layer = guard.vectors()[gate.vector].layer;
@@ -116,6 +119,7 @@ impl Report {
                 name,
                 architecture,
                 fingerprint: fingerprint.to_string(),
+                adapters,
                 n_layer: shape.n_layer,
                 n_embd: shape.n_embd.0,
                 tensor_bytes: model.llama().size(),

@@ -2,6 +2,7 @@ use super::tables::{number, percent};
 use super::{Report, sections};
 use crate::eval::EvalError;
 use crate::eval::controls::Role;
+use crate::guard::AdapterIdentity;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 /// All of the page's looks.
@@ -93,6 +94,10 @@ fn cards(report: &Report) -> Markup {
 fn provenance(report: &Report) -> Markup {
     let Report { model, guard, seeds, .. } = report;
     let source = guard.source.as_ref().map(|source| format!("{}, {}", source.model, source.fingerprint));
+    let adapters = match model.adapters.as_slice() {
+        [] => String::new(),
+        some => AdapterIdentity::listed(some),
+    };
     let facts = [
         ("Command", report.command.join(" ")),
         ("Pilotfish", report.pilotfish.clone()),
@@ -103,6 +108,7 @@ fn provenance(report: &Report) -> Markup {
                 model.name, model.architecture, model.n_layer, model.n_embd, model.tensor_bytes
             ),
         ),
+        ("Adapters", adapters),
         ("Model's fingerprint", model.fingerprint.clone()),
         ("Guard's sha256", guard.sha256.to_string()),
         ("Learnt on", source.unwrap_or_else(|| "the model itself".into())),
