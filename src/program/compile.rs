@@ -1,6 +1,7 @@
 use super::form::{Form, switch};
 use super::{Condition, Dial, Gate, GuardInfo, HookPoint, MAX_TEXTS, Positions, Program, Readout, Scope, ToggleError};
 use crate::guard::{self, Aggregate, GateScope, Guard, Intervention, InterventionKind};
+use crate::mapping::ResidualMap;
 use crate::tensor::{self, HiddenSize, LayerIndex};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -64,6 +65,21 @@ impl Program {
             dials: Arc::new([]),
             strengths: Vec::new(),
         }
+    }
+
+    /// A program of switches alone, for fitting the next one: each of `maps` leads from its layer to the same one.
+    ///
+    /// # Errors
+    /// Two at one layer, or one that does not fit in `f32`.
+    pub fn switching(shape: ModelShape, maps: &[ResidualMap]) -> Result<Self, ToggleError> {
+        let condition = || Condition { positions: Positions::All, when: None, first_position: false };
+        let dial = |map: &ResidualMap| {
+            let (layer, form) = (map.target_layer(), Form::Switch(switch(map)));
+            Dial { name: format!("switch.{layer}"), layer, loaded: 1.0, condition: condition(), form }
+        };
+        let dials: Arc<[Dial]> = maps.iter().map(dial).collect();
+        let program = Self { strengths: vec![0.0; dials.len()], dials, ..Self::observer(shape) };
+        program.at(vec![1.0; maps.len()])
     }
 
     /// Compiles `guard` for a model of `shape`.

@@ -2,7 +2,7 @@
 
 use super::{LowRank, Op, Response, Rotate, Write};
 use crate::guard;
-use crate::mapping::ResidualMap;
+use crate::mapping::{AffineMap, Factors, ResidualMap};
 use std::sync::Arc;
 
 /// An intervention at no strength in particular. What is as large as a matrix is shared by all strengths.
@@ -58,7 +58,7 @@ impl Form {
             }
             // `x + λ (f(x) − x)`
             Self::Switch(full) => {
-                let keep = (1.0 - f64::from(strength)) as f32;
+                let keep = (1.0 - f64::from(strength) * (1.0 - f64::from(full.keep))) as f32;
                 let bias = full.bias.as_ref().map(|bias| bias.iter().map(|b| strength * b).collect());
                 let op = LowRank { keep, gain: strength, bias, ..full.clone() };
                 let bias = op.bias.as_deref().unwrap_or_default();
@@ -83,6 +83,9 @@ fn rank_one(unit: &Arc<[f32]>, offset: f64, response: Response, scale: f32) -> L
 /// `f(x)`, standardization folded in.
 pub(super) fn switch(map: &ResidualMap) -> LowRank {
     match map {
+        ResidualMap::Affine(map) if map.is_correction() && map.factors().is_some() => {
+            map.factors().map_or_else(LowRank::nothing, |factors| correction(map, factors))
+        }
         ResidualMap::Affine(map) => {
             let width = map.source_width();
             let (source, target, weight) = (map.source(), map.target(), map.weight());
@@ -99,7 +102,7 @@ pub(super) fn switch(map: &ResidualMap) -> LowRank {
                 offset.push(constant as f32);
             }
             LowRank {
-                keep: 0.0,
+                keep: if map.is_correction() { 1.0 } else { 0.0 },
                 read: read.into(),
                 response: vec![Response::Identity; offset.len()].into(),
                 offset: offset.into(),
@@ -136,6 +139,33 @@ pub(super) fn switch(map: &ResidualMap) -> LowRank {
                 ..LowRank::nothing()
             }
         }
+    }
+}
+
+/// `x + f(x)` with `f` of low rank: as many columns, and nothing as large as the width squared.
+fn correction(map: &AffineMap, factors: &Factors) -> LowRank {
+    let (width, rank) = (map.source_width(), factors.rank);
+    let (source, target) = (map.source(), map.target());
+    let mut read = Vec::with_capacity(rank * width);
+    let mut offset = Vec::with_capacity(rank);
+    for column in 0..rank {
+        let mut constant = 0.0;
+        for from in 0..width {
+            let a = f64::from(factors.left[from * rank + column]) / f64::from(source.scale[from]);
+            constant -= a * f64::from(source.mean[from]);
+            read.push(a as f32);
+        }
+        offset.push(constant as f32);
+    }
+    let rows = factors.right.chunks_exact(width);
+    let columns = rows.flat_map(|row| row.iter().zip(&target.scale).map(|(right, scale)| right * scale)).collect();
+    LowRank {
+        read: read.into(),
+        response: vec![Response::Identity; rank].into(),
+        offset: offset.into(),
+        write: Write::Columns(columns),
+        bias: Some(target.mean.as_slice().into()),
+        ..LowRank::nothing()
     }
 }
 
