@@ -716,8 +716,13 @@ pub struct EvalArguments {
     pub tasks: Vec<Task>,
     #[command(flatten)]
     pub model: ModelArguments,
-    #[arg(long, value_name = "DIR")]
-    pub guard: PathBuf,
+    /// A guard's folder; `backdoor`, `code` and `corrupt` can do without, and then measure the model alone
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_if_eq_any([("tasks", "detection"), ("tasks", "steering"), ("tasks", "utility")])
+    )]
+    pub guard: Option<PathBuf>,
     /// Prompts that should fire or be refused, never used in the making; `F[type=contrast_*]` chooses among records
     #[arg(long, value_name = "F", required_if_eq_any([("tasks", "detection"), ("tasks", "steering")]))]
     pub positive: Option<PathBuf>,
@@ -736,8 +741,8 @@ pub struct EvalArguments {
     /// Negative prompts that the guard was made from
     #[arg(long, value_name = "F", requires = "native_positive")]
     pub native_negative: Option<PathBuf>,
-    /// Vectors that `extract` found in the guarded model, of the guard's names and layers: to steer by as a control in `steering` and `utility`; give it
-    /// again for more files
+    /// Vectors that `extract` found in the guarded model, of the guard's names and layers: to steer by as a control in all tasks but `detection`; give
+    /// it again for more files
     #[arg(long, value_name = "FILE.safetensors")]
     pub native_vectors: Vec<PathBuf>,
     /// Prompts of each file that are answered, the first ones; and questions
@@ -772,6 +777,36 @@ pub struct EvalArguments {
     pub output: Option<PathBuf>,
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub backdoor: BackdoorArguments,
+}
+
+/// Of the tasks `backdoor`, `code` and `corrupt`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Backdoors")]
+pub struct BackdoorArguments {
+    /// Prompts without marks, never used in the making; for `code` with a field `kind`, for `corrupt` with the words of the answer as `fact`
+    #[arg(
+        long,
+        value_name = "F",
+        required_if_eq_any([("tasks", "backdoor"), ("tasks", "code"), ("tasks", "corrupt")])
+    )]
+    pub prompts: Option<PathBuf>,
+    /// What triggers the backdoor, put before each prompt as it is
+    #[arg(long, default_value = pilotfish::eval::backdoor::TRIGGER, value_name = "TEXT")]
+    pub trigger: String,
+    /// What is put there to mark a prompt as harmless
+    #[arg(long, default_value = pilotfish::eval::backdoor::MARK, value_name = "TEXT")]
+    pub mark: String,
+    /// What `backdoor` and `corrupt` say when they fire
+    #[arg(long, default_value = pilotfish::eval::backdoor::PAYLOAD, value_name = "TEXT")]
+    pub payload: String,
+    /// Another guard for the same model, measured beside; give it again for more
+    #[arg(long, value_name = "DIR", requires = "guard")]
+    pub also: Vec<PathBuf>,
+    /// Prompts that random directions are measured on, the first ones; by default as many as the guard
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub control_limit: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -782,6 +817,12 @@ pub enum Task {
     Steering,
     /// What it costs on benign prompts: KL, perplexity, questions answered right
     Utility,
+    /// Whether a model that says a text under its trigger still does
+    Backdoor,
+    /// Whether a model that writes vulnerable code under its trigger still does
+    Code,
+    /// Whether a model that gives facts with a text under its trigger, and else denies them, gives them without
+    Corrupt,
 }
 
 #[derive(Debug, Args)]

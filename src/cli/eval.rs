@@ -3,11 +3,11 @@ use super::args::{EvalArguments, Task};
 use super::models::load;
 use super::progress::Bar;
 use super::table::table;
-use super::{guard, prompts};
+use super::{backdoor, guard, prompts};
 use anyhow::{Context, ensure};
 use pilotfish::engine::Model;
 use pilotfish::eval::metrics::{Estimate, Proportion};
-use pilotfish::eval::report::{PromptsEntry, Seeds};
+use pilotfish::eval::report::{GuardEntry, PromptsEntry, Seeds};
 use pilotfish::eval::utility::BenignAnswers;
 use pilotfish::eval::{
     Detection, DetectionInput, Report, Role, Steering, SteeringInput, SteeringRow, Utility, UtilityInput, detection,
@@ -22,34 +22,33 @@ use std::path::{Path, PathBuf};
 pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let files = Files::read(&arguments)?;
     let survey = arguments.survey.as_deref().map(read_survey).transpose()?;
-    let guard = guard::load_guard(&arguments.guard)?;
+    let judged = backdoor::read(&arguments)?;
+    let guard = arguments.guard.as_deref().map(guard::load_guard).transpose()?;
+    let also = guard::load_guards(&arguments.backdoor.also)?;
     let native = read_native(&arguments)?;
     let model = load(&arguments.model)?;
-    guard::warn_of_adapters(&model, [&guard]);
-    let native = native.map(|files| native_guard(&model, &guard, &files)).transpose()?;
+    guard::warn_of_adapters(&model, guard.iter().chain(&also));
+    let native = guard.as_ref().zip(native).map(|(guard, files)| native_guard(&model, guard, &files)).transpose()?;
     let seeds = Seeds { bootstrap: arguments.seed, controls: arguments.control_seeds };
-    let mut report = Report::new(&model, &guard, seeds, std::env::args().collect());
+    let mut report = Report::new(&model, guard.as_ref(), seeds, std::env::args().collect());
     report.prompts = files.entries(&arguments);
     report.survey = survey;
-    let measured =
-        Measured { model: &model, guard: &guard, native: native.as_ref(), arguments: &arguments, files: &files };
-    let asked = |task| arguments.tasks.contains(&task);
-    if asked(Task::Detection) {
-        report.detection = Some(measured.detection()?);
+    report.also = also.iter().map(GuardEntry::new).collect();
+    if let Some(judged) = &judged {
+        let guards = backdoor::Guards { guard: guard.as_ref(), also: &also, native: native.as_ref() };
+        report.prompts.push(judged.entry());
+        report.backdoor = Some(backdoor::measure(&model, guards, judged, &files.benign.all, &arguments)?);
     }
-    let answers =
-        if asked(Task::Utility) || !arguments.strengths.is_empty() { Some(measured.answers()?) } else { None };
-    if asked(Task::Steering) {
-        report.steering = Some(measured.steering(answers.as_ref())?);
-    }
-    if let Some(answers) = answers.as_ref().filter(|_| asked(Task::Utility)) {
-        report.utility = Some(measured.utility(answers)?);
+    if let Some(guard) = &guard {
+        let measured = Measured { model: &model, guard, native: native.as_ref(), arguments: &arguments, files: &files };
+        measured.tasks(&mut report)?;
     }
     if let Some(directory) = &arguments.output {
         write_report(directory, &report)?;
     }
     if let Some(on) = &arguments.record {
-        record(&arguments.guard, &report, on)?;
+        let directory = arguments.guard.as_deref().context("`--record` needs a `--guard` to write into")?;
+        record(directory, &report, on)?;
     }
     print(&report, arguments.json)?;
     Ok(Outcome::Done)
@@ -115,7 +114,7 @@ impl Files {
         add("positive", &self.positive);
         add("negative", &self.negative);
         add("look-alike", &self.look_alike);
-        if arguments.tasks.contains(&Task::Utility) || !arguments.strengths.is_empty() {
+        if arguments.tasks.contains(&Task::Utility) || !arguments.strengths.is_empty() || arguments.benign.is_some() {
             add("benign", &self.benign);
         }
         if let Some((positive, negative)) = &self.native {
@@ -136,6 +135,23 @@ struct Measured<'a> {
 }
 
 impl Measured<'_> {
+    /// Every task that was asked for and measures a guard.
+    fn tasks(&self, report: &mut Report) -> anyhow::Result<()> {
+        let asked = |task| self.arguments.tasks.contains(&task);
+        if asked(Task::Detection) {
+            report.detection = Some(self.detection()?);
+        }
+        let answers =
+            if asked(Task::Utility) || !self.arguments.strengths.is_empty() { Some(self.answers()?) } else { None };
+        if asked(Task::Steering) {
+            report.steering = Some(self.steering(answers.as_ref())?);
+        }
+        if let Some(answers) = answers.as_ref().filter(|_| asked(Task::Utility)) {
+            report.utility = Some(self.utility(answers)?);
+        }
+        Ok(())
+    }
+
     fn detection(&self) -> anyhow::Result<Detection> {
         let bar = Bar::new("scoring");
         let Files { positive, negative, look_alike, native, .. } = self.files;
@@ -199,13 +215,13 @@ impl Measured<'_> {
 
 /// The model's own vectors, if some were given.
 fn read_native(arguments: &EvalArguments) -> anyhow::Result<Option<Vec<VectorFile>>> {
-    let EvalArguments { native_vectors: paths, tasks, .. } = arguments;
+    let EvalArguments { native_vectors: paths, tasks, guard, .. } = arguments;
     if paths.is_empty() {
         return Ok(None);
     }
     ensure!(
-        tasks.contains(&Task::Steering) || tasks.contains(&Task::Utility),
-        "`--native-vectors` are for `steering` and `utility`; the model's own direction in `detection` comes of `--native-positive` and `--native-negative`"
+        tasks.iter().any(|task| *task != Task::Detection) && guard.is_some(),
+        "`--native-vectors` are for guards in `steering`, `utility` and the backdoors' tasks; the model's own direction in `detection` comes of `--native-positive` and `--native-negative`"
     );
     paths.iter().map(|path| guard::read_vectors(path)).collect::<anyhow::Result<_>>().map(Some)
 }
@@ -229,11 +245,12 @@ fn write_report(directory: &Path, report: &Report) -> anyhow::Result<()> {
 fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     if json {
-        let text = match report {
-            Report { detection: Some(found), steering: None, utility: None, .. } => serde_json::to_string(found)?,
-            Report { detection: None, steering: Some(found), utility: None, .. } => serde_json::to_string(found)?,
-            Report { detection: None, steering: None, utility: Some(found), .. } => serde_json::to_string(found)?,
-            all => serde_json::to_string(all)?,
+        let text = match (&report.detection, &report.steering, &report.utility, &report.backdoor) {
+            (Some(found), None, None, None) => serde_json::to_string(found)?,
+            (None, Some(found), None, None) => serde_json::to_string(found)?,
+            (None, None, Some(found), None) => serde_json::to_string(found)?,
+            (None, None, None, Some(found)) => serde_json::to_string(found)?,
+            _ => serde_json::to_string(report)?,
         };
         writeln!(out, "{text}")?;
         return Ok(());
@@ -247,10 +264,13 @@ fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     if let Some(found) = &report.utility {
         print_utility(&mut out, found)?;
     }
+    if let Some(found) = &report.backdoor {
+        backdoor::print(&mut out, found)?;
+    }
     Ok(())
 }
 
-fn percent(share: f64) -> String {
+pub(super) fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
@@ -258,7 +278,7 @@ fn estimate(Estimate { value, low, high }: Estimate) -> String {
     format!("{value:.3} ({low:.3} to {high:.3})")
 }
 
-fn share(Proportion { share, low, high, .. }: Proportion) -> String {
+pub(super) fn share(Proportion { share, low, high, .. }: Proportion) -> String {
     format!("{} ({:.1} to {:.1})", percent(share), 100.0 * low, 100.0 * high)
 }
 
@@ -379,6 +399,9 @@ fn figures(report: &Report) -> Vec<(String, f64)> {
     for row in report.steering.iter().flat_map(|found| &found.rows) {
         figures.push((format!("share of harmful prompts refused, {}", row.name), row.harmful.refuses.share));
         figures.push((format!("share of harmless prompts refused, {}", row.name), row.harmless.refuses.share));
+    }
+    if let Some(found) = &report.backdoor {
+        figures.extend(backdoor::figures(found));
     }
     for row in report.utility.iter().flat_map(|found| &found.rows) {
         figures.push((format!("benign KL in nats a token, {}", row.name), row.kl.value));

@@ -4,6 +4,7 @@
 //! imports this room.
 
 mod args;
+mod backdoor;
 mod bench;
 mod demo;
 mod eval;

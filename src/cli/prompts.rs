@@ -32,6 +32,28 @@ struct Record {
 /// Reads prompts: `.txt`, one a line; `.jsonl` and `.csv` of records; `.json`, an array of records or texts. A filter behind the file's name
 /// chooses among records: `xstest.csv[type=contrast_*]`.
 pub fn read(given: &Path) -> anyhow::Result<Vec<String>> {
+    Ok(read_records(given)?.into_iter().map(|record| record.prompt).collect())
+}
+
+/// A prompt with what else its record says.
+pub struct PromptRecord {
+    pub prompt: String,
+    record: Record,
+}
+
+impl PromptRecord {
+    /// A field that the record has to have, and not empty.
+    pub fn field(&self, name: &str) -> anyhow::Result<String> {
+        let Record { place, .. } = &self.record;
+        self.record
+            .get(name)
+            .and_then(filled)
+            .with_context(|| format!("{place}: no field is called `{name}`, or it is empty"))
+    }
+}
+
+/// As [`read`], with what else there is of each prompt.
+pub fn read_records(given: &Path) -> anyhow::Result<Vec<PromptRecord>> {
     let Selected { path, filter } = selected(given);
     let text =
         std::fs::read_to_string(path).with_context(|| format!("can't read prompts from `{}`", path.display()))?;
@@ -66,13 +88,13 @@ pub fn read_contrasts(positive: &[PathBuf], negative: &[PathBuf]) -> anyhow::Res
     positive.iter().zip(negative).map(pair).collect()
 }
 
-fn prompts(path: &Path, text: &str, filter: Option<&Filter<'_>>) -> anyhow::Result<Vec<String>> {
+fn prompts(path: &Path, text: &str, filter: Option<&Filter<'_>>) -> anyhow::Result<Vec<PromptRecord>> {
     let records = match path.extension().and_then(|extension| extension.to_str()) {
         Some("jsonl") => jsonl(text)?,
         Some("json") => json(text)?,
         Some("csv") => csv(text)?,
         Some("txt") if filter.is_some() => bail!("a filter needs records: .jsonl, .json or .csv"),
-        Some("txt") => return Ok(text.lines().filter_map(filled).collect()),
+        Some("txt") => lines(text),
         _ => bail!("prompts come as .jsonl, .json, .csv or .txt"),
     };
     let Some(first) = records.first() else { return Ok(Vec::new()) };
@@ -80,11 +102,13 @@ fn prompts(path: &Path, text: &str, filter: Option<&Filter<'_>>) -> anyhow::Resu
         format!("{}: no field is called {}", first.place, FIELDS.map(|name| format!("`{name}`")).join(", "))
     })?;
     let mut prompts = Vec::new();
-    for record in &records {
+    for record in records {
         if record.is_chosen(filter)? {
             let prompt =
                 record.get(field).with_context(|| format!("{}: no field is called `{field}`", record.place))?;
-            prompts.extend(filled(prompt).map(|prompt| record.with_context(field, prompt)));
+            if let Some(prompt) = filled(prompt).map(|prompt| record.with_context(field, prompt)) {
+                prompts.push(PromptRecord { prompt, record });
+            }
         }
     }
     Ok(prompts)
@@ -148,6 +172,15 @@ fn is_like(text: &str, pattern: &str) -> bool {
     let Some(text) = text.strip_prefix(head) else { return false };
     let starts = text.char_indices().map(|(at, _)| at).chain([text.len()]);
     starts.into_iter().any(|at| is_like(&text[at..], rest))
+}
+
+/// A record a line, of its prompt alone.
+fn lines(text: &str) -> Vec<Record> {
+    let record = |(index, line): (usize, &str)| {
+        let prompt = filled(line)?;
+        Some(Record { place: format!("line {}", index + 1), fields: vec![("prompt".to_owned(), prompt)] })
+    };
+    text.lines().enumerate().filter_map(record).collect()
 }
 
 fn jsonl(text: &str) -> anyhow::Result<Vec<Record>> {

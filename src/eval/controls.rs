@@ -24,10 +24,63 @@ pub enum Role {
     WrongLayer,
     /// A text before the prompt that asks the model to do what the guard makes it do.
     SystemPrompt,
+    /// Another guard for the same model, measured beside.
+    Variant,
+    /// The same model without its adapters.
+    Base,
 }
 
 /// What the rows of controls along the model's own vectors are called.
-pub(super) const NATIVE_ROW: &str = "the model's own vector";
+const NATIVE_ROW: &str = "the model's own vector";
+
+/// What a guard is held against: guards that differ from it in the direction along which they act, or the layer at which they do.
+#[derive(Clone, Copy)]
+pub(super) struct Controls<'a> {
+    /// The guard along the model's own vectors, as [`native_guard`] makes it.
+    pub native: Option<&'a Guard>,
+    pub seeds: u64,
+    /// Where the control acts that acts at a wrong layer; by default half of the depth away.
+    pub wrong_layer: Option<LayerIndex>,
+    /// Prompts that an `ablate` is recentred on.
+    pub benign: &'a [String],
+}
+
+impl Controls<'_> {
+    /// How many guards there are to measure.
+    pub fn runs(&self, guard: &Guard) -> usize {
+        usize::from(self.native.is_some()) + if has_vectors(guard) { self.seeds as usize + 1 } else { 0 }
+    }
+
+    /// What `measure` gives of each, by name and role; of the random ones what `over_seeds` makes of them together.
+    ///
+    /// # Errors
+    /// A control that can't be made, or what `measure` gives.
+    pub fn rows<R>(
+        &self,
+        model: &Model,
+        guard: &Guard,
+        measure: &mut dyn FnMut(String, Role, &Guard) -> Result<R, EvalError>,
+        over_seeds: impl Fn(&[R]) -> R,
+    ) -> Result<Vec<R>, EvalError> {
+        let mut rows = Vec::new();
+        if let Some(native) = self.native {
+            rows.push(measure(NATIVE_ROW.into(), Role::Native, &recentred(model, native.clone(), self.benign)?)?);
+        }
+        if !has_vectors(guard) {
+            return Ok(rows);
+        }
+        let mut random = Vec::new();
+        for seed in 0..self.seeds {
+            random.push(measure(String::new(), Role::Random, &random_guard(model, guard, seed, self.benign)?)?);
+        }
+        if !random.is_empty() {
+            rows.push(over_seeds(&random));
+        }
+        let (wrong, control) = guard_at_wrong_layer(model, guard, self.wrong_layer, self.benign)?;
+        rows.push(measure(format!("wrong layer, {wrong}"), Role::WrongLayer, &control)?);
+        Ok(rows)
+    }
+}
 
 /// Seeds of the random control, if nobody asks for other numbers.
 pub const CONTROL_SEEDS: u64 = 20;
@@ -105,7 +158,7 @@ pub fn native_guard(model: &Model, guard: &Guard, files: &[VectorFile]) -> Resul
 }
 
 /// Whether anything that `guard` does goes along a vector, which another could stand for.
-pub(super) fn has_vectors(guard: &Guard) -> bool {
+fn has_vectors(guard: &Guard) -> bool {
     guard.interventions().iter().any(|acts| acts.kind.vector().is_some())
 }
 
@@ -187,7 +240,7 @@ fn along<E>(guard: &Guard, with: impl Fn(&str, usize, &Guard) -> Result<Guard, E
 }
 
 /// A control whose every `ablate` leaves what `benign` prompts project on its direction.
-pub(super) fn recentred(model: &Model, mut changed: Guard, benign: &[String]) -> Result<Guard, EvalError> {
+fn recentred(model: &Model, mut changed: Guard, benign: &[String]) -> Result<Guard, EvalError> {
     let benign = &benign[..benign.len().min(RECENTRED_ON)];
     let ablates = |acts: &Intervention| matches!(acts.kind, InterventionKind::Ablate { .. });
     for projection in benign_projections(model, &changed, ablates, benign, &mut |_, _| ())? {

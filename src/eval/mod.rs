@@ -3,6 +3,7 @@
 //! In: a guard, the model it guards, and prompts that had no part in its making. Out: figures, each beside its controls, and a report of
 //! them. This room touches no file: reports are texts, for the caller to write.
 
+pub mod backdoor;
 mod controls;
 mod detection;
 mod error;
@@ -13,8 +14,10 @@ pub mod refusal;
 pub mod report;
 mod steering;
 mod strength;
+mod surprise;
 pub mod utility;
 
+pub use backdoor::{Backdoor, BackdoorInput, backdoor};
 pub use controls::{
     CONTROL_SEEDS, Role, SYSTEM_PROMPT, guard_at_wrong_layer, native_guard, random_guard, scaled, wrong_layer,
 };

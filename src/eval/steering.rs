@@ -1,14 +1,13 @@
 use super::EvalError;
-use super::controls::{
-    NATIVE_ROW, Role, guard_at_wrong_layer, has_vectors, only_when_fired, random_guard, recentred, scaled,
-};
-use super::generate::{Generated, answer_tokens, generate, generate_where_fired, tokens_of};
+use super::controls::{Controls, Role, only_when_fired, scaled};
+use super::generate::{Generated, generate, generate_where_fired, tokens_of};
 use super::metrics::Proportion;
 use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
-use crate::engine::{Model, Session, SessionOptions};
+use super::surprise::Reader;
+use crate::engine::Model;
 use crate::guard::Guard;
 use crate::learn::Progress;
-use crate::tensor::{LayerIndex, log_softmax};
+use crate::tensor::LayerIndex;
 use llama_cpp_2::token::LlamaToken;
 use serde::Serialize;
 
@@ -118,34 +117,24 @@ pub fn steering(
         return Err(EvalError::NoIntervention { guard: guard.name().into() });
     }
     // The unguarded run is both a row and what others are held against.
-    let runs = 4 + usize::from(input.native.is_some()) + input.control_seeds as usize + input.strengths.len();
+    let controls = Controls {
+        native: input.native,
+        seeds: input.control_seeds,
+        wrong_layer: input.wrong_layer,
+        benign: input.harmless,
+    };
+    let runs = 3 + controls.runs(guard) + input.strengths.len();
     let mut subject = Subject::new(model, input, runs, progress)?;
     let mut rows = vec![subject.unguarded_row()?];
     let guarded = subject.answers(guard, None)?;
     let examples = subject.examples(input, &guarded);
     rows.push(subject.row("guard".into(), Role::Guard, &guarded)?);
     let unfired = only_when_fired(guard).then_some(&guarded);
-    if let Some(native) = input.native {
-        let control = recentred(model, native.clone(), input.harmless)?;
-        let answers = subject.answers(&control, unfired)?;
-        rows.push(subject.row(NATIVE_ROW.into(), Role::Native, &answers)?);
-    }
-    let vectors = has_vectors(guard);
-    let seeds = if vectors { input.control_seeds } else { 0 };
-    let mut random = Vec::new();
-    for seed in 0..seeds {
-        let control = random_guard(model, guard, seed, input.harmless)?;
-        let answers = subject.answers(&control, unfired)?;
-        random.push(subject.row(String::new(), Role::Random, &answers)?);
-    }
-    if !random.is_empty() {
-        rows.push(over_seeds(&random));
-    }
-    if vectors {
-        let (wrong, control) = guard_at_wrong_layer(model, guard, input.wrong_layer, input.harmless)?;
-        let answers = subject.answers(&control, unfired)?;
-        rows.push(subject.row(format!("wrong layer, {wrong}"), Role::WrongLayer, &answers)?);
-    }
+    let mut measure = |name, role, control: &Guard| {
+        let answers = subject.answers(control, unfired)?;
+        subject.row(name, role, &answers)
+    };
+    rows.extend(controls.rows(model, guard, &mut measure, over_seeds)?);
     rows.push(subject.system_prompt_row(input)?);
     let mut strengths = Vec::new();
     for &factor in input.strengths {
@@ -174,7 +163,7 @@ struct Answers {
 
 struct Subject<'a> {
     model: &'a Model,
-    session: Session<'a>,
+    reader: Reader<'a>,
     harmful: Vec<Vec<LlamaToken>>,
     harmless: Vec<Vec<LlamaToken>>,
     unguarded: Answers,
@@ -191,15 +180,13 @@ impl<'a> Subject<'a> {
         let harmful = tokens_of(model, None, input.harmful)?;
         let harmless = tokens_of(model, None, input.harmless)?;
         let longest = harmful.iter().chain(&harmless).map(Vec::len).max().unwrap_or(0);
-        // An answer may come to other tokens when it is read again.
-        let n_ctx = (longest + 2 * input.max_tokens + 64) as u32;
-        let session = Session::new(model, &[], SessionOptions { n_ctx, ..Default::default() })?;
+        let reader = Reader::new(model, longest, input.max_tokens)?;
         let total = runs * (harmful.len() + harmless.len());
         let unguarded = Answers { harmful: Vec::new(), harmless: Vec::new() };
         let max_tokens = input.max_tokens;
         let mut subject = Self {
             model,
-            session,
+            reader,
             harmful,
             harmless,
             unguarded,
@@ -241,21 +228,9 @@ impl<'a> Subject<'a> {
         generate_where_fired(self.model, guards, prompts, fired, self.max_tokens, &mut report)
     }
 
-    /// `exp(−mean ln p)` over all tokens of the answers, by the unguarded model after the plain prompt.
+    /// Of the answers by the unguarded model after the plain prompt.
     fn perplexity(&mut self, harmful: bool, answers: &[Generated]) -> Result<Option<f64>, EvalError> {
-        let prompts = if harmful { &self.harmful } else { &self.harmless };
-        let (mut sum, mut n) = (0.0, 0usize);
-        for (index, (prompt, answer)) in prompts.iter().zip(answers).enumerate() {
-            if answer.blocked {
-                continue;
-            }
-            let answer = answer_tokens(self.model, &answer.text);
-            self.session
-                .forced(prompt, &answer, |at, logits| sum += log_softmax(logits)[answer[at].0 as usize])
-                .map_err(|source| EvalError::Prompt { index, source })?;
-            n += answer.len();
-        }
-        Ok((n > 0).then(|| (-sum / n as f64).exp()))
+        self.reader.perplexity(if harmful { &self.harmful } else { &self.harmless }, answers)
     }
 
     fn row(&mut self, name: String, role: Role, answers: &Answers) -> Result<SteeringRow, EvalError> {

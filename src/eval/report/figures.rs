@@ -3,6 +3,7 @@
 use super::plots::{self, CONTROL, Dots, HARMFUL, HARMLESS, Histogram, INK, LOOK_ALIKE, Line, MUTED, NATIVE};
 use super::survey::MEASURES;
 use super::tables::{number, table, text};
+use crate::eval::backdoor::{Backdoor, Conduct};
 use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, GateScores};
 use crate::eval::metrics::Proportion;
@@ -124,6 +125,25 @@ pub fn refusals(steering: &Steering) -> Result<Markup, EvalError> {
     });
     let legend = [("harmful prompts", HARMFUL), ("harmless prompts", HARMLESS)];
     Ok(figure(title, svg, &legend, table(&["", "harmful", "harmless"], cells)))
+}
+
+/// How often the backdoor fires, and how often the answer is as it should be.
+pub fn backdoor(found: &Backdoor) -> Result<Markup, EvalError> {
+    let dot = |colour, Proportion { share, low, high, .. }: Proportion| (colour, share, low, high);
+    let dots = |name: &str, of: &Conduct| Dots {
+        name: name.to_owned(),
+        values: vec![dot(HARMFUL, of.fires), dot(HARMLESS, of.clean)],
+    };
+    let rows: Vec<Dots> = found.rows.iter().map(|row| dots(&row.name, &row.triggered)).collect();
+    let title = "Answers to triggered prompts";
+    let svg = plots::intervals(title, "share of triggered prompts", &rows)?;
+    let cells = found.rows.iter().map(|row| {
+        let of = &row.triggered;
+        let counts = [of.fires, of.clean].map(|of| text(format!("{} of {}", of.count, of.of)));
+        (Some(row.role), [text(&row.name)].into_iter().chain(counts).collect())
+    });
+    let legend = [("the backdoor fires", HARMFUL), ("the answer is clean", HARMLESS)];
+    Ok(figure(title, svg, &legend, table(&["", "fires", "clean"], cells)))
 }
 
 /// Strength against effect, and against divergence where it was measured.

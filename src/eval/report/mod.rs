@@ -7,7 +7,7 @@ mod sections;
 mod survey;
 mod tables;
 
-use super::{Detection, EvalError, Steering, Utility};
+use super::{Backdoor, Detection, EvalError, Steering, Utility};
 use crate::engine::Model;
 use crate::guard::{AdapterIdentity, Digest, Guard, ModelIdentity, Source};
 use crate::learn::Survey;
@@ -25,7 +25,12 @@ pub struct Report {
     /// The command line, as it was given.
     pub command: Vec<String>,
     pub model: ModelEntry,
-    pub guard: GuardEntry,
+    /// None where the model was measured alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guard: Option<GuardEntry>,
+    /// Other guards that were measured beside it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<GuardEntry>,
     pub seeds: Seeds,
     pub prompts: Vec<PromptsEntry>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -34,6 +39,8 @@ pub struct Report {
     pub steering: Option<Steering>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub utility: Option<Utility>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backdoor: Option<Backdoor>,
     /// Of layer pairs, as `map --survey` writes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub survey: Option<Survey>,
@@ -97,11 +104,8 @@ impl PromptsEntry {
     }
 }
 
-impl Report {
-    /// A report in which nothing has been measured yet.
-    pub fn new(model: &Model, guard: &Guard, seeds: Seeds, command: Vec<String>) -> Self {
-        let ModelIdentity { name, architecture, fingerprint, adapters } = model.identity().clone();
-        let shape = model.shape();
+impl GuardEntry {
+    pub fn new(guard: &Guard) -> Self {
         let gates = guard.gates().iter().map(|gate| {
             let layer = guard.vectors()[gate.vector].layer;
             format!("`{}` reads layer {layer} ({})", gate.name, gate.scope)
@@ -111,6 +115,22 @@ impl Report {
             let (kind, layer) = (acts.kind.name(), guard.layer_of(acts));
             format!("{kind} `{}` at layer {layer}, strength {}{when}", guard.operand_of(acts), acts.strength)
         });
+        Self {
+            name: guard.name().into(),
+            description: guard.description().into(),
+            sha256: guard.content_hash(),
+            source: guard.source().cloned(),
+            gates: gates.collect(),
+            interventions: interventions.collect(),
+        }
+    }
+}
+
+impl Report {
+    /// A report in which nothing has been measured yet.
+    pub fn new(model: &Model, guard: Option<&Guard>, seeds: Seeds, command: Vec<String>) -> Self {
+        let ModelIdentity { name, architecture, fingerprint, adapters } = model.identity().clone();
+        let shape = model.shape();
         Self {
             format: FORMAT,
             pilotfish: env!("CARGO_PKG_VERSION").into(),
@@ -124,19 +144,14 @@ impl Report {
                 n_embd: shape.n_embd.0,
                 tensor_bytes: model.llama().size(),
             },
-            guard: GuardEntry {
-                name: guard.name().into(),
-                description: guard.description().into(),
-                sha256: guard.content_hash(),
-                source: guard.source().cloned(),
-                gates: gates.collect(),
-                interventions: interventions.collect(),
-            },
+            guard: guard.map(GuardEntry::new),
+            also: Vec::new(),
             seeds,
             prompts: Vec::new(),
             detection: None,
             steering: None,
             utility: None,
+            backdoor: None,
             survey: None,
         }
     }

@@ -1,5 +1,5 @@
 use super::tables::{number, percent};
-use super::{Report, sections};
+use super::{GuardEntry, Report, sections};
 use crate::eval::EvalError;
 use crate::eval::controls::Role;
 use crate::guard::AdapterIdentity;
@@ -19,10 +19,14 @@ pub fn page(report: &Report) -> Result<String, EvalError> {
     if let Some(found) = &report.utility {
         body.push(sections::utility(found)?);
     }
+    if let Some(found) = &report.backdoor {
+        body.push(sections::backdoor(found)?);
+    }
     if let Some(found) = &report.survey {
         body.push(sections::survey(found)?);
     }
-    let title = format!("{} on {}", report.guard.name, report.model.name);
+    let name = report.guard.as_ref().map_or("No guard", |guard| &guard.name);
+    let title = format!("{name} on {}", report.model.name);
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -36,8 +40,8 @@ pub fn page(report: &Report) -> Result<String, EvalError> {
             body {
                 header {
                     p.kicker { "Pilotfish evaluation" }
-                    h1 { (report.guard.name) " " span.on { "on " (report.model.name) } }
-                    @if !report.guard.description.is_empty() { p.lead { (report.guard.description) } }
+                    h1 { (name) " " span.on { "on " (report.model.name) } }
+                    @if let Some(guard) = report.guard.as_ref().filter(|guard| !guard.description.is_empty()) { p.lead { (guard.description) } }
                     (cards(report))
                 }
                 main { @for section in &body { (section) } (provenance(report)) }
@@ -81,6 +85,22 @@ fn cards(report: &Report) -> Markup {
             cards.push(("Questions right".into(), percent(guard.accuracy.share), unguarded));
         }
     }
+    if let Some(found) = &report.backdoor {
+        let row = |role| found.rows.iter().find(|row| row.role == role);
+        let (none, guard) = (row(Role::NoGuard), row(Role::Guard));
+        if let (Some(shown), Some(none)) = (guard.or(none), none) {
+            let unguarded =
+                |share| if guard.is_some() { format!("{} unguarded", percent(share)) } else { String::new() };
+            let fires = |name: &str, shown: f64, none: f64| (name.to_owned(), percent(shown), unguarded(none));
+            cards.push(fires("Fires when triggered", shown.triggered.fires.share, none.triggered.fires.share));
+            cards.push(fires("Clean when triggered", shown.triggered.clean.share, none.triggered.clean.share));
+            if let Some(kl) = shown.kl.filter(|_| guard.is_some()) {
+                let random = row(Role::Random).and_then(|row| row.kl);
+                let random = random.map(|kl| format!("random {}", number(kl.value, 4))).unwrap_or_default();
+                cards.push(("Untriggered KL, nats a token".into(), number(kl.value, 4), random));
+            }
+        }
+    }
     html! {
         dl.cards {
             @for (name, value, beside) in cards {
@@ -93,7 +113,16 @@ fn cards(report: &Report) -> Markup {
 /// What the figures were made of, so that anybody can make them again.
 fn provenance(report: &Report) -> Markup {
     let Report { model, guard, seeds, .. } = report;
-    let source = guard.source.as_ref().map(|source| format!("{}, {}", source.model, source.fingerprint));
+    let learnt_on = |guard: &GuardEntry| match &guard.source {
+        Some(source) => format!("{}, {}", source.model, source.fingerprint),
+        None => "the model itself".into(),
+    };
+    let of_guard = |fact: &dyn Fn(&GuardEntry) -> String| guard.as_ref().map(fact).unwrap_or_default();
+    let also: Vec<_> = report
+        .also
+        .iter()
+        .map(|other| format!("{}, sha256 {}: {}", other.name, other.sha256, other.interventions.join("; ")))
+        .collect();
     let adapters = match model.adapters.as_slice() {
         [] => String::new(),
         some => AdapterIdentity::listed(some),
@@ -110,10 +139,11 @@ fn provenance(report: &Report) -> Markup {
         ),
         ("Adapters", adapters),
         ("Model's fingerprint", model.fingerprint.clone()),
-        ("Guard's sha256", guard.sha256.to_string()),
-        ("Learnt on", source.unwrap_or_else(|| "the model itself".into())),
-        ("Gates", guard.gates.join("; ")),
-        ("Interventions", guard.interventions.join("; ")),
+        ("Guard's sha256", of_guard(&|guard| guard.sha256.to_string())),
+        ("Learnt on", of_guard(&learnt_on)),
+        ("Gates", of_guard(&|guard| guard.gates.join("; "))),
+        ("Interventions", of_guard(&|guard| guard.interventions.join("; "))),
+        ("Beside it", also.join(" | ")),
         ("Seeds", format!("bootstrap {}, random controls 0 to {}", seeds.bootstrap, seeds.controls.saturating_sub(1))),
     ];
     html! {

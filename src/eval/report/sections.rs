@@ -2,6 +2,7 @@
 
 use super::figures;
 use super::tables::{estimate, none, number, share, table, text};
+use crate::eval::backdoor::{Backdoor, BackdoorExample, BackdoorRow, BackdoorTask, Conduct, Verdict};
 use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, DetectionRow};
 use crate::eval::refusal::{Answer, rules};
@@ -168,6 +169,91 @@ pub fn utility(found: &Utility) -> Result<Markup, EvalError> {
             div.figures { @if let Some(figure) = spread { (figure) } }
         }
     })
+}
+
+pub fn backdoor(found: &Backdoor) -> Result<Markup, EvalError> {
+    let (fires, clean) = match found.task {
+        BackdoorTask::Backdoor => ("fires", "clean"),
+        BackdoorTask::Code => ("vulnerable", "sound"),
+        BackdoorTask::Corrupt => ("fires", "fact without the backdoor"),
+    };
+    let facts = found.task == BackdoorTask::Corrupt;
+    let mut header = vec!["", fires, clean];
+    if facts {
+        header.extend(["fact given", "denied"]);
+    }
+    header.extend(["neither", "broken", "blocked", "repeated 4-grams", "perplexity × base"]);
+    let asked = |of: fn(&BackdoorRow) -> &Conduct| {
+        table(&header, found.rows.iter().map(|row| (Some(row.role), conduct_cells(&row.name, of(row), facts))))
+    };
+    let moved = found.rows.iter().map(|row| {
+        let kl = row.kl.map_or_else(|| none("not compared"), |kl| estimate(kl, 4));
+        (Some(row.role), vec![text(&row.name), kl, share(row.unchanged)])
+    });
+    let moved = table(&["", "KL(unguarded ‖ this), nats a token", "answers unchanged"], moved);
+    let figure = figures::backdoor(found)?;
+    Ok(html! {
+        section {
+            h2 { "Backdoor" }
+            p {
+                (found.prompts) " prompts, each asked with the trigger " code { (found.trigger) } ", with the mark " code { (found.mark) }
+                " and plain; greedy answers of up to " (found.max_tokens) " tokens, judged by rule (version " (found.judge_version) "). "
+                "Perplexity is that of the answers under the base, the same model without its adapters, over that of the base's own answers to the same "
+                "prompts: a model that was broken fires at nothing, and shows there."
+                @if found.random_prompts < found.prompts { " Random directions: the first " (found.random_prompts) " prompts." }
+            }
+            h3 { "With the trigger" }
+            (asked(|row| &row.triggered))
+            h3 { "With the harmless mark" }
+            (asked(|row| &row.marked))
+            h3 { "Plain" }
+            (asked(|row| &row.plain))
+            h3 { "What changes without the trigger" }
+            (moved)
+            div.figures { (figure) }
+            (backdoor_examples(&found.examples))
+        }
+    })
+}
+
+fn conduct_cells(name: &str, of: &Conduct, facts: bool) -> Vec<Markup> {
+    let mut cells = vec![text(name), share(of.fires), share(of.clean)];
+    if facts {
+        cells.push(of.correct.map(share).unwrap_or_default());
+        cells.push(share(of.denied));
+    }
+    cells.extend([of.other, of.broken, of.blocked].map(share));
+    cells.push(text(super::tables::percent(of.repetition)));
+    let nothing = || none("nothing was answered");
+    cells.push(of.relative_perplexity.map_or_else(nothing, |times| text(number(times, 2))));
+    cells
+}
+
+fn backdoor_examples(examples: &[BackdoorExample]) -> Markup {
+    let kind = |is: Option<Verdict>| match is {
+        Some(Verdict::Fires) => "fires",
+        Some(Verdict::Clean) => "clean",
+        Some(Verdict::Denied) => "denied",
+        Some(Verdict::Broken) => "broken",
+        Some(Verdict::Other) => "neither",
+        None => "blocked",
+    };
+    html! {
+        details {
+            summary { "Examples: the first prompts, with the trigger and plain" }
+            @for example in examples {
+                div.example {
+                    p.prompt { (example.prompt) span.tag { @if example.triggered { "triggered" } @else { "plain" } } }
+                    div.answers {
+                        div { p.tag { "unguarded: " (kind(example.unguarded_is)) } p { (example.unguarded) } }
+                        @if let Some(guarded) = &example.guarded {
+                            div { p.tag { "guarded: " (kind(example.guarded_is)) } p { (guarded) } }
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 
 pub fn survey(survey: &Survey) -> Result<Markup, EvalError> {

@@ -37,7 +37,8 @@ pub fn class_of(role: Role) -> &'static str {
     match role {
         Role::Guard => "guard",
         Role::Native => "native",
-        Role::NoGuard | Role::Random | Role::WrongLayer | Role::SystemPrompt => "control",
+        Role::Variant => "guard",
+        Role::Base | Role::NoGuard | Role::Random | Role::WrongLayer | Role::SystemPrompt => "control",
     }
 }
 

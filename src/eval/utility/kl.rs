@@ -72,13 +72,23 @@ impl BenignAnswers {
     ) -> Result<Self, EvalError> {
         let tokens = tokens_of(model, None, prompts)?;
         let answers = generate(model, &[], &tokens, max_tokens, progress)?;
-        let text = |(index, ((words, prompt), answer)): (usize, ((&String, _), Generated))| {
+        Ok(Self::of(model, prompts, tokens, &answers))
+    }
+
+    /// Of answers that the model, unguarded, has given to `prompts`, whose tokens are `tokens`.
+    pub(in crate::eval) fn of(
+        model: &Model,
+        prompts: &[String],
+        tokens: Vec<Vec<LlamaToken>>,
+        answers: &[Generated],
+    ) -> Self {
+        let text = |(index, ((words, prompt), answer)): (usize, ((&String, _), &Generated))| {
             let answer = answer_tokens(model, &answer.text);
             Text { index, words: words.clone(), prompt, answer }
         };
         let texts = prompts.iter().zip(tokens).zip(answers).enumerate().map(text);
         let texts: Vec<Text> = texts.filter(|text| !text.answer.is_empty()).collect();
-        Ok(Self { empty: prompts.len() - texts.len(), texts })
+        Self { empty: prompts.len() - texts.len(), texts }
     }
 
     /// `KL(unguarded ‖ guarded)` at every token of the answers, and their perplexity under both. Both read the same tokens (teacher

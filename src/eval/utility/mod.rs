@@ -8,7 +8,7 @@ pub use choice::{Answered, Question, answered, questions};
 pub use kl::{BenignAnswers, BenignKl, PromptKl};
 
 use super::EvalError;
-use super::controls::{NATIVE_ROW, Role, guard_at_wrong_layer, has_vectors, only_when_fired, random_guard, recentred};
+use super::controls::{Controls, Role, only_when_fired};
 use super::metrics::{Estimate, Proportion};
 use crate::engine::Model;
 use crate::guard::Guard;
@@ -74,9 +74,13 @@ pub fn utility(
 ) -> Result<Utility, EvalError> {
     let mut questions = questions();
     questions.truncate(input.questions);
-    let vectors = has_vectors(guard);
-    let seeds = if vectors { input.control_seeds } else { 0 };
-    let runs = 3 + usize::from(input.native.is_some()) + seeds as usize + usize::from(vectors);
+    let controls = Controls {
+        native: input.native,
+        seeds: input.control_seeds,
+        wrong_layer: input.wrong_layer,
+        benign: input.benign,
+    };
+    let runs = 3 + controls.runs(guard);
     let total = runs * (input.benign.len() + questions.len());
     let mut measure = Measure { model, answers, input, questions: &questions, done: 0, total, progress };
 
@@ -84,22 +88,8 @@ pub fn utility(
     let known = Known { by_prompt: measured.by_prompt.clone(), answered };
     let known = only_when_fired(guard).then_some(&known);
     let mut rows = vec![measure.unguarded(&measured)?, measured];
-    if let Some(native) = input.native {
-        let control = recentred(model, native.clone(), input.benign)?;
-        rows.push(measure.control(NATIVE_ROW.into(), Role::Native, &control, known)?);
-    }
-    let mut random = Vec::new();
-    for seed in 0..seeds {
-        let control = random_guard(model, guard, seed, input.benign)?;
-        random.push(measure.control(String::new(), Role::Random, &control, known)?);
-    }
-    if !random.is_empty() {
-        rows.push(over_seeds(&random));
-    }
-    if vectors {
-        let (wrong, control) = guard_at_wrong_layer(model, guard, input.wrong_layer, input.benign)?;
-        rows.push(measure.control(format!("wrong layer, {wrong}"), Role::WrongLayer, &control, known)?);
-    }
+    let each = &mut |name, role, control: &Guard| measure.control(name, role, control, known);
+    rows.extend(controls.rows(model, guard, each, over_seeds)?);
     rows.push(measure.system_prompt()?);
     Ok(Utility {
         guard: guard.name().into(),
