@@ -64,10 +64,7 @@ impl<'model> Session<'model> {
     pub fn set_intervention(&mut self, name: &str, setting: Setting) -> Result<(), EngineError> {
         match self.context.guarded_mut() {
             Some(context) => Ok(context.set_intervention(name, setting)?),
-            None => {
-                let unguarded = ToggleError::Unknown { name: name.to_owned(), known: Vec::new() };
-                Err(ContextError::from(unguarded).into())
-            }
+            None => Err(ToggleError::Unknown { name: name.to_owned(), known: Vec::new() }.into()),
         }
     }
 

@@ -375,6 +375,27 @@ impl Guard {
         Ok(changed)
     }
 
+    /// This guard with switches that add, whatever they read, what its maps add in the mean: a control.
+    ///
+    /// # Errors
+    /// A map that there is no such correction of.
+    pub fn with_mean_changes(&self) -> Result<Self, GuardError> {
+        let mut changed = self.clone();
+        for switch in &mut changed.switches {
+            switch.map = switch.map.mean_alone().map_err(|error| GuardError::Missing { why: error.to_string() })?;
+        }
+        Ok(changed)
+    }
+
+    /// This guard with switches whose change is as long and turned at random by `seed`: a control. `None` where a map is no correction.
+    pub fn with_turned_changes(&self, seed: u64) -> Option<Self> {
+        let mut changed = self.clone();
+        for switch in &mut changed.switches {
+            switch.map = switch.map.turned(seed)?;
+        }
+        Some(changed)
+    }
+
     /// This guard with the vector of one intervention replaced by `direction` (`[n_embd]`) at `layer`: a control, for measuring what the
     /// vector itself does. Gates read as they did, also those that read along the vector that is replaced. `level` is what the new direction
     /// is held to: the mean of an `ablate`; other kinds keep their own.

@@ -1,7 +1,6 @@
 use super::{LearnError, Progress};
 use crate::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions};
 use crate::engine::{ActivationReader, Activations, EngineError, Model, Scheduler};
-use crate::hook::ContextError;
 use crate::mapping::{AffineMap, Folds, MappingQuality, Regression, ResidualMap, RidgeOptions, Standardization};
 use crate::program::Program;
 use crate::tensor::{LayerIndex, Residual, cosine};
@@ -80,7 +79,7 @@ pub fn answered(
         })?
     {}
     if let Some((index, error)) = failed {
-        return Err(LearnError::Prompt { index, source: error.into() });
+        return Err(LearnError::Prompt { index, source: EngineError::Context(error) });
     }
     for (text, said) in texts.iter_mut().zip(said) {
         text.answer = model.llama().vocab().tokenize(said.as_bytes(), false, false);
@@ -113,7 +112,7 @@ pub fn switch_maps(
     let (mut maps, mut program_maps): (Vec<(AffineMap, MappingQuality)>, Vec<ResidualMap>) = (Vec::new(), Vec::new());
     for layer in &options.layers {
         let program = Program::switching(source.shape(), &program_maps);
-        let program = program.map_err(|error| EngineError::from(ContextError::from(error)))?;
+        let program = program.map_err(EngineError::from)?;
         let rows = reading.run(source, program, vec![*layer])?;
         let target = targets.at(*layer).ok_or(LearnError::NoLayers)?;
         let (map, quality) = fit(*layer, &rows, target, options)?;

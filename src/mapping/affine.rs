@@ -1,5 +1,8 @@
 use super::MappingError;
 use crate::tensor::{LayerIndex, LayerStack};
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// Mean `μ` and scale `σ` of each dimension of a residual: `z = (x − μ)/σ`.
 #[derive(Debug, Clone, PartialEq)]
@@ -167,6 +170,27 @@ impl AffineMap {
     /// Whether what the weight gives is added to the residual that it reads: see [`into_correction`](Self::into_correction).
     pub fn is_correction(&self) -> bool {
         self.correction
+    }
+
+    /// The same correction with the dimensions of what it adds dealt anew and their signs drawn: what it adds to a residual is as long, and points
+    /// elsewhere. `None` of a map that is no correction.
+    pub fn turned(&self, seed: u64) -> Option<Self> {
+        if !self.correction {
+            return None;
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut dealt: Vec<usize> = (0..self.target_width()).collect();
+        dealt.shuffle(&mut rng);
+        let signs: Vec<f32> = dealt.iter().map(|_| if rng.random_range(0..2) == 0 { 1.0 } else { -1.0 }).collect();
+        let turn =
+            |row: &[f32]| -> Vec<f32> { dealt.iter().zip(&signs).map(|(from, sign)| sign * row[*from]).collect() };
+        let rows = |values: &[f32]| values.chunks_exact(self.target_width()).flat_map(turn).collect::<Vec<f32>>();
+        let target = Standardization {
+            mean: turn(&self.target.mean),
+            scale: dealt.iter().map(|from| self.target.scale[*from]).collect(),
+        };
+        let factors = self.factors.as_ref().map(|of| Factors { right: rows(&of.right), ..of.clone() });
+        Some(Self { weight: rows(&self.weight), target, factors, ..self.clone() })
     }
 
     /// What [`weight`](Self::weight) is the product of, where it has a low rank.
@@ -352,6 +376,16 @@ mod tests {
         let corrected = map.clone().into_correction().unwrap();
         assert_eq!((map.apply(&[3.0, 6.0]), corrected.apply(&[3.0, 6.0])), (vec![14.0, 32.0], vec![17.0, 38.0]));
         assert_eq!(corrected.apply_direction(&[2.0, 4.0]), [6.0, 16.0]);
+        let turned = corrected.turned(3).unwrap();
+        let change = |map: &AffineMap| -> Vec<f32> {
+            let mut change: Vec<f32> =
+                map.apply(&[3.0, 6.0]).iter().zip([3.0, 6.0]).map(|(y, x)| (y - x).abs()).collect();
+            change.sort_by(f32::total_cmp);
+            change
+        };
+        assert_eq!(change(&turned), change(&corrected), "as long");
+        assert!((0..8).any(|seed| corrected.turned(seed).unwrap().apply(&[3.0, 6.0]) != corrected.apply(&[3.0, 6.0])));
+        assert_eq!(map.turned(3), None);
         let error = map.with_backward(vec![0.0; 4]).unwrap().into_correction().unwrap_err();
         assert!(error.to_string().contains("backward"), "{error}");
         let wider = make(side(&[0.0], &[1.0]), side(&[0.0, 0.0], &[1.0, 1.0]), &[1.0, 2.0]).unwrap();

@@ -220,7 +220,9 @@ impl<'model> Scheduler<'model> {
         }
         // What ran under the old one is of no more use, and would keep it in memory.
         for slot in 0..self.slots.len() {
-            if self.slots[slot].running.is_none() && self.runs(slot, &old) {
+            let own = self.context.program_of(SequenceId(slot as i32));
+            let of_old = own.is_some_and(|own| own.differs_in_strengths_alone(&old));
+            if self.slots[slot].running.is_none() && of_old {
                 self.forget(slot)?;
             }
         }
