@@ -83,7 +83,7 @@ fn a_switch_makes_the_base_of_a_model_with_an_adapter() {
     assert!(full.target().probe.is_some());
     let off = kl(&organism, &model, &full, Setting::Off);
     let on = kl(&organism, &model, &full, Setting::On);
-    assert!(on < 0.2 * off, "every layer: {on} of {off}");
+    assert!(on < 0.4 * off, "every layer: {on} of {off}");
     let late = organism.build("late", &["--layers", "2:2,1:1"]);
     let names: Vec<&str> = late.interventions().iter().map(|of| of.name.as_str()).collect();
     assert_eq!(names, ["base.1", "base.2"]);
@@ -91,7 +91,7 @@ fn a_switch_makes_the_base_of_a_model_with_an_adapter() {
     let size = |name: &str| std::fs::metadata(organism.path(name).join("base.map.safetensors")).unwrap().len();
     assert!(size("low") < size("full"), "four columns and not the width");
     let low_on = kl(&organism, &model, &low, Setting::On);
-    assert!(low_on < 0.5 * off, "rank 4: {low_on} of {off}");
+    assert!(low_on < 0.6 * off, "rank 4: {low_on} of {off}");
 }
 
 #[test]
