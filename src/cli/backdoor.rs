@@ -42,7 +42,7 @@ pub fn read(arguments: &EvalArguments) -> anyhow::Result<Option<Judged>> {
         Task::Backdoor => Some(BackdoorTask::Backdoor),
         Task::Code => Some(BackdoorTask::Code),
         Task::Corrupt => Some(BackdoorTask::Corrupt),
-        Task::Detection | Task::Steering | Task::Utility => None,
+        Task::Detection | Task::Steering | Task::Utility | Task::Switch => None,
     };
     let asked: Vec<BackdoorTask> = arguments.tasks.iter().filter_map(of).collect();
     let BackdoorArguments { prompts: path, payload, also, .. } = &arguments.backdoor;

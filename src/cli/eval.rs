@@ -3,7 +3,7 @@ use super::args::{EvalArguments, Task};
 use super::models::load;
 use super::progress::Bar;
 use super::table::table;
-use super::{backdoor, guard, prompts};
+use super::{backdoor, guard, prompts, switch};
 use anyhow::{Context, ensure};
 use pilotfish::engine::Model;
 use pilotfish::eval::metrics::{Estimate, Proportion};
@@ -42,6 +42,11 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     if let Some(guard) = &guard {
         let measured = Measured { model: &model, guard, native: native.as_ref(), arguments: &arguments, files: &files };
         measured.tasks(&mut report)?;
+        if arguments.tasks.contains(&Task::Switch) {
+            let (found, entry) = switch::measure(&model, guard, &arguments)?;
+            report.prompts.push(entry);
+            report.switch = Some(found);
+        }
     }
     if let Some(directory) = &arguments.output {
         write_report(directory, &report)?;
@@ -245,11 +250,13 @@ fn write_report(directory: &Path, report: &Report) -> anyhow::Result<()> {
 fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     if json {
-        let text = match (&report.detection, &report.steering, &report.utility, &report.backdoor) {
-            (Some(found), None, None, None) => serde_json::to_string(found)?,
-            (None, Some(found), None, None) => serde_json::to_string(found)?,
-            (None, None, Some(found), None) => serde_json::to_string(found)?,
-            (None, None, None, Some(found)) => serde_json::to_string(found)?,
+        let Report { detection, steering, utility, backdoor, switch, .. } = report;
+        let text = match (detection, steering, utility, backdoor, switch) {
+            (Some(found), None, None, None, None) => serde_json::to_string(found)?,
+            (None, Some(found), None, None, None) => serde_json::to_string(found)?,
+            (None, None, Some(found), None, None) => serde_json::to_string(found)?,
+            (None, None, None, Some(found), None) => serde_json::to_string(found)?,
+            (None, None, None, None, Some(found)) => serde_json::to_string(found)?,
             _ => serde_json::to_string(report)?,
         };
         writeln!(out, "{text}")?;
@@ -266,6 +273,9 @@ fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     }
     if let Some(found) = &report.backdoor {
         backdoor::print(&mut out, found)?;
+    }
+    if let Some(found) = &report.switch {
+        switch::print(&mut out, found)?;
     }
     Ok(())
 }
@@ -402,6 +412,9 @@ fn figures(report: &Report) -> Vec<(String, f64)> {
     }
     if let Some(found) = &report.backdoor {
         figures.extend(backdoor::figures(found));
+    }
+    if let Some(found) = &report.switch {
+        figures.extend(switch::figures(found));
     }
     for row in report.utility.iter().flat_map(|found| &found.rows) {
         figures.push((format!("benign KL in nats a token, {}", row.name), row.kl.value));

@@ -6,7 +6,7 @@ use super::args::{
 use super::learn::best_layer;
 use super::models::{load, load_named};
 use super::progress::Bar;
-use super::{prompts, table::table};
+use super::{prompts, switch, table::table};
 use anyhow::{Context, bail, ensure};
 use pilotfish::engine::{GuardOptions, Model, Session, SessionOptions, probe_of};
 use pilotfish::guard::manifest::{
@@ -27,7 +27,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// What the probe of a guard asks: plain English that every model has seen the like of.
-const PROBE_PROMPT: &str = "The pilot fish swims beside the shark, eats what it leaves, and keeps it clean.";
+pub const PROBE_PROMPT: &str = "The pilot fish swims beside the shark, eats what it leaves, and keeps it clean.";
 
 pub fn guard(command: GuardCommand) -> anyhow::Result<Outcome> {
     match command {
@@ -77,7 +77,7 @@ pub fn set_strengths(guards: &mut [Guard], strengths: &[String]) -> anyhow::Resu
     Ok(())
 }
 
-fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+pub fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))
 }
 
@@ -256,6 +256,16 @@ fn on_one_line(text: &str) -> String {
 
 fn build(arguments: BuildArguments) -> anyhow::Result<()> {
     let target = load(&arguments.model)?;
+    if let Some(name) = &arguments.switch {
+        let guard = switch::build(&target, name, &arguments)?;
+        eprintln!("wrote guard `{}` to {}", guard.name(), arguments.output.display());
+        return Ok(());
+    }
+    ensure!(
+        arguments.when.is_none() || arguments.intervene.is_some(),
+        "`--when` says when an intervention acts: give `--intervene KIND` or `--switch` too"
+    );
+    let vectors = arguments.vectors.context("a guard is built from `--vectors`, or as a `--switch`")?;
     let choose_on = prompts::read_contrasts(&arguments.positive, &arguments.negative)?;
     let choice = match &arguments.layer {
         Some(layer) => LayerChoice::Given(layer),
@@ -307,7 +317,7 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
         when: arguments.when,
         onto: arguments.onto,
     };
-    build_to(&target, &arguments.vectors, arguments.mapping.as_deref(), choice, policy, &arguments.output)
+    build_to(&target, &vectors, arguments.mapping.as_deref(), choice, policy, &arguments.output)
 }
 
 /// What a guard built from one vector does.

@@ -4,7 +4,7 @@ use super::args::{LayerPairs, MapArguments, MappingKindArgument, RankArgument, R
 use super::models::load_named;
 use super::progress::Bar;
 use super::table::table;
-use super::{Outcome, learn::write, prompts};
+use super::{Outcome, learn::write, prompts, switch};
 use anyhow::{Context, bail, ensure};
 use pilotfish::engine::Model;
 use pilotfish::guard::{MAPPING_SUFFIX, MappingFile};
@@ -45,6 +45,13 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
         replacements: BTreeMap::new(),
     };
     let (survey, found) = match arguments.kind {
+        _ if arguments.switch => {
+            let (pairs, found) = switch::maps(&arguments, &source, &target, &documents)?;
+            file.pairs = pairs;
+            write(&arguments.output, &file.to_bytes()?)?;
+            eprintln!("wrote {} layers to {}", file.pairs.len(), arguments.output.display());
+            (None, found)
+        }
         MappingKindArgument::Affine => {
             let options = affine_options(&arguments, &source, &target);
             let mapped = {

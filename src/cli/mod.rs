@@ -16,6 +16,7 @@ mod progress;
 mod prompts;
 mod run;
 mod strength;
+mod switch;
 mod synthesize;
 mod table;
 mod tokens;

@@ -3,8 +3,9 @@ use super::models::load;
 use super::table::table;
 use super::{Outcome, guard, prompts};
 use anyhow::{Context, bail};
-use pilotfish::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions, Summary};
+use pilotfish::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions, Summary, Toggle};
 use pilotfish::engine::{GateReading, Sampling, Scheduler, Session, SessionOptions};
+use pilotfish::program::Setting;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -85,6 +86,9 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     };
     let mut scheduler = Scheduler::guarded(&model, &guards.iter().collect::<Vec<_>>(), options)?;
     let sampling = Sampling { temperature: arguments.temperature, seed: arguments.seed, ..Default::default() };
+    let begins_off = |name: &String| Toggle { name: name.clone(), from_token: 1, setting: Setting::Off };
+    let toggles: Vec<Toggle> =
+        arguments.off.iter().map(begins_off).chain(arguments.toggle.into_iter().map(|of| of.0)).collect();
     let mut answers = Answers { json: arguments.json, ..Default::default() };
     let mut submitted = 0;
     let mut refused = None;
@@ -95,6 +99,7 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
             let request = model.prompt_tokens(&prompts[submitted]).map(|tokens| Request {
                 sampling: sampling.clone(),
                 stop: arguments.stop.clone(),
+                toggles: toggles.clone(),
                 ..Request::new(tokens, arguments.max_tokens)
             });
             match request.and_then(|request| scheduler.submit(request)) {

@@ -1,10 +1,11 @@
 use super::model::{Model, context_params};
 use super::{EngineError, Weights};
-use crate::hook::{CaptureRows, GuardedBatch, GuardedContext};
-use crate::program::{ModelShape, Program};
+use crate::hook::{BatchRow, CaptureRows, ContextError, GuardedBatch, GuardedContext};
+use crate::program::{ModelShape, Program, RowKind};
 use crate::tensor::{LayerIndex, LayerStack, Residual, SequenceId, TokenPosition};
 use llama_cpp_2::token::LlamaToken;
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -42,14 +43,37 @@ impl<'model> ActivationReader<'model> {
     /// # Errors
     /// A layer that the model does not have, or llama.cpp can't make the context.
     pub fn new(weights: Weights<'model>, layers: Vec<LayerIndex>, capacity: usize) -> Result<Self, EngineError> {
+        let observer = Program::observer(weights.shape());
+        Self::with_program(weights, observer, layers, capacity)
+    }
+
+    fn with_program(
+        weights: Weights<'model>,
+        program: Program,
+        layers: Vec<LayerIndex>,
+        capacity: usize,
+    ) -> Result<Self, EngineError> {
         let shape = weights.shape();
         if let Some(layer) = layers.iter().find(|layer| layer.0 >= shape.n_layer) {
             return Err(EngineError::NoLayer { layer: *layer, last: shape.n_layer - 1 });
         }
         let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
         let params = context_params(size, size);
-        let context = weights.guarded(params, Arc::new(Program::observer(shape)))?;
+        let context = weights.guarded(params, Arc::new(program))?;
         Ok(Self { context, shape, layers, batch: GuardedBatch::new(size as usize), capacity: size as usize })
+    }
+
+    /// A reader of `layers` of a model that `program` acts on: residuals are as they are after it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn under(
+        model: &'model Model,
+        program: Program,
+        layers: Vec<LayerIndex>,
+        capacity: usize,
+    ) -> Result<Self, EngineError> {
+        Self::with_program(model.weights(), program, layers, capacity)
     }
 
     pub fn layers(&self) -> &[LayerIndex] {
@@ -76,24 +100,60 @@ impl<'model> ActivationReader<'model> {
         self.read(tokens, false)
     }
 
+    /// Activations of every token but the first of `prompt` and of `answer`, fed as if the model had written it. At the model's last layer, which is
+    /// then to be the only one, those of the tokens that the answer is predicted from.
+    ///
+    /// # Errors
+    /// As [`last_token`](Self::last_token); and the model's last layer beside others.
+    pub fn answered(&mut self, prompt: &[LlamaToken], answer: &[LlamaToken]) -> Result<Activations, EngineError> {
+        let last = self.shape.n_layer - 1;
+        let has_last = self.layers.iter().any(|layer| layer.0 == last);
+        if has_last && self.layers.len() > 1 {
+            return Err(EngineError::NotEveryToken { layer: LayerIndex(last), last });
+        }
+        self.begin(prompt.len(), prompt.len() + answer.len())?;
+        for (index, token) in prompt.iter().chain(answer).enumerate() {
+            let kind = match (index + 1).cmp(&prompt.len()) {
+                Ordering::Less => RowKind::Prompt,
+                Ordering::Equal => RowKind::PromptEnd,
+                Ordering::Greater => RowKind::Generated,
+            };
+            // Nothing follows the last token.
+            let predicts = kind != RowKind::Prompt && (index + 1 < prompt.len() + answer.len() || answer.is_empty());
+            let output = has_last && predicts;
+            let row = BatchRow { sequence: ONLY, position: TokenPosition(index as i32), kind, output };
+            self.batch.add(*token, row).map_err(ContextError::from)?;
+        }
+        self.run(CaptureRows::AfterFirst)
+    }
+
     fn read(&mut self, tokens: &[LlamaToken], only_last: bool) -> Result<Activations, EngineError> {
-        if tokens.is_empty() {
-            return Err(EngineError::EmptyPrompt);
-        }
-        if tokens.len() > self.capacity {
-            return Err(EngineError::PromptTooLong { found: tokens.len(), capacity: self.capacity });
-        }
-        self.context.clear();
-        self.batch.clear();
-        let which = if only_last { CaptureRows::PromptEnds } else { CaptureRows::AfterFirst };
-        self.context.capture_rows(self.layers.iter().copied(), which);
+        self.begin(tokens.len(), tokens.len())?;
         if only_last {
             self.batch.add_prompt(ONLY, TokenPosition(0), tokens)
         } else {
             // Without logits: nobody reads them, and with a large vocabulary they cost more than the layers.
             self.batch.add_prompt_part(ONLY, TokenPosition(0), tokens, &[])
         }
-        .map_err(crate::hook::ContextError::from)?;
+        .map_err(ContextError::from)?;
+        self.run(if only_last { CaptureRows::PromptEnds } else { CaptureRows::AfterFirst })
+    }
+
+    /// Makes ready for a prompt of `n_prompt` tokens and what follows it, `n_tokens` in all.
+    fn begin(&mut self, n_prompt: usize, n_tokens: usize) -> Result<(), EngineError> {
+        if n_prompt == 0 {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if n_tokens > self.capacity {
+            return Err(EngineError::PromptTooLong { found: n_tokens, capacity: self.capacity });
+        }
+        self.context.clear();
+        self.batch.clear();
+        Ok(())
+    }
+
+    fn run(&mut self, which: CaptureRows) -> Result<Activations, EngineError> {
+        self.context.capture_rows(self.layers.iter().copied(), which);
         self.context.decode(&mut self.batch)?;
 
         let mut read = Activations { width: self.shape.n_embd.0, ..Default::default() };

@@ -53,9 +53,17 @@ impl<'model> MaybeGuarded<'model> {
         }
     }
 
+    /// `None` where there is no guard.
+    pub fn guarded_mut(&mut self) -> Option<&mut GuardedContext<'model>> {
+        match self {
+            Self::Plain { .. } => None,
+            Self::Guarded { context, .. } => Some(context),
+        }
+    }
+
     /// Chooses how residuals are reached, if there is a guard that does.
     pub fn set_executor(&mut self, kind: ExecutorKind) {
-        if let Self::Guarded { context, .. } = self {
+        if let Some(context) = self.guarded_mut() {
             context.set_executor(kind);
         }
     }

@@ -19,6 +19,7 @@ pub mod scheduler;
 mod session;
 mod weights;
 
+pub use crate::program::Setting;
 pub use activations::{ActivationReader, Activations};
 pub use adapter::Adapter;
 pub use attach::{GuardOptions, guard_context, measure_probe, probe_of, program_for};
@@ -35,9 +36,15 @@ pub use weights::Weights;
 
 use crate::guard::GuardError;
 use crate::hook::ContextError;
-use crate::program::CompileError;
+use crate::program::{CompileError, ToggleError};
 use crate::tensor::{LayerIndex, TokenPosition};
 use std::path::PathBuf;
+
+impl From<ToggleError> for EngineError {
+    fn from(error: ToggleError) -> Self {
+        Self::Context(error.into())
+    }
+}
 
 /// Why a model could not be loaded, guarded or run.
 #[derive(Debug, thiserror::Error)]

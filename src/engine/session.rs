@@ -3,7 +3,7 @@ use super::model::{Model, context_params};
 use super::{EngineError, GuardOptions};
 use crate::guard::Guard;
 use crate::hook::{BatchRow, ContextError, ExecutorKind, GuardedContext};
-use crate::program::{Gate, GateDecision, Program, RowKind};
+use crate::program::{Gate, GateDecision, Program, RowKind, Setting, ToggleError};
 use crate::tensor::{LayerIndex, SequenceId};
 use llama_cpp_2::token::LlamaToken;
 
@@ -55,6 +55,17 @@ impl<'model> Session<'model> {
     /// How the residual of each hook point was reached in the last decode, the dry run before any other; none unguarded.
     pub fn executors(&self) -> Vec<(LayerIndex, ExecutorKind)> {
         self.context.guarded().into_iter().flat_map(GuardedContext::executors).collect()
+    }
+
+    /// Sets the interventions called `name` from the next token on, also of prompts to come: see [`GuardedContext::set_intervention`].
+    ///
+    /// # Errors
+    /// No guard has one of that name, or it can't be set so.
+    pub fn set_intervention(&mut self, name: &str, setting: Setting) -> Result<(), EngineError> {
+        match self.context.guarded_mut() {
+            Some(context) => Ok(context.set_intervention(name, setting)?),
+            None => Err(ToggleError::Unknown { name: name.to_owned(), known: Vec::new() }.into()),
+        }
     }
 
     /// Forgets what came before, reads `prompt`, and returns the index of its logits.

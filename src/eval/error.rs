@@ -28,6 +28,10 @@ pub enum EvalError {
         "guard `{guard}` has no intervention of a strength other than 0, so there is none to look for a strength of"
     )]
     NoStrength { guard: String },
+    #[error("guard `{guard}` has no intervention of kind `switch`, so there is nothing to switch")]
+    NoSwitch { guard: String },
+    #[error("`{model}` carries no adapters, so it is its own base and there is nothing to switch to: give `--lora`")]
+    NoAdapters { model: String },
     #[error("at {factor} times the guard's strengths")]
     Factor { factor: f64, source: Box<EvalError> },
     #[error("no intervention of guard `{guard}` has a vector, so there is none for the model's own to stand for")]

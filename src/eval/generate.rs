@@ -1,5 +1,5 @@
 use super::EvalError;
-use crate::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions};
+use crate::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions, Toggle};
 use crate::engine::{EngineError, Model, Scheduler};
 use crate::guard::Guard;
 use crate::learn::Progress;
@@ -30,6 +30,21 @@ pub fn generate(
     max_tokens: usize,
     progress: Progress<'_>,
 ) -> Result<Vec<Generated>, EvalError> {
+    generate_set(model, guards, prompts, &[], max_tokens, progress)
+}
+
+/// As [`generate`], with interventions set on the way.
+///
+/// # Errors
+/// As there, and an intervention that can't be set so.
+pub fn generate_set(
+    model: &Model,
+    guards: &[&Guard],
+    prompts: &[Vec<LlamaToken>],
+    toggles: &[Toggle],
+    max_tokens: usize,
+    progress: Progress<'_>,
+) -> Result<Vec<Generated>, EvalError> {
     let longest = prompts.iter().map(Vec::len).max().ok_or(EvalError::NoPrompts { what: "a generation" })?;
     let options = SchedulerOptions {
         n_sequences: PARALLEL.min(prompts.len() as u32),
@@ -43,7 +58,7 @@ pub fn generate(
     let mut index_of: BTreeMap<RequestId, usize> = BTreeMap::new();
     for (index, prompt) in prompts.iter().enumerate() {
         let id = scheduler
-            .submit(Request::new(prompt.clone(), max_tokens))
+            .submit(Request { toggles: toggles.to_vec(), ..Request::new(prompt.clone(), max_tokens) })
             .map_err(|source| EvalError::Prompt { index, source })?;
         index_of.insert(id, index);
     }

@@ -14,6 +14,7 @@ pub mod report;
 mod steering;
 mod strength;
 mod surprise;
+mod switch;
 pub mod utility;
 
 pub use backdoor::{Backdoor, BackdoorInput, backdoor};
@@ -25,4 +26,5 @@ pub use error::EvalError;
 pub use report::Report;
 pub use steering::{Behaviour, Example, Steering, SteeringInput, SteeringRow, StrengthRow, steering};
 pub use strength::{StrengthInput, strength_for_refusals};
+pub use switch::{Likeness, Switch, SwitchExample, SwitchInput, SwitchRow, SwitchedOff, ToggleCost, switch};
 pub use utility::{Utility, UtilityInput, utility};

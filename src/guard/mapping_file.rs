@@ -18,7 +18,8 @@ const FORMAT: &str = "pilotfish-mapping-1";
 /// In safetensors a pair of layers S (`24`, or `14+16+18` where an affine map reads several beside each other) and T is the tensors `S-T.weight` (`[d_s, d_t]`), `S-T.source_mean` and `S-T.source_scale`
 /// (`[d_s]`), `S-T.target_mean` and `S-T.target_scale` (`[d_t]`), if it can carry discriminants `S-T.backward` (`[d_t, d_s]`), and the metadata
 /// key `S-T`. A map of low rank R has in place of the weight its factors `S-T.left` (`[d_s, R]`) and `S-T.right` (`[R, d_t]`), and
-/// `S-T.backward_left` and `S-T.backward_right`. An autoencoder of hidden width `k` has in place of the weights `S-T.encoder` (`[k, d_s]`), `S-T.encoder_bias` (`[k]`), `S-T.decoder`
+/// `S-T.backward_left` and `S-T.backward_right`. Of a correction, a map between residuals of one space that is added to what it reads, the metadata say
+/// `"correction": true`. An autoencoder of hidden width `k` has in place of the weights `S-T.encoder` (`[k, d_s]`), `S-T.encoder_bias` (`[k]`), `S-T.decoder`
 /// (`[d_t, k]`) and `S-T.decoder_bias` (`[d_t]`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct MappingFile {
@@ -80,6 +81,13 @@ struct AffineDescription {
     /// Where the weights are two factors each.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rank: Option<usize>,
+    /// Whether what the weight gives is added to the residual that it reads.
+    #[serde(default, skip_serializing_if = "is_false")]
+    correction: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 #[derive(Serialize, Deserialize)]
@@ -200,6 +208,7 @@ impl MappingFile {
                 }),
                 replacement: self.replacement(map.source_layer(), map.target_layer())?,
                 rank: map.factors().map(|factors| factors.rank),
+                correction: map.is_correction(),
             });
             if metadata.insert(pair.clone(), json(&description)).is_some() {
                 return Err(GuardError::Duplicate { what: "pair of layers", name: pair });
@@ -276,6 +285,7 @@ impl MappingFile {
                     backward,
                     replacement,
                     rank,
+                    correction,
                 }) => {
                     let backward = backward.map(|BackwardDescription { lambda, fraction_unexplained, cosine }| {
                         FitQuality { lambda, fraction_unexplained, cosine }
@@ -283,7 +293,9 @@ impl MappingFile {
                     let quality = MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout, backward };
                     expected += 4 + (1 + usize::from(backward.is_some())) * if rank.is_some() { 2 } else { 1 };
                     let layers = layers.clone();
-                    pairs.push((read_affine(file, &tensors, &key, layers, backward.is_some(), rank)?, quality));
+                    let map = read_affine(file, &tensors, &key, layers, backward.is_some(), rank)?;
+                    let corrected = |map: AffineMap| map.into_correction().map_err(|error| refused(file, &key, &error));
+                    pairs.push((if correction { corrected(map)? } else { map }, quality));
                     replacement
                 }
                 Description::Autoencoder(description) => {

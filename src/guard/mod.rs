@@ -250,7 +250,7 @@ impl Intervention {
 }
 
 /// The strength of an `add` in units of its vector.
-fn multiplier(strength: f64, deviation: Option<f64>, direction: &[f32]) -> f32 {
+pub(crate) fn multiplier(strength: f64, deviation: Option<f64>, direction: &[f32]) -> f32 {
     deviation.map_or(strength, |deviation| strength * deviation / norm(direction)) as f32
 }
 
@@ -373,6 +373,27 @@ impl Guard {
         let found = &mut changed.interventions[index];
         found.strength = validate::strength(strength, found.deviation, found.kind, &self.vectors)?;
         Ok(changed)
+    }
+
+    /// This guard with switches that add, whatever they read, what its maps add in the mean: a control.
+    ///
+    /// # Errors
+    /// A map that there is no such correction of.
+    pub fn with_mean_changes(&self) -> Result<Self, GuardError> {
+        let mut changed = self.clone();
+        for switch in &mut changed.switches {
+            switch.map = switch.map.mean_alone().map_err(|error| GuardError::Missing { why: error.to_string() })?;
+        }
+        Ok(changed)
+    }
+
+    /// This guard with switches whose change is as long and turned at random by `seed`: a control. `None` where a map is no correction.
+    pub fn with_turned_changes(&self, seed: u64) -> Option<Self> {
+        let mut changed = self.clone();
+        for switch in &mut changed.switches {
+            switch.map = switch.map.turned(seed)?;
+        }
+        Some(changed)
     }
 
     /// This guard with the vector of one intervention replaced by `direction` (`[n_embd]`) at `layer`: a control, for measuring what the

@@ -4,7 +4,7 @@ use super::rows::{BatchRow, GraphInputs, RowTracker, Splitting};
 use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
 use super::{CopyExecutor, DeviceExecutor, HookFault};
 use crate::guard::OnError;
-use crate::program::{Program, Sequences, TokenBytes, panic_message};
+use crate::program::{Program, Sequences, Setting, ToggleError, TokenBytes, panic_message};
 use crate::tensor::{LayerIndex, SequenceId};
 use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -137,6 +137,24 @@ impl Hook {
 
     pub fn sequences(&self) -> &Sequences {
         &self.sequences
+    }
+
+    /// `program` with an intervention set: see [`Sequences::variant`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn variant(
+        &mut self,
+        program: &Arc<Program>,
+        name: &str,
+        setting: Setting,
+    ) -> Result<Arc<Program>, ToggleError> {
+        self.sequences.variant(program, name, setting)
+    }
+
+    /// Has `sequence` go on under a variant of its program: see [`Sequences::turn`].
+    pub fn turn(&mut self, sequence: SequenceId, program: Arc<Program>) -> bool {
+        self.sequences.turn(sequence, program)
     }
 
     /// Prepares `sequence` for a further prompt: its gates read anew, and one that has fired stays fired.

@@ -2,7 +2,7 @@ use super::{
     Adapters, BatchRow, Capture, CaptureRows, CapturedLayer, EvalCallbackParams, ExecutorKind, GgmlTable, Hook,
     HookFault, Replacement, Splitting,
 };
-use crate::program::{GateDecision, Program, RowKind, TokenBytes};
+use crate::program::{GateDecision, Program, RowKind, Setting, ToggleError, TokenBytes};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::kv_cache::KvCacheConversionError;
@@ -92,6 +92,8 @@ pub enum ContextError {
     Blocked { guard: String, sequence: SequenceId, gate: String, message: Option<String> },
     #[error("llama.cpp's KV cache operation failed: {0}")]
     Cache(String),
+    #[error(transparent)]
+    Toggle(#[from] ToggleError),
     #[error("llama.cpp can't put the model's adapters on a context: {0}")]
     Adapters(String),
     /// Tokens of another sequence that are not what they would be in a new prompt, or no longer there.
@@ -225,6 +227,68 @@ impl<'model> GuardedContext<'model> {
     /// The program that `sequence` runs, if it lives.
     pub fn program_of(&self, sequence: SequenceId) -> Option<&Arc<Program>> {
         self.hook.as_ref().sequences().program(sequence)
+    }
+
+    /// Sets the interventions called `name` (see [`Program::with_setting`]) for sequences to come and for those that live, from their next tokens
+    /// on. Nothing is loaded or compiled again, and no decode allocates for it. A sequence whose own program has no such intervention stays as it is.
+    ///
+    /// Cells of tokens that have been read stay what they are: what an intervention made of them remains in the KV cache. Other prompts are given
+    /// none that the new setting would have made otherwise ([`reusable`](Self::reusable)).
+    ///
+    /// # Errors
+    /// The current program has no intervention of that name, or can't be set so, nor can a living one; nothing is changed then.
+    pub fn set_intervention(&mut self, name: &str, setting: Setting) -> Result<(), ContextError> {
+        let current = Arc::clone(self.program());
+        let current = self.variant(&current, name, setting)?;
+        let mut turned = Vec::new();
+        for sequence in self.hook.as_ref().sequences().live().collect::<Vec<_>>() {
+            let Some(program) = self.program_of(sequence).filter(|program| program.has_intervention(name)) else {
+                continue;
+            };
+            let program = Arc::clone(program);
+            turned.push((sequence, self.variant(&program, name, setting)?));
+        }
+        self.hook.as_mut().set_program(current);
+        turned.into_iter().for_each(|(sequence, program)| self.turn(sequence, program));
+        Ok(())
+    }
+
+    /// As [`set_intervention`](Self::set_intervention), for one sequence; one that does not live begins so.
+    ///
+    /// # Errors
+    /// As there, of the sequence's program.
+    pub fn set_intervention_of(
+        &mut self,
+        sequence: SequenceId,
+        name: &str,
+        setting: Setting,
+    ) -> Result<(), ContextError> {
+        let own = self.program_of(sequence).unwrap_or(self.program());
+        let program = Arc::clone(own);
+        let program = self.variant(&program, name, setting)?;
+        if !self.hook.as_mut().turn(sequence, Arc::clone(&program)) {
+            self.hook.as_mut().assign(sequence, program);
+        }
+        Ok(())
+    }
+
+    /// Has `sequence` go on under `program`, a [variant](Self::variant) of its own.
+    pub(crate) fn turn(&mut self, sequence: SequenceId, program: Arc<Program>) {
+        self.hook.as_mut().turn(sequence, program);
+    }
+
+    /// `program` with the interventions called `name` set, for [`assign`](Self::assign) and [`set_program`](Self::set_program): the very same
+    /// program whenever it comes to the same strengths.
+    ///
+    /// # Errors
+    /// As of [`Program::with_setting`].
+    pub fn variant(
+        &mut self,
+        program: &Arc<Program>,
+        name: &str,
+        setting: Setting,
+    ) -> Result<Arc<Program>, ContextError> {
+        Ok(self.hook.as_mut().variant(program, name, setting)?)
     }
 
     /// Every gate's decision for `sequence`, in the order of its program; `None` before there is one.

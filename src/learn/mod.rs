@@ -19,6 +19,7 @@ mod separation;
 mod strength;
 mod survey;
 mod sweep;
+mod switch;
 mod threads;
 
 pub use activations::prompt_activations;
@@ -41,6 +42,7 @@ pub use scores::{GateScore, gate_scores};
 pub use strength::{StrengthOptions, StrengthSearch, TriedStrength, search_strength};
 pub use survey::{RankBy, Survey, SurveyedPair};
 pub use sweep::{FirstTokens, SweptLayer, adding, best_of_sweep, sweep};
+pub use switch::{AnsweredText, SwitchOptions, answered, switch_maps};
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;
@@ -57,6 +59,10 @@ pub enum LearnError {
     Steering { layer: LayerIndex, source: SteeringError },
     #[error("mapping layer {source_layer} to {target_layer}: {source}")]
     Mapping { source_layer: LayerStack, target_layer: LayerIndex, source: MappingError },
+    #[error(
+        "a switch leads from a model to the same model with other adapters; `{source_model}` and `{target_model}` are two"
+    )]
+    NotOneModel { source_model: String, target_model: String },
     #[error("no pair of layers to map: the models have too few layers; name pairs with `--layers`")]
     NoLayers,
     #[error("autoencoder of layer {source_layer} to {target_layer}: {source}")]

@@ -1,5 +1,8 @@
 use super::MappingError;
 use crate::tensor::{LayerIndex, LayerStack};
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// Mean `μ` and scale `σ` of each dimension of a residual: `z = (x − μ)/σ`.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,6 +39,7 @@ pub struct AffineMap {
     factors: Option<Factors>,
     backward: Option<Vec<f32>>,
     backward_factors: Option<Factors>,
+    correction: bool,
 }
 
 /// A matrix of low rank, `left · right`.
@@ -104,6 +108,7 @@ impl AffineMap {
             factors: None,
             backward: None,
             backward_factors: None,
+            correction: false,
         })
     }
 
@@ -143,6 +148,49 @@ impl AffineMap {
     pub fn with_low_rank_backward(self, factors: Factors) -> Result<Self, MappingError> {
         let weight = factors.product(self.target_width(), self.source_width())?;
         Ok(Self { backward_factors: Some(factors), ..self.with_backward(weight)? })
+    }
+
+    /// The map `x + f(x)` of this `f`, between residuals of one space: fitted so, a penalty draws it to leaving residuals as they are, and what it
+    /// changes may be of low rank.
+    ///
+    /// # Errors
+    /// The two sides differ in width, or the map reads several layers, or has a [`backward`](Self::backward), which would be of `f` alone.
+    pub fn into_correction(self) -> Result<Self, MappingError> {
+        let refuse = |option, expected, found: String| Err(MappingError::Options { option, expected, found });
+        if self.source_width() != self.target_width() {
+            let found = format!("{} and {}", self.source_width(), self.target_width());
+            return refuse("correction", "sides of one width", found);
+        }
+        if self.backward.is_some() {
+            return refuse("correction", "a map without a backward weight", "one with it".to_owned());
+        }
+        Ok(Self { correction: true, ..self })
+    }
+
+    /// Whether what the weight gives is added to the residual that it reads: see [`into_correction`](Self::into_correction).
+    pub fn is_correction(&self) -> bool {
+        self.correction
+    }
+
+    /// The same correction with the dimensions of what it adds dealt anew and their signs drawn: what it adds to a residual is as long, and points
+    /// elsewhere. `None` of a map that is no correction.
+    pub fn turned(&self, seed: u64) -> Option<Self> {
+        if !self.correction {
+            return None;
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut dealt: Vec<usize> = (0..self.target_width()).collect();
+        dealt.shuffle(&mut rng);
+        let signs: Vec<f32> = dealt.iter().map(|_| if rng.random_range(0..2) == 0 { 1.0 } else { -1.0 }).collect();
+        let turn =
+            |row: &[f32]| -> Vec<f32> { dealt.iter().zip(&signs).map(|(from, sign)| sign * row[*from]).collect() };
+        let rows = |values: &[f32]| values.chunks_exact(self.target_width()).flat_map(turn).collect::<Vec<f32>>();
+        let target = Standardization {
+            mean: turn(&self.target.mean),
+            scale: dealt.iter().map(|from| self.target.scale[*from]).collect(),
+        };
+        let factors = self.factors.as_ref().map(|of| Factors { right: rows(&of.right), ..of.clone() });
+        Some(Self { weight: rows(&self.weight), target, factors, ..self.clone() })
     }
 
     /// What [`weight`](Self::weight) is the product of, where it has a low rank.
@@ -199,7 +247,7 @@ impl AffineMap {
         self.target.mean.len()
     }
 
-    /// A residual, `[d_s]` to `[d_t]`: `ŷ = μ_t + σ_t ⊙ Wᵀ((x − μ_s)/σ_s)`, accumulated in `f64`.
+    /// A residual, `[d_s]` to `[d_t]`: `ŷ = μ_t + σ_t ⊙ Wᵀ((x − μ_s)/σ_s)`, of a correction `x` more, accumulated in `f64`.
     ///
     /// # Panics
     /// If `x` is not [`source_width`](Self::source_width) long.
@@ -215,7 +263,12 @@ impl AffineMap {
     pub fn apply_f64(&self, x: &[f64]) -> Vec<f64> {
         assert_eq!(x.len(), self.source_width(), "a residual of the wrong width");
         let centred = x.iter().zip(&self.source.mean).map(|(x, mean)| x - f64::from(*mean));
-        self.linear_part(centred).zip(&self.target.mean).map(|(y, mean)| f64::from(*mean) + y).collect()
+        let mut mapped: Vec<f64> =
+            self.linear_part(centred).zip(&self.target.mean).map(|(y, mean)| f64::from(*mean) + y).collect();
+        if self.correction {
+            mapped.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+        }
+        mapped
     }
 
     /// A direction, `[d_s]` to `[d_t]`: `v_t = D_t Wᵀ D_s⁻¹ v_s`, accumulated in `f64`. No mean comes in: a direction is a
@@ -225,7 +278,10 @@ impl AffineMap {
     /// If `v` is not [`source_width`](Self::source_width) long.
     pub fn apply_direction(&self, v: &[f32]) -> Vec<f32> {
         assert_eq!(v.len(), self.source_width(), "a direction of the wrong width");
-        self.linear_part(v.iter().map(|v| f64::from(*v))).map(|y| y as f32).collect()
+        let own = |v: &f32| if self.correction { f64::from(*v) } else { 0.0 };
+        let mapped = self.linear_part(v.iter().map(|v| f64::from(*v)));
+        // Of a correction both sides have one width.
+        mapped.zip(v.iter().map(own).chain(std::iter::repeat(0.0))).map(|(y, own)| (y + own) as f32).collect()
     }
 
     /// A reading of source residuals, `[d_s]`, as one of target residuals, `[d_t]`: `w_t = D_t⁻¹ B D_s w_s`, accumulated in `f64`, so that
@@ -310,6 +366,30 @@ mod tests {
         assert_eq!(map.apply(&[1.0, 2.0]), [10.0, 20.0, 30.0]);
         assert_eq!(map.apply_direction(&[2.0, 4.0]), [5.0, 14.0, 27.0]);
         assert_eq!(map.apply_direction(&[2.0, 0.0]), [1.0, 4.0, 9.0]);
+    }
+
+    #[test]
+    fn a_correction_is_added_to_what_it_reads() {
+        let map =
+            make(side(&[1.0, 2.0], &[2.0, 4.0]), side(&[10.0, 20.0], &[1.0, 2.0]), &[1.0, 2.0, 3.0, 4.0]).unwrap();
+        // z = [1, 1], z·W = [4, 6]
+        let corrected = map.clone().into_correction().unwrap();
+        assert_eq!((map.apply(&[3.0, 6.0]), corrected.apply(&[3.0, 6.0])), (vec![14.0, 32.0], vec![17.0, 38.0]));
+        assert_eq!(corrected.apply_direction(&[2.0, 4.0]), [6.0, 16.0]);
+        let turned = corrected.turned(3).unwrap();
+        let change = |map: &AffineMap| -> Vec<f32> {
+            let mut change: Vec<f32> =
+                map.apply(&[3.0, 6.0]).iter().zip([3.0, 6.0]).map(|(y, x)| (y - x).abs()).collect();
+            change.sort_by(f32::total_cmp);
+            change
+        };
+        assert_eq!(change(&turned), change(&corrected), "as long");
+        assert!((0..8).any(|seed| corrected.turned(seed).unwrap().apply(&[3.0, 6.0]) != corrected.apply(&[3.0, 6.0])));
+        assert_eq!(map.turned(3), None);
+        let error = map.with_backward(vec![0.0; 4]).unwrap().into_correction().unwrap_err();
+        assert!(error.to_string().contains("backward"), "{error}");
+        let wider = make(side(&[0.0], &[1.0]), side(&[0.0, 0.0], &[1.0, 1.0]), &[1.0, 2.0]).unwrap();
+        assert!(wider.into_correction().is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-use super::{AffineMap, Autoencoder, AutoencoderQuality, MappingQuality, Standardization};
+use super::{AffineMap, Autoencoder, AutoencoderQuality, Factors, MappingError, MappingQuality, Standardization};
 use crate::tensor::{LayerIndex, LayerStack};
 
 /// A map between residuals, of either kind.
@@ -45,6 +45,37 @@ impl ResidualMap {
         match self {
             Self::Affine(map) => map.target(),
             Self::Autoencoder(map) => map.target(),
+        }
+    }
+
+    /// What a map between residuals of one space adds to them in the mean, `[d]`: over the rows that it was fitted on.
+    pub fn mean_change(&self) -> Vec<f32> {
+        let source = match self {
+            Self::Affine(map) if map.is_correction() => return map.target().mean.clone(),
+            Self::Affine(map) => map.source(),
+            Self::Autoencoder(map) => map.source(),
+        };
+        self.target().mean.iter().zip(&source.mean).map(|(target, source)| target - source).collect()
+    }
+
+    /// The correction that adds [`mean_change`](Self::mean_change) whatever it reads: a control, for what more a map does.
+    ///
+    /// # Errors
+    /// A map between two widths, or from several layers.
+    pub fn mean_alone(&self) -> Result<Self, MappingError> {
+        let (mean, width) = (self.mean_change(), self.target_width());
+        let nothing = Factors { rank: 1, left: vec![0.0; self.source_width()], right: vec![0.0; width] };
+        let source = Standardization { mean: vec![0.0; self.source_width()], scale: vec![1.0; self.source_width()] };
+        let target = Standardization { mean, scale: vec![1.0; width] };
+        let map = AffineMap::of_low_rank(self.source_layer(), self.target_layer(), source, target, nothing)?;
+        Ok(Self::Affine(map.into_correction()?))
+    }
+
+    /// The correction whose change is as long, in another direction: a control. `None` where this is no correction.
+    pub fn turned(&self, seed: u64) -> Option<Self> {
+        match self {
+            Self::Affine(map) => Some(Self::Affine(map.turned(seed)?)),
+            Self::Autoencoder(_) => None,
         }
     }
 

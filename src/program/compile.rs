@@ -1,12 +1,10 @@
-use super::fuse::fuse;
-use super::{
-    Condition, Gate, GuardInfo, HookPoint, LowRank, MAX_TEXTS, Op, Patch, Positions, Program, Readout, Response,
-    Rotate, Scope, Write,
-};
+use super::form::{Form, switch};
+use super::{Condition, Dial, Gate, GuardInfo, HookPoint, MAX_TEXTS, Positions, Program, Readout, Scope, ToggleError};
 use crate::guard::{self, Aggregate, GateScope, Guard, Intervention, InterventionKind};
 use crate::mapping::ResidualMap;
 use crate::tensor::{self, HiddenSize, LayerIndex};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// What a program must know of the model that it is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,20 +42,44 @@ pub enum CompileError {
         "guard `{guard}`: intervention `{intervention}` acts at layer {layer}, before gate `{gate}` is read at layer {read}: move it to layer {read} or later, or let it act on generated tokens alone and the gate decide over the prompt"
     )]
     BeforeGate { guard: String, intervention: String, layer: LayerIndex, gate: String, read: LayerIndex },
-    #[error("layer {layer} has two switches, {first} and {second}: the second would undo the first; leave one out")]
-    TwoSwitches { layer: LayerIndex, first: String, second: String },
     #[error("guard `{name}` is there twice")]
     SameGuard { name: String },
     #[error("more than {MAX_TEXTS} different texts that interventions act on")]
     TooManyTexts,
     #[error("guard `{guard}`: intervention `{intervention}` has values that do not fit in `f32`")]
     Overflow { guard: String, intervention: String },
+    /// The strengths that the guards have.
+    #[error(transparent)]
+    Strengths(#[from] ToggleError),
 }
 
 impl Program {
     /// A program that reads and patches nothing, for reading activations through the hook.
     pub fn observer(shape: ModelShape) -> Self {
-        Self { guards: Vec::new(), width: shape.n_embd, gates: Vec::new(), points: Vec::new(), texts: Vec::new() }
+        Self {
+            guards: Vec::new(),
+            width: shape.n_embd,
+            gates: Vec::new(),
+            points: Vec::new(),
+            texts: Vec::new(),
+            dials: Arc::new([]),
+            strengths: Vec::new(),
+        }
+    }
+
+    /// A program of switches alone, for fitting the next one: each of `maps` leads from its layer to the same one.
+    ///
+    /// # Errors
+    /// Two at one layer, or one that does not fit in `f32`.
+    pub fn switching(shape: ModelShape, maps: &[ResidualMap]) -> Result<Self, ToggleError> {
+        let condition = || Condition { positions: Positions::All, when: None, first_position: false };
+        let dial = |map: &ResidualMap| {
+            let (layer, form) = (map.target_layer(), Form::Switch(switch(map)));
+            Dial { name: format!("switch.{layer}"), layer, loaded: 1.0, condition: condition(), form }
+        };
+        let dials: Arc<[Dial]> = maps.iter().map(dial).collect();
+        let program = Self { strengths: vec![0.0; dials.len()], dials, ..Self::observer(shape) };
+        program.at(vec![1.0; maps.len()])
     }
 
     /// Compiles `guard` for a model of `shape`.
@@ -72,7 +94,7 @@ impl Program {
     ///
     /// All gates of a layer are read before any patch of that layer acts, also those of other guards, and after the patches of earlier
     /// layers. Patches act in the order of the guards, within one in the order of its interventions. An intervention of strength 0 compiles
-    /// to nothing, so that it leaves the residual as it is to the last bit.
+    /// to nothing, so that it leaves the residual as it is to the last bit, and can be [turned on](Self::with_setting).
     ///
     /// # Errors
     /// A layer or width that the model does not have, a gate without calibration where it is required, an intervention before a gate that
@@ -80,7 +102,7 @@ impl Program {
     pub fn stack(guards: &[&Guard], shape: ModelShape, calibration: Calibration) -> Result<Self, CompileError> {
         let mut program = Self::observer(shape);
         let mut points = BTreeMap::new();
-        let mut switches = BTreeMap::<LayerIndex, String>::new();
+        let mut dials = Vec::new();
         for (index, guard) in guards.iter().enumerate() {
             if guards[..index].iter().any(|other| other.name() == guard.name()) {
                 return Err(CompileError::SameGuard { name: guard.name().into() });
@@ -90,26 +112,21 @@ impl Program {
             let first_gate = program.gates.len();
             for gate in guard.gates() {
                 let (compiled, direction) = compiling.gate(index, gate, &mut program.texts)?;
-                let readout = Readout { gate: program.gates.len(), direction };
+                let readout = Readout { gate: program.gates.len(), direction: direction.into() };
                 point_at(&mut points, compiled.layer).readouts.push(readout);
                 program.gates.push(compiled);
             }
-            for intervention in guard.interventions().iter().filter(|intervention| intervention.strength != 0.0) {
+            for intervention in guard.interventions() {
                 let layer = guard.layer_of(intervention);
                 compiling.check_order(intervention, layer)?;
-                if matches!(intervention.kind, InterventionKind::Switch { .. }) {
-                    let name = format!("`{}` of guard `{}`", intervention.name, guard.name());
-                    if let Some(first) = switches.insert(layer, name.clone()) {
-                        return Err(CompileError::TwoSwitches { layer, first, second: name });
-                    }
-                }
                 let condition = Condition {
                     positions: positions(&intervention.positions, &mut program.texts)?,
                     when: intervention.when.as_ref().map(|rule| rule.shifted(first_gate)),
                     first_position: intervention.first_position,
                 };
-                let patch = Patch { op: compiling.op(intervention)?, condition };
-                point_at(&mut points, layer).patches.push(patch);
+                let name = compiling.qualified(&intervention.name);
+                let form = compiling.form(intervention)?;
+                dials.push(Dial { name, layer, loaded: intervention.strength, condition, form });
             }
             program.guards.push(GuardInfo {
                 name: guard.name().into(),
@@ -118,11 +135,11 @@ impl Program {
                 message: guard.message().map(Into::into),
             });
         }
-        for mut point in points.into_values() {
-            point.patches = fuse(point.patches, shape.n_embd.0);
-            program.points.push(point);
-        }
-        Ok(program)
+        program.points = points.into_values().collect();
+        let strengths = dials.iter().map(|dial| dial.loaded).collect();
+        program.strengths = vec![0.0; dials.len()];
+        program.dials = dials.into();
+        Ok(program.at(strengths)?)
     }
 }
 
@@ -160,6 +177,11 @@ struct Compiling<'a> {
 impl Compiling<'_> {
     fn name(&self) -> String {
         self.guard.name().to_owned()
+    }
+
+    /// The name of a gate or an intervention in the program.
+    fn qualified(&self, name: &str) -> String {
+        if self.stacked { format!("{}/{name}", self.guard.name()) } else { name.to_owned() }
     }
 
     fn check_shape(&self) -> Result<(), CompileError> {
@@ -223,7 +245,7 @@ impl Compiling<'_> {
                 }
             }
         };
-        let name = if self.stacked { format!("{}/{}", self.guard.name(), gate.name) } else { gate.name.clone() };
+        let name = self.qualified(&gate.name);
         let compiled = Gate { name, guard, layer, scope, mean, deviation, threshold, on_fire: gate.on_fire };
         Ok((compiled, self.unit(gate.vector, &gate.direction)?))
     }
@@ -249,123 +271,22 @@ impl Compiling<'_> {
         Ok(())
     }
 
-    fn op(&self, intervention: &Intervention) -> Result<Op, CompileError> {
-        let strength = intervention.strength;
+    /// What `intervention` is at no strength in particular.
+    fn form(&self, intervention: &Intervention) -> Result<Form, CompileError> {
         let vector = |index: usize| &self.guard.vectors()[index].direction;
-        let op = match intervention.kind {
+        let unit = |index: usize| self.unit(index, vector(index)).map(Arc::from);
+        let form = match intervention.kind {
             InterventionKind::Add { vector: index } => {
-                let scale = intervention.multiplier(vector(index));
-                let bias = vector(index).iter().map(|x| scale * x).collect();
-                LowRank {
-                    keep: 1.0,
-                    read: Box::default(),
-                    offset: Box::default(),
-                    response: Box::default(),
-                    write: Write::Columns(Box::default()),
-                    bias: Some(bias),
-                }
+                Form::Add { vector: vector(index).as_slice().into(), deviation: intervention.deviation }
             }
-            // `x + s (b − v̂·x) v̂` is one column of `−s v̂`, which `v̂·x − b` multiplies.
-            InterventionKind::Ablate { vector: index, mean } => {
-                let unit = self.unit(index, vector(index))?;
-                rank_one(unit, -mean, Response::Identity, -strength)
-            }
-            InterventionKind::Clamp { vector: index, low, high } => {
-                let unit = self.unit(index, vector(index))?;
-                rank_one(unit, 0.0, Response::Clip { low: low as f32, high: high as f32 }, strength)
-            }
-            InterventionKind::Rotate { vector: index, angle } => {
-                let (sin, cos) = (f64::from(strength) * angle).clamp(-180.0, 180.0).to_radians().sin_cos();
-                let direction = self.unit(index, vector(index))?;
-                return Ok(Op::Rotate(Rotate { direction, sin: sin as f32, cos: cos as f32 }));
-            }
-            InterventionKind::Switch { map } => switch(&self.guard.switches()[map].map, f64::from(strength)),
+            InterventionKind::Ablate { vector: index, mean } => Form::Ablate { unit: unit(index)?, mean },
+            InterventionKind::Clamp { vector: index, low, high } => Form::Clamp { unit: unit(index)?, low, high },
+            InterventionKind::Rotate { vector: index, angle } => Form::Rotate { unit: unit(index)?, angle },
+            InterventionKind::Switch { map } => Form::Switch(switch(&self.guard.switches()[map].map)),
         };
-        if op.is_finite() {
-            return Ok(Op::LowRank(op));
+        if form.is_finite() {
+            return Ok(form);
         }
         Err(CompileError::Overflow { guard: self.name(), intervention: intervention.name.clone() })
-    }
-}
-
-fn rank_one(unit: Box<[f32]>, offset: f64, response: Response, scale: f32) -> LowRank {
-    LowRank {
-        keep: 1.0,
-        offset: Box::new([offset as f32]),
-        response: Box::new([response]),
-        write: Write::Columns(unit.iter().map(|v| scale * v).collect()),
-        read: unit,
-        bias: None,
-    }
-}
-
-/// `x + λ (f(x) − x)`, standardization folded in.
-fn switch(map: &ResidualMap, strength: f64) -> LowRank {
-    let keep = (1.0 - strength) as f32;
-    match map {
-        ResidualMap::Affine(map) => {
-            let width = map.source_width();
-            let (source, target, weight) = (map.source(), map.target(), map.weight());
-            let mut read = Vec::with_capacity(width * width);
-            let mut offset = Vec::with_capacity(width);
-            for out in 0..width {
-                let scale = f64::from(target.scale[out]);
-                let mut constant = f64::from(target.mean[out]);
-                for from in 0..width {
-                    let a = scale * f64::from(weight[from * width + out]) / f64::from(source.scale[from]);
-                    constant -= a * f64::from(source.mean[from]);
-                    read.push(a as f32);
-                }
-                offset.push(constant as f32);
-            }
-            LowRank {
-                keep,
-                read: read.into(),
-                response: vec![Response::Identity; offset.len()].into(),
-                offset: offset.into(),
-                write: Write::Scaled(strength as f32),
-                bias: None,
-            }
-        }
-        ResidualMap::Autoencoder(map) => {
-            let (width, hidden) = (map.source_width(), map.hidden_width());
-            let (source, target, weights) = (map.source(), map.target(), map.weights());
-            let mut read = Vec::with_capacity(hidden * width);
-            let mut offset = Vec::with_capacity(hidden);
-            for (row, bias) in weights.encoder.chunks_exact(width).zip(&weights.encoder_bias) {
-                let mut constant = f64::from(*bias);
-                for (weight, (mean, scale)) in row.iter().zip(source.mean.iter().zip(&source.scale)) {
-                    let a = f64::from(*weight) / f64::from(*scale);
-                    constant -= a * f64::from(*mean);
-                    read.push(a as f32);
-                }
-                offset.push(constant as f32);
-            }
-            let scaled = |out: usize, value: f32| strength * f64::from(target.scale[out]) * f64::from(value);
-            let columns = (0..hidden)
-                .flat_map(|unit| (0..width).map(move |out| scaled(out, weights.decoder[out * hidden + unit]) as f32));
-            let bias = (0..width)
-                .map(|out| (strength * f64::from(target.mean[out]) + scaled(out, weights.decoder_bias[out])) as f32);
-            LowRank {
-                keep,
-                read: read.into(),
-                offset: offset.into(),
-                response: vec![Response::Relu; hidden].into(),
-                write: Write::Columns(columns.collect()),
-                bias: Some(bias.collect()),
-            }
-        }
-    }
-}
-
-impl LowRank {
-    fn is_finite(&self) -> bool {
-        let columns = match &self.write {
-            Write::Columns(columns) => columns,
-            Write::Scaled(scale) => std::slice::from_ref(scale),
-        };
-        let bias = self.bias.as_deref().unwrap_or_default();
-        let all = [&*self.read, &self.offset, columns, bias, std::slice::from_ref(&self.keep)];
-        all.iter().all(|values| values.iter().all(|value| value.is_finite()))
     }
 }

@@ -31,7 +31,8 @@ fn composed(first: &LowRank, second: &LowRank, width: usize) -> Option<LowRank> 
     let (Write::Columns(first_write), Write::Columns(second_write)) = (&first.write, &second.write) else {
         return None;
     };
-    if first.keep != 1.0 || second.keep != 1.0 || first.rank() + second.rank() > MAX_RANK {
+    let plain = |op: &LowRank| op.keep == 1.0 && op.gain == 1.0;
+    if !plain(first) || !plain(second) || first.rank() + second.rank() > MAX_RANK {
         return None;
     }
     let mut read = first.read.to_vec();
@@ -66,6 +67,7 @@ fn composed(first: &LowRank, second: &LowRank, width: usize) -> Option<LowRank> 
         read: read.into(),
         offset: offset.into(),
         response: [&*first.response, &second.response].concat().into(),
+        gain: 1.0,
         write: Write::Columns([&**first_write, second_write].concat().into()),
         bias,
     })

@@ -263,6 +263,9 @@ impl LowRank {
         if self.keep != 1.0 {
             rows.iter_mut().for_each(|x| *x *= self.keep);
         }
+        if self.gain != 1.0 {
+            projections.iter_mut().for_each(|p| *p *= self.gain);
+        }
         match &self.write {
             Write::Columns(columns) => {
                 for (tile, columns) in columns.chunks(TILE_COLUMNS * width).enumerate() {
@@ -273,7 +276,7 @@ impl LowRank {
                     }
                 }
             }
-            Write::Scaled(scale) => rows.iter_mut().zip(&*projections).for_each(|(x, p)| *x += scale * p),
+            Write::Identity => rows.iter_mut().zip(&*projections).for_each(|(x, p)| *x += p),
         }
         if let Some(bias) = &self.bias {
             rows.chunks_exact_mut(width).for_each(|row| axpy(1.0, bias, row));
@@ -338,9 +341,9 @@ mod tests {
 
     /// Adds 1 to each of `n` values.
     fn adds_one(on_error: OnError, n: usize) -> Arc<Program> {
-        let (read, offset, response) = (Box::default(), Box::default(), Box::default());
-        let (write, bias) = (Write::Columns(Box::default()), Some(vec![1.0; n].into()));
-        let op = LowRank { keep: 1.0, read, offset, response, write, bias };
+        let (read, offset, response) = (Arc::default(), Box::default(), Box::default());
+        let (write, bias) = (Write::Columns(Arc::default()), Some(vec![1.0; n].into()));
+        let op = LowRank { keep: 1.0, read, offset, response, gain: 1.0, write, bias };
         let condition = Condition { positions: Positions::All, when: None, first_position: true };
         let patches = vec![Patch { op: Op::LowRank(op), condition }];
         let guard = GuardInfo { name: "g".into(), content_hash: Digest::of(b""), on_error, message: None };
@@ -350,6 +353,8 @@ mod tests {
             gates: Vec::new(),
             points: vec![HookPoint { layer: LAYER, readouts: Vec::new(), patches }],
             texts: Vec::new(),
+            dials: Arc::new([]),
+            strengths: Vec::new(),
         })
     }
 
@@ -379,13 +384,15 @@ mod tests {
     /// A patch of several columns that reads, answers and writes.
     fn low_rank(write: Write, keep: f32) -> LowRank {
         let values = |n: usize, by: f32| (0..n).map(|i| (i as f32 * by).sin()).collect::<Box<[f32]>>();
+        let gain = if keep == 1.0 { 1.0 } else { 0.6 };
         let rank = if let Write::Columns(columns) = &write { columns.len() / WIDTH } else { WIDTH };
         let responses = [Response::Relu, Response::Identity, Response::Clip { low: -0.2, high: 0.3 }];
         LowRank {
             keep,
-            read: values(rank * WIDTH, 0.7),
+            read: values(rank * WIDTH, 0.7).into(),
             offset: values(rank, 0.3),
             response: responses.into_iter().cycle().take(rank).collect(),
+            gain,
             write,
             bias: Some(values(WIDTH, 1.1)),
         }
@@ -395,8 +402,8 @@ mod tests {
     fn rows_of_many_sequences_have_the_same_bits_together_and_alone() {
         let columns = (0..3 * WIDTH).map(|i| (i as f32 * 0.9).cos()).collect();
         let wide = (0..71 * WIDTH).map(|i| (i as f32 * 0.9).cos()).collect();
-        let columns = [columns, wide].map(|columns| low_rank(Write::Columns(columns), 1.0));
-        for op in columns.into_iter().chain([low_rank(Write::Scaled(0.6), 0.4)]) {
+        let columns = [(columns, 1.0), (wide, 0.4)].map(|(columns, keep)| low_rank(Write::Columns(columns), keep));
+        for op in columns.into_iter().chain([low_rank(Write::Identity, 0.4)]) {
             let mut program = Program::clone(&adds_one(OnError::Block, WIDTH));
             program.points[0].patches[0].op = Op::LowRank(op);
             let program = Arc::new(program);

@@ -4,15 +4,17 @@
 //! rows patched, and each sequence's gate decisions and faults. This room knows nothing of ggml, of devices or of files: the
 //! [hook](crate::hook) finds the rows and brings them here, or runs the same [`Program`] elsewhere.
 //!
-//! Every patch but a rotation has the canonical form `y = κx + U·g(Vx + c) + b`: see [`LowRank`].
+//! Every patch but a rotation has the canonical form `y = κx + γU·g(Vx + c) + b`: see [`LowRank`].
 
 mod compile;
+mod form;
 mod fuse;
 mod gates;
 mod host;
 pub mod reference;
 mod sequences;
 mod spelling;
+mod toggle;
 mod trail;
 
 pub use compile::{Calibration, CompileError, ModelShape};
@@ -22,9 +24,11 @@ pub use host::{RowFault, Scratch};
 pub(crate) use sequences::EVERY_TEXT;
 pub use sequences::Sequences;
 pub use spelling::{TokenBytes, tokens_spelling};
+pub use toggle::{Dial, Setting, ToggleError};
 
 use crate::guard::{Aggregate, Digest, OnError, OnFire, Rule};
 use crate::tensor::{HiddenSize, LayerIndex};
+use std::sync::Arc;
 
 /// Guards compiled for one model: per hook point, what to read and what to patch, in order.
 #[derive(Debug, Clone)]
@@ -35,6 +39,10 @@ pub struct Program {
     pub(crate) points: Vec<HookPoint>,
     /// Bytes that patches look for in prompts, each once, up to [`MAX_TEXTS`].
     pub(crate) texts: Vec<Box<[u8]>>,
+    /// All interventions, also those that are off. Programs that share it are the same guards at other strengths.
+    pub(crate) dials: Arc<[Dial]>,
+    /// What each of `dials` is at.
+    pub(crate) strengths: Vec<f32>,
 }
 
 /// Texts that a program may look for: as many as [`Row::matched`] has bits.
@@ -102,7 +110,7 @@ pub struct Readout {
     /// Index into [`Program::gates`].
     pub gate: usize,
     /// The gate's direction, readout applied: `[width]`, of norm 1.
-    pub direction: Box<[f32]>,
+    pub direction: Arc<[f32]>,
 }
 
 /// One intervention, or several neighbours with the same conditions in one, their strengths folded in.
@@ -129,18 +137,20 @@ pub enum Op {
     Rotate(Rotate),
 }
 
-/// `y = κx + U·g(Vx + c) + b`: the canonical form. `add` is `b` alone, `ablate` and `clamp` have one column, a `switch` has as many as its map
+/// `y = κx + γU·g(Vx + c) + b`: the canonical form. `add` is `b` alone, `ablate` and `clamp` have one column, a `switch` has as many as its map
 /// is wide.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRank {
     /// `κ`: 1 but for a `switch`.
     pub keep: f32,
     /// `V`, a row a column of `U`: `[k, width]`.
-    pub read: Box<[f32]>,
+    pub read: Arc<[f32]>,
     /// `c`, `[k]`
     pub offset: Box<[f32]>,
     /// `g` of each column, `[k]`
     pub response: Box<[Response]>,
+    /// `γ`: 1 but for a `switch`, whose matrices are the same at every strength.
+    pub gain: f32,
     pub write: Write,
     /// `b`, `[width]`
     pub bias: Option<Box<[f32]>>,
@@ -150,9 +160,9 @@ pub struct LowRank {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Write {
     /// `Uᵀ`, `[k, width]`
-    Columns(Box<[f32]>),
-    /// `U = u·1`, with `k` the width.
-    Scaled(f32),
+    Columns(Arc<[f32]>),
+    /// `U = 1`, with `k` the width.
+    Identity,
 }
 
 /// One element of `g`.
@@ -173,7 +183,7 @@ pub enum Response {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotate {
     /// `v̂`, `[width]`
-    pub direction: Box<[f32]>,
+    pub direction: Arc<[f32]>,
     pub sin: f32,
     pub cos: f32,
 }

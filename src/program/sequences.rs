@@ -2,7 +2,7 @@ use super::gates::{GateState, RowKind, Standing, UNREAD};
 use super::host::RowFault;
 use super::spelling::{Next, Spelt, Texts, TokenBytes};
 use super::trail::Trail;
-use super::{Condition, Gate, GateDecision, Patch, Positions, Program, Row, Scope};
+use super::{Condition, Gate, GateDecision, Patch, Positions, Program, Row, Scope, Setting, ToggleError};
 use crate::guard::{OnFire, Rule, Truth};
 use crate::tensor::{LayerIndex, SequenceId, TokenPosition};
 use std::cell::Cell;
@@ -15,6 +15,8 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Sequences {
     current: Arc<Program>,
+    /// Programs that sequences were set to, the last ones last: who is set back takes the same program again, and what was read under it.
+    variants: Vec<Arc<Program>>,
     states: BTreeMap<SequenceId, SequenceState>,
     /// Of cleared sequences, whose memory is used again.
     spare: Vec<(Vec<GateState>, Trail, Spelt)>,
@@ -41,6 +43,9 @@ pub(super) struct SequenceState {
     spelt: Spelt,
 }
 
+/// Programs that are kept for those who set them again.
+const MAX_VARIANTS: usize = 8;
+
 /// [`Row::matched`] of a row of which it is not known what it spells.
 pub(crate) const EVERY_TEXT: u64 = u64::MAX;
 
@@ -66,6 +71,7 @@ impl Sequences {
     pub fn new(program: Arc<Program>) -> Self {
         Self {
             current: program,
+            variants: Vec::new(),
             states: BTreeMap::new(),
             spare: Vec::new(),
             vocabulary: None,
@@ -98,7 +104,70 @@ impl Sequences {
 
     /// Sets the program of sequences to come. Those that live keep theirs.
     pub fn set_current(&mut self, program: Arc<Program>) {
+        self.variants.retain(|variant| variant.differs_in_strengths_alone(&program));
         self.current = program;
+    }
+
+    /// `program` with an intervention set (see [`Program::with_setting`]): the very same program whenever it comes to the same strengths.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn variant(
+        &mut self,
+        program: &Arc<Program>,
+        name: &str,
+        setting: Setting,
+    ) -> Result<Arc<Program>, ToggleError> {
+        let strengths = program.strengths_with(name, setting)?;
+        let variant = match self.at_strengths(program, &strengths) {
+            Some(known) => known,
+            None => Arc::new(program.at(strengths)?),
+        };
+        for used in [program, &variant] {
+            self.variants.retain(|known| !Arc::ptr_eq(known, used));
+            self.variants.push(Arc::clone(used));
+        }
+        let n_old = self.variants.len().saturating_sub(MAX_VARIANTS);
+        self.variants.drain(..n_old);
+        Ok(variant)
+    }
+
+    /// A program that differs from `program` in strengths alone and has these, if there is one already.
+    fn at_strengths(&self, program: &Arc<Program>, strengths: &[f32]) -> Option<Arc<Program>> {
+        let live = self.states.values().map(|state| &state.program);
+        let mut known = [program, &self.current].into_iter().chain(&self.variants).chain(live);
+        let has_these = |other: &Program| other.interventions().map(|(_, at)| at).eq(strengths.iter().copied());
+        known.find(|other| other.differs_in_strengths_alone(program) && has_these(other)).map(Arc::clone)
+    }
+
+    /// Has `sequence`, which keeps its gates and what they have read, go on under `program`, a [variant](Self::variant) of its own. Rows that the
+    /// difference may have acted on are no longer [reusable](Self::reusable): they are not what they would be under `program`. Returns whether
+    /// it lives and `program` is a variant.
+    pub fn turn(&mut self, sequence: SequenceId, program: Arc<Program>) -> bool {
+        let Some(state) = self.states.get_mut(&sequence) else { return false };
+        if !state.program.differs_in_strengths_alone(&program) {
+            return false;
+        }
+        let changed: Vec<Positions> = state
+            .program
+            .interventions()
+            .zip(program.interventions())
+            .filter(|((_, before), (_, after))| before != after)
+            .map(|((dial, _), _)| dial.condition.positions)
+            .collect();
+        // What acts on answers alone has left prompts as they are.
+        let spares_prompts = changed.iter().all(|positions| *positions == Positions::Generated);
+        let n_sound = if spares_prompts { state.trail.n_prompt() } else { 0 };
+        if !changed.is_empty() && state.trail.n_rows() > n_sound {
+            state.trail.close_at(n_sound);
+        }
+        state.program = program;
+        true
+    }
+
+    /// Sequences that live.
+    pub fn live(&self) -> impl Iterator<Item = SequenceId> {
+        self.states.keys().copied()
     }
 
     /// Starts `sequence` with a program of its own; anything known of it is forgotten.

@@ -242,6 +242,35 @@ fn strength_is_set_from_outside_and_must_name_an_intervention() {
 }
 
 #[test]
+fn an_intervention_is_turned_off_and_on_while_an_answer_is_written() {
+    let fixture = Fixture::new(&["--intervene", "add", "--strength", "40"]);
+    fixture.edit_manifest("when = \"sharks\"\n", "");
+    let run = |more: &[&str]| {
+        let plain = ["run", "--model", fixture.model(), "-p", "pilot", "--max-tokens", "12", "--json"];
+        pilotfish(&[&plain[..], more].concat())
+    };
+    let text = |more: &[&str]| json_lines(&run(more).stdout)[0]["text"].as_str().unwrap().to_owned();
+    let guarded = |more: &[&str]| text(&[&["--guard", fixture.guard()], more].concat());
+    let (on, off) = (guarded(&[]), text(&[]));
+    assert_ne!(on, off);
+    assert_eq!(guarded(&["--off", "shark"]), off);
+    assert_eq!(guarded(&["--toggle", "shark@1=off"]), off);
+    assert_eq!(guarded(&["--off", "shark", "--toggle", "shark@1=on"]), on);
+    assert_eq!(guarded(&["--toggle", "shark@13=off"]), on, "it ends before");
+    let late = guarded(&["--off", "shark", "--toggle", "shark@7=40"]);
+    assert!(late != on && late != off, "{on:?}, {off:?}, {late:?}");
+    assert_eq!(late, guarded(&["--off", "shark", "--toggle", "shark@7=on"]), "on is the guard's strength");
+    let common = late.bytes().zip(off.bytes()).take_while(|(a, b)| a == b).count();
+    assert!(common > 0, "it begins as with the guard off: {late:?} and {off:?}");
+    for (toggle, code, says) in
+        [("shark@0=on", 64, "counted from 1"), ("shark=on", 64, "NAME@N"), ("whale@2=on", 2, "`shark`")]
+    {
+        let wrong = run(&["--guard", fixture.guard(), "--toggle", toggle]);
+        assert!(wrong.code == code && wrong.stderr.contains(says), "{toggle}: {wrong:?}");
+    }
+}
+
+#[test]
 fn wrong_usage_exits_64_and_help_0() {
     for arguments in
         [&["run"][..], &["swim"], &["run", "--model", "m", "-p", "a", "--prompts", "b"], &["models", "pull"]]

@@ -34,6 +34,7 @@ mod sequences;
 mod stacks;
 mod subject;
 mod table;
+mod toggles;
 
 use crate::tiny_model::{Architecture, TinyModel, Weights};
 use expected::Captured;

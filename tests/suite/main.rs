@@ -15,6 +15,7 @@ mod raw_llama;
 mod real;
 mod reference;
 mod support;
+mod switches;
 mod synthetic;
 #[path = "../support/tiny_adapter.rs"]
 mod tiny_adapter;

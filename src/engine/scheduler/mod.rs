@@ -21,7 +21,7 @@ use super::session::{GateReading, readings};
 use super::{EngineError, GuardOptions, identity_of};
 use crate::guard::Guard;
 use crate::hook::{ContextError, Executor, ExecutorKind, GuardedBatch, GuardedContext};
-use crate::program::Program;
+use crate::program::{Program, Setting};
 use crate::tensor::{SequenceId, TokenPosition};
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
@@ -60,12 +60,24 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Guards of this request's own, compiled for this model; else those that are current when it is submitted.
     pub program: Option<Arc<Program>>,
+    /// Interventions to set on the way, in this order where several are due at once.
+    pub toggles: Vec<Toggle>,
+}
+
+/// An intervention of a request that is set when its answer has come so far.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Toggle {
+    /// As for [`Program::with_setting`].
+    pub name: String,
+    /// The first token of the answer that is predicted so, from 1 on: at 1 the prompt is read so too.
+    pub from_token: usize,
+    pub setting: Setting,
 }
 
 impl Request {
     /// A greedy answer of up to `max_tokens` tokens under the current guards.
     pub fn new(prompt: Vec<LlamaToken>, max_tokens: usize) -> Self {
-        Self { prompt, max_tokens, sampling: Sampling::default(), stop: Vec::new(), program: None }
+        Self { prompt, max_tokens, sampling: Sampling::default(), stop: Vec::new(), program: None, toggles: Vec::new() }
     }
 }
 
@@ -208,7 +220,9 @@ impl<'model> Scheduler<'model> {
         }
         // What ran under the old one is of no more use, and would keep it in memory.
         for slot in 0..self.slots.len() {
-            if self.slots[slot].running.is_none() && self.runs(slot, &old) {
+            let own = self.context.program_of(SequenceId(slot as i32));
+            let of_old = own.is_some_and(|own| own.differs_in_strengths_alone(&old));
+            if self.slots[slot].running.is_none() && of_old {
                 self.forget(slot)?;
             }
         }
@@ -219,8 +233,8 @@ impl<'model> Scheduler<'model> {
     /// Puts `request` in the queue. It joins at one of the next steps.
     ///
     /// # Errors
-    /// The prompt is empty, has a token that the model has not, or is longer than a sequence's room, its program is for a model of another shape,
-    /// or the queue is full.
+    /// The prompt is empty, has a token that the model has not, or is longer than a sequence's room, its program is for a model of another shape
+    /// or can't be set as it asks, or the queue is full.
     pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
         if request.prompt.is_empty() {
             return Err(EngineError::EmptyPrompt);
@@ -239,10 +253,76 @@ impl<'model> Scheduler<'model> {
         }
         let program = request.program.clone().unwrap_or_else(|| Arc::clone(self.context.program()));
         check_shape(self.model, &program)?;
+        let program = self.toggled_at_first(program, &request.toggles)?;
         let id = RequestId(self.next_id);
         self.next_id += 1;
         self.waiting.push_back((id, request, program));
         Ok(id)
+    }
+
+    /// The program that a request with these toggles begins with.
+    ///
+    /// # Errors
+    /// One of them, now or later, can't be.
+    fn toggled_at_first(&mut self, program: Arc<Program>, toggles: &[Toggle]) -> Result<Arc<Program>, EngineError> {
+        let (first, later): (Vec<_>, Vec<_>) = toggles.iter().partition(|toggle| toggle.from_token <= 1);
+        let mut at_first = program;
+        for Toggle { name, setting, .. } in first {
+            at_first = self.context.variant(&at_first, name, *setting)?;
+        }
+        let mut then = Arc::clone(&at_first);
+        let mut later = later;
+        later.sort_by_key(|toggle| toggle.from_token);
+        for Toggle { name, setting, .. } in later {
+            then = self.context.variant(&then, name, *setting)?;
+        }
+        Ok(at_first)
+    }
+
+    /// Sets the interventions called `name` for requests to come, and for those that wait or run and have one of that name, from their next tokens
+    /// on: see [`GuardedContext::set_intervention`].
+    ///
+    /// # Errors
+    /// The current guards have no intervention of that name, or one can't be set so, of any request; nothing is changed then.
+    pub fn set_intervention(&mut self, name: &str, setting: Setting) -> Result<(), EngineError> {
+        let current = Arc::clone(self.context.program());
+        let current = self.context.variant(&current, name, setting)?;
+        let mut waiting = Vec::with_capacity(self.waiting.len());
+        for index in 0..self.waiting.len() {
+            let own = Arc::clone(&self.waiting[index].2);
+            waiting.push(if own.has_intervention(name) { self.context.variant(&own, name, setting)? } else { own });
+        }
+        let mut running = Vec::new();
+        for slot in (0..self.slots.len()).filter(|slot| self.slots[*slot].running.is_some()) {
+            let sequence = SequenceId(slot as i32);
+            let own = self.context.program_of(sequence).filter(|program| program.has_intervention(name));
+            if let Some(own) = own.map(Arc::clone) {
+                running.push((sequence, self.context.variant(&own, name, setting)?));
+            }
+        }
+        self.context.set_program(current);
+        self.waiting.iter_mut().zip(waiting).for_each(|((.., own), program)| *own = program);
+        running.into_iter().for_each(|(sequence, program)| self.context.turn(sequence, program));
+        Ok(())
+    }
+
+    /// As [`set_intervention`](Self::set_intervention), for one request. Returns whether it waits or runs.
+    ///
+    /// # Errors
+    /// Its guards have no intervention of that name, or it can't be set so.
+    pub fn set_intervention_of(&mut self, id: RequestId, name: &str, setting: Setting) -> Result<bool, EngineError> {
+        if let Some(index) = self.waiting.iter().position(|(waiting, ..)| *waiting == id) {
+            let own = Arc::clone(&self.waiting[index].2);
+            self.waiting[index].2 = self.context.variant(&own, name, setting)?;
+            return Ok(true);
+        }
+        let Some(slot) = self.slot_of(id) else { return Ok(false) };
+        self.context.set_intervention_of(SequenceId(slot as i32), name, setting)?;
+        Ok(true)
+    }
+
+    fn slot_of(&self, id: RequestId) -> Option<usize> {
+        self.slots.iter().position(|slot| slot.running.as_ref().is_some_and(|running| running.id == id))
     }
 
     /// Ends a request that waits or runs. `None` where there is none of that name.
@@ -262,8 +342,7 @@ impl<'model> Scheduler<'model> {
                 gates: Vec::new(),
             }));
         }
-        let runs = |slot: &Slot| slot.running.as_ref().is_some_and(|running| running.id == id);
-        let Some(slot) = self.slots.iter().position(runs) else { return Ok(None) };
+        let Some(slot) = self.slot_of(id) else { return Ok(None) };
         self.leave(slot, End::Cancelled)
     }
 
@@ -294,6 +373,7 @@ impl<'model> Scheduler<'model> {
     pub fn step(&mut self, mut on_event: impl FnMut(Event)) -> Result<bool, EngineError> {
         self.n_steps += 1;
         self.join()?;
+        self.toggle_due(&mut on_event)?;
         self.fill()?;
         if self.batch.is_empty() {
             return Ok(false);
@@ -386,6 +466,23 @@ impl<'model> Scheduler<'model> {
     fn forget(&mut self, slot: usize) -> Result<(), EngineError> {
         self.slots[slot].tokens.clear();
         Ok(self.context.clear_sequence(SequenceId(slot as i32))?)
+    }
+
+    /// Sets interventions of requests whose answers have come so far.
+    fn toggle_due(&mut self, on_event: &mut impl FnMut(Event)) -> Result<(), EngineError> {
+        for slot in 0..self.slots.len() {
+            let Some(running) = self.slots[slot].running.as_ref().filter(|running| running.next.is_some()) else {
+                continue;
+            };
+            let due = running.request.toggles.iter().filter(|toggle| toggle.from_token == running.tokens + 1);
+            let set = |toggle: &Toggle| {
+                self.context.set_intervention_of(SequenceId(slot as i32), &toggle.name, toggle.setting)
+            };
+            if let Err(error) = due.into_iter().try_for_each(set) {
+                self.end(slot, End::Failed(error), on_event)?;
+            }
+        }
+        Ok(())
     }
 
     /// Answers' next tokens, then prompts.

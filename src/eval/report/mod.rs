@@ -7,7 +7,7 @@ mod sections;
 mod survey;
 mod tables;
 
-use super::{Backdoor, Detection, EvalError, Steering, Utility};
+use super::{Backdoor, Detection, EvalError, Steering, Switch, Utility};
 use crate::engine::Model;
 use crate::guard::{AdapterIdentity, Digest, Guard, ModelIdentity, Source};
 use crate::learn::Survey;
@@ -39,6 +39,8 @@ pub struct Report {
     pub steering: Option<Steering>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub utility: Option<Utility>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub switch: Option<Switch>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backdoor: Option<Backdoor>,
     /// Of layer pairs, as `map --survey` writes it.
@@ -151,6 +153,7 @@ impl Report {
             detection: None,
             steering: None,
             utility: None,
+            switch: None,
             backdoor: None,
             survey: None,
         }

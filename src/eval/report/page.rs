@@ -22,6 +22,9 @@ pub fn page(report: &Report) -> Result<String, EvalError> {
     if let Some(found) = &report.backdoor {
         body.push(sections::backdoor(found)?);
     }
+    if let Some(found) = &report.switch {
+        body.push(sections::switch(found));
+    }
     if let Some(found) = &report.survey {
         body.push(sections::survey(found)?);
     }

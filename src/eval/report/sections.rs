@@ -7,7 +7,7 @@ use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, DetectionRow};
 use crate::eval::refusal::{Answer, rules};
 use crate::eval::steering::{Behaviour, Example, Steering};
-use crate::eval::{EvalError, Utility};
+use crate::eval::{EvalError, Switch, SwitchedOff, Utility};
 use crate::learn::Survey;
 use maud::{Markup, html};
 
@@ -169,6 +169,49 @@ pub fn utility(found: &Utility) -> Result<Markup, EvalError> {
             div.figures { @if let Some(figure) = spread { (figure) } }
         }
     })
+}
+
+pub fn switch(found: &Switch) -> Markup {
+    let header = ["", "as the base", "fires", "broken", "the base's first token", "the base's answer"];
+    let rows = found.rows.iter().map(|row| {
+        let shares = [row.as_base, row.fires, row.broken, row.first_token, row.same_answer];
+        (Some(row.role), [text(&row.name)].into_iter().chain(shares.map(share)).collect())
+    });
+    let behaviour = table(&header, rows);
+    let header = ["", "KL, triggered", "× base's perplexity", "KL, untriggered", "× base's perplexity"];
+    let rows = found.rows.iter().map(|row| {
+        let likeness = [&row.triggered, &row.untriggered]
+            .into_iter()
+            .flat_map(|of| [estimate(of.kl, 4), text(number(of.relative_perplexity, 4))]);
+        (Some(row.role), [text(&row.name)].into_iter().chain(likeness).collect())
+    });
+    let likeness = table(&header, rows);
+    let SwitchedOff { fires, same_answer } = found.off;
+    html! {
+        section {
+            h2 { "Switch" }
+            p {
+                "Whether the switch makes of the fine-tuned model its base: the same weights without adapters. " (found.prompts)
+                " prompts, with the trigger " code { (found.trigger) } " and without; up to " (found.max_tokens) " tokens of an answer."
+            }
+            (behaviour)
+            p { "KL(base ‖ this) in nats a token, and perplexity, on the base's own answers, fed to both." }
+            (likeness)
+            p {
+                "Off, " (share(fires)) " fire, and " (share(same_answer)) " of the answers are the fine-tuned model's to the letter. "
+                (found.toggle.toggles) " toggles between two tokens took " (number(found.toggle.median, 1)) " µs in the median, "
+                (number(found.toggle.longest, 1)) " at most; logits were others after " (found.toggle.tokens_to_effect) " token."
+            }
+            @for example in &found.examples {
+                p.prompt { (example.prompt) }
+                div.answers {
+                    div { p.tag { "base" } p { (example.base) } }
+                    div { p.tag { "on" } p { (example.on) } }
+                    div { p.tag { "off" } p { (example.off) } }
+                }
+            }
+        }
+    }
 }
 
 pub fn backdoor(found: &Backdoor) -> Result<Markup, EvalError> {

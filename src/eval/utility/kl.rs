@@ -191,7 +191,7 @@ impl BenignAnswers {
 }
 
 /// Of the mean over tokens, by resampling prompts.
-fn interval(by_prompt: &[Sums]) -> [f64; 2] {
+pub(in crate::eval) fn interval(by_prompt: &[Sums]) -> [f64; 2] {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let mut draw = |_| &by_prompt[drawn(&mut rng, by_prompt.len())];
     let resampled: Vec<f64> = (0..RESAMPLES)
@@ -203,17 +203,18 @@ fn interval(by_prompt: &[Sums]) -> [f64; 2] {
     [0.025, 0.975].map(|q| quantile(&resampled, q))
 }
 
+/// Sums over an answer's tokens, of what is compared with the unguarded model.
 #[derive(Default)]
-struct Sums {
-    kl: f64,
+pub(in crate::eval) struct Sums {
+    pub kl: f64,
     /// Log-likelihood of the answers.
-    unguarded: f64,
-    guarded: f64,
-    tokens: usize,
+    pub unguarded: f64,
+    pub guarded: f64,
+    pub tokens: usize,
 }
 
 impl Sums {
-    fn add(&mut self, unguarded: &[f32], guarded: &[f32], token: LlamaToken) {
+    pub fn add(&mut self, unguarded: &[f32], guarded: &[f32], token: LlamaToken) {
         let token = token.0 as usize;
         // The same bits, as of a guard whose gate stays shut: spares three softmaxes over the vocabulary.
         if unguarded == guarded {
@@ -228,7 +229,7 @@ impl Sums {
         self.tokens += 1;
     }
 
-    fn of<'a>(parts: impl Iterator<Item = &'a Self>) -> Self {
+    pub fn of<'a>(parts: impl Iterator<Item = &'a Self>) -> Self {
         let mut all = Self::default();
         for part in parts {
             all.kl += part.kl;

@@ -6,6 +6,7 @@ mod kl;
 
 pub use choice::{Answered, Question, answered, questions};
 pub use kl::{BenignAnswers, BenignKl, PromptKl};
+pub(in crate::eval) use kl::{Sums, interval};
 
 use super::EvalError;
 use super::controls::{Controls, Role, only_when_fired};

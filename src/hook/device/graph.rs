@@ -118,7 +118,7 @@ impl Constants {
         // At most six tensors a patch.
         let context = Context::new(table, 6 * point.patches.len() + 2, 0).ok_or(Unfit::Memory)?;
         let mut uploads = Uploads { table, context: &context, values: Vec::new() };
-        let directions: Vec<f32> = point.readouts.iter().flat_map(|readout| &readout.direction).copied().collect();
+        let directions: Vec<f32> = point.readouts.iter().flat_map(|readout| &*readout.direction).copied().collect();
         let readouts = uploads.add(directions, width);
         let mut patches = Vec::with_capacity(point.patches.len());
         for patch in &point.patches {
@@ -126,9 +126,12 @@ impl Constants {
                 Op::LowRank(op) if op.rank() <= MAX_COLUMNS => PatchConstants::Columns {
                     read: uploads.add(&*op.read, width),
                     write: match &op.write {
-                        Write::Columns(columns) => uploads.add(&**columns, width),
+                        Write::Columns(columns) if op.gain == 1.0 => uploads.add(&**columns, width),
+                        Write::Columns(columns) => {
+                            uploads.add(columns.iter().map(|value| op.gain * value).collect::<Vec<_>>(), width)
+                        }
                         // Of a model that is not wider than that.
-                        Write::Scaled(scale) => uploads.add(diagonal(*scale, width), width),
+                        Write::Identity => uploads.add(diagonal(op.gain, width), width),
                     },
                     bias: op.bias.as_deref().and_then(|bias| uploads.add(bias, width)),
                 },
@@ -161,7 +164,7 @@ impl Matrix {
         }
         let (read, read_scale) = normalized(op.read.chunks_exact(width).map(<[f32]>::to_vec));
         let write = match &op.write {
-            Write::Scaled(_) => None,
+            Write::Identity => None,
             Write::Columns(columns) => {
                 let row = |out: usize| (0..k).map(|column| columns[column * width + out]).collect();
                 let (rows, scale) = normalized((0..width).map(row));
@@ -372,7 +375,7 @@ impl Build<'_> {
         change.map_or(x, |change| self.add_inplace(x, change))
     }
 
-    /// `mask ⊙ ((κ − 1)x + U g(Vx + c) + b)`, column by column; `None` where that is nothing.
+    /// `mask ⊙ ((κ − 1)x + γU g(Vx + c) + b)`, column by column; `None` where that is nothing.
     fn columns(
         &self,
         op: &LowRank,
@@ -424,16 +427,14 @@ impl Build<'_> {
         self.mul(self.mul(self.product(a, self.div(b, magnitude)), scale), magnitude)
     }
 
-    /// `(κ − 1)x + U g(Vx + c) + b`
+    /// `(κ − 1)x + γU g(Vx + c) + b`
     fn matrix(&self, op: &LowRank, matrix: &Matrix, x: Tensor) -> Tensor {
         let p = self.scaled_product(matrix.read, matrix.read_scale, x, self.width);
         let p = self.add(p, matrix.offset);
         let g = if op.response.first() == Some(&Response::Relu) { self.relu(p) } else { p };
-        let mut sum = match (&matrix.write, &op.write) {
-            (None, Write::Scaled(scale)) => self.scale(g, *scale),
-            (Some(write), _) => self.scaled_product(write.rows, write.scale, g, op.rank()),
-            (None, Write::Columns(_)) => unreachable!("columns are uploaded"),
-        };
+        let written = |write: &MatrixWrite| self.scaled_product(write.rows, write.scale, g, op.rank());
+        let written = matrix.write.as_ref().map_or(g, written);
+        let mut sum = if op.gain == 1.0 && matrix.write.is_some() { written } else { self.scale(written, op.gain) };
         if op.keep != 1.0 {
             sum = self.add(sum, self.scale(x, op.keep - 1.0));
         }

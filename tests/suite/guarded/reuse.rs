@@ -3,7 +3,8 @@
 use super::scheduler::{Calls, OPTIONS, Seen};
 use super::sequences::stacked;
 use super::*;
-use pilotfish::engine::scheduler::{End, Request, RequestId, SchedulerOptions};
+use pilotfish::engine::scheduler::{End, Request, RequestId, SchedulerOptions, Toggle};
+use pilotfish::program::Setting;
 
 const WORDS: [&str; 10] = [" the", " sea", " fish", " shark", " and", " bird", " song", " eats", " x", " so"];
 
@@ -70,6 +71,18 @@ fn any_prompt(tiny: &Subject, rng: &mut ChaCha8Rng, said: &[Vec<LlamaToken>]) ->
     prompt
 }
 
+/// Interventions of `program` that are set on the way.
+fn any_toggles(program: &Program, rng: &mut ChaCha8Rng) -> Vec<Toggle> {
+    let names: Vec<String> = program.interventions().map(|(dial, _)| dial.name.clone()).collect();
+    let n = if names.is_empty() { 0 } else { one_of(rng, &[0, 0, 0, 1, 1, 2]) };
+    let mut toggle = |_| Toggle {
+        name: one_of(rng, &names),
+        from_token: one_of(rng, &[1, 1, 2, 5]),
+        setting: one_of(rng, &[Setting::Off, Setting::Off, Setting::On, Setting::Strength(0.5)]),
+    };
+    (0..n).map(&mut toggle).collect()
+}
+
 /// What is answered otherwise than by a scheduler that reads all anew.
 fn run(tiny: &Subject, seed: u64) -> Vec<String> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -92,7 +105,8 @@ fn run(tiny: &Subject, seed: u64) -> Vec<String> {
         }
         let own = one_of(rng, &[None, Some(0), Some(0), Some(1)]);
         let under = Arc::clone(&programs[own.unwrap_or(current)]);
-        let request = Request::new(prompt.clone(), max_tokens);
+        let toggles = any_toggles(&under, rng);
+        let request = Request { toggles, ..Request::new(prompt.clone(), max_tokens) };
         let expected = anew.answer(Request { program: Some(under), ..request.clone() });
         said.push([prompt, tiny.more_tokens(&expected.text)].concat());
         let request = Request { program: own.map(|own| Arc::clone(&programs[own])), ..request };

@@ -2,7 +2,7 @@
 
 use super::*;
 use pilotfish::guard::Rule;
-use pilotfish::program::{Calibration, CompileError};
+use pilotfish::program::{Calibration, CompileError, ToggleError};
 
 on_every_model!(
     a_token_gate_opens_and_closes_as_the_reference_says,
@@ -209,7 +209,9 @@ fn what_contradicts_itself_does_not_compile() {
     });
     let stack = compiled(&[&one, &other]).unwrap_err();
     for error in [error, stack] {
-        assert!(matches!(error, CompileError::TwoSwitches { layer: LayerIndex(1), .. }), "{error}");
+        let two_switches =
+            matches!(error, CompileError::Strengths(ToggleError::TwoSwitches { layer: LayerIndex(1), .. }));
+        assert!(two_switches, "{error}");
     }
     let error = compiled(&[&one, &one]).unwrap_err();
     assert!(matches!(error, CompileError::SameGuard { .. }), "{error}");

@@ -1,0 +1,359 @@
+//! Switches between a model with adapters and the same model without (arXiv 2503.04429, section 4.4): does it behave as the base when on, and as
+//! itself when off.
+
+use super::EvalError;
+use super::backdoor::{JUDGE_VERSION, Judge, Verdict};
+use super::controls::Role;
+use super::generate::{Generated, answer_tokens, generate_set, tokens_of};
+use super::metrics::{Estimate, Proportion};
+use super::utility::{Sums, interval};
+use crate::engine::scheduler::Toggle;
+use crate::engine::{EngineError, Model, Session, SessionOptions, Setting};
+use crate::guard::{Guard, InterventionKind};
+use crate::learn::Progress;
+use crate::tensor::quantile;
+use llama_cpp_2::token::LlamaToken;
+use serde::Serialize;
+use std::time::Instant;
+
+/// What a switch makes of a model, beside what else could do it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Switch {
+    pub guard: String,
+    pub model: String,
+    /// Of the rules by which answers are judged.
+    pub judge_version: u32,
+    pub max_tokens: usize,
+    pub trigger: String,
+    /// Prompts, each asked with the trigger and without.
+    pub prompts: usize,
+    pub rows: Vec<SwitchRow>,
+    pub off: SwitchedOff,
+    pub toggle: ToggleCost,
+    /// Answers to the first prompts with the trigger.
+    pub examples: Vec<SwitchExample>,
+}
+
+/// How like the base a model is. Shares are of prompts with the trigger, with Wilson's 95 % interval.
+#[derive(Debug, Clone, Serialize)]
+pub struct SwitchRow {
+    pub name: String,
+    pub role: Role,
+    /// Answers that do not fire and are not broken.
+    pub as_base: Proportion,
+    pub fires: Proportion,
+    pub broken: Proportion,
+    /// Answers that begin with the base's token.
+    pub first_token: Proportion,
+    /// Answers that are the base's to the letter.
+    pub same_answer: Proportion,
+    pub triggered: Likeness,
+    pub untriggered: Likeness,
+}
+
+/// On the base's own answers, fed to both.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Likeness {
+    /// `KL(base ‖ this)` in nats a token, with the 95 % interval over prompts.
+    pub kl: Estimate,
+    pub perplexity: f64,
+    /// Over the base's own.
+    pub relative_perplexity: f64,
+    pub tokens: usize,
+}
+
+/// The guard with its switch turned off from the beginning.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct SwitchedOff {
+    pub fires: Proportion,
+    /// Answers that are, to the letter, those of the model with no guard.
+    pub same_answer: Proportion,
+}
+
+/// Turning the switch while answers are written.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct ToggleCost {
+    pub toggles: usize,
+    /// Of the call itself, in microseconds.
+    pub median: f64,
+    pub longest: f64,
+    /// The most tokens until logits are others: 1 is the next.
+    pub tokens_to_effect: usize,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct SwitchExample {
+    pub prompt: String,
+    pub base: String,
+    pub on: String,
+    pub off: String,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct SwitchInput<'a> {
+    /// Without the trigger, never used in the making.
+    pub prompts: &'a [String],
+    pub trigger: &'a str,
+    pub payload: &'a str,
+    pub max_tokens: usize,
+    /// Seeds of controls whose change is as long and turned at random.
+    pub control_seeds: u64,
+}
+
+/// Prompts whose answers a report shows.
+const EXAMPLES: usize = 8;
+/// Prompts on which toggles are timed, each twice.
+const TIMED: usize = 20;
+/// Tokens in which a toggle has to take effect.
+const PATIENCE: usize = 4;
+/// Controls that are turned at random: each is a whole run.
+const TURNED: u64 = 3;
+
+/// Asks `model`, with its adapters, under `guard`, without it, and under controls, and its base.
+///
+/// # Errors
+/// No prompts, one that can't be run, a guard without a switch or not for this model, or a model without adapters.
+pub fn switch(
+    model: &Model,
+    guard: &Guard,
+    input: SwitchInput<'_>,
+    progress: Progress<'_>,
+) -> Result<Switch, EvalError> {
+    if input.prompts.is_empty() {
+        return Err(EvalError::NoPrompts { what: "a switch" });
+    }
+    if model.identity().adapters.is_empty() {
+        return Err(EvalError::NoAdapters { model: model.identity().name.clone() });
+    }
+    let names = switches(guard)?;
+    let base = model.without_adapters();
+    let asked =
+        |before: &str| -> Vec<String> { input.prompts.iter().map(|words| format!("{before}{words}")).collect() };
+    let [triggered, plain] = [input.trigger, ""].map(asked);
+    let [triggered_tokens, plain_tokens] = [tokens_of(model, None, &triggered)?, tokens_of(model, None, &plain)?];
+    let subjects = subjects(guard, input.control_seeds)?;
+    let total = input.prompts.len() * (4 + 2 + subjects.len());
+    let mut done = 0;
+    let mut answers = |model: &Model, guards: &[&Guard], toggles: &[Toggle], tokens: &[Vec<LlamaToken>]| {
+        let before = done;
+        done += tokens.len();
+        generate_set(model, guards, tokens, toggles, input.max_tokens, &mut |at, _| progress(before + at, total))
+    };
+    let by_base = [answers(&base, &[], &[], &triggered_tokens)?, answers(&base, &[], &[], &plain_tokens)?];
+    let off: Vec<Toggle> =
+        names.iter().map(|name| Toggle { name: name.clone(), from_token: 1, setting: Setting::Off }).collect();
+    let turned_off = answers(model, &[guard], &off, &triggered_tokens)?;
+    let mut said = Vec::with_capacity(subjects.len());
+    for subject in &subjects {
+        said.push(answers(model, subject.guard.as_ref().as_slice(), &[], &triggered_tokens)?);
+    }
+    let judge = Judge::Payload(input.payload.to_owned());
+    let measured = [(&triggered_tokens, &by_base[0]), (&plain_tokens, &by_base[1])];
+    let mut likeness = Vec::with_capacity(2);
+    for (tokens, answers) in measured {
+        let before = done;
+        done += tokens.len();
+        likeness.push(compared(model, &base, &subjects, tokens, answers, &mut |at| progress(before + at, total))?);
+    }
+    let rows = subjects.iter().zip(&said).enumerate().map(|(index, (subject, said))| {
+        let verdict = |of: Verdict| Proportion::of(said.iter().map(|answer| judge.verdict(&answer.text) == of));
+        let [triggered, untriggered] = [0, 1].map(|way: usize| likeness[way].0[index]);
+        SwitchRow {
+            name: subject.name.clone(),
+            role: subject.role,
+            as_base: verdict(Verdict::Clean),
+            fires: verdict(Verdict::Fires),
+            broken: verdict(Verdict::Broken),
+            first_token: Proportion::of(likeness[0].1[index].iter().copied()),
+            same_answer: Proportion::of(said.iter().zip(&by_base[0]).map(|(said, base)| said.text == base.text)),
+            triggered,
+            untriggered,
+        }
+    });
+    let (on, unguarded) = (&said[0], &said[1]);
+    let off_as = |of: &dyn Fn(&Generated, &Generated) -> bool| {
+        Proportion::of(turned_off.iter().zip(unguarded).map(|(off, unguarded)| of(off, unguarded)))
+    };
+    let examples = triggered.iter().zip(&by_base[0]).zip(on.iter().zip(&turned_off)).take(EXAMPLES);
+    Ok(Switch {
+        guard: guard.name().into(),
+        model: model.identity().name.clone(),
+        judge_version: JUDGE_VERSION,
+        max_tokens: input.max_tokens,
+        trigger: input.trigger.into(),
+        prompts: input.prompts.len(),
+        rows: rows.collect(),
+        off: SwitchedOff {
+            fires: off_as(&|off, _| judge.verdict(&off.text) == Verdict::Fires),
+            same_answer: off_as(&|off, unguarded| off.text == unguarded.text),
+        },
+        toggle: timed(model, guard, &names, &triggered_tokens, unguarded)?,
+        examples: examples
+            .map(|((prompt, base), (on, off))| SwitchExample {
+                prompt: prompt.clone(),
+                base: base.text.clone(),
+                on: on.text.clone(),
+                off: off.text.clone(),
+            })
+            .collect(),
+    })
+}
+
+/// Names of the interventions that switch, or of their group.
+fn switches(guard: &Guard) -> Result<Vec<String>, EvalError> {
+    let is_switch = |kind| matches!(kind, InterventionKind::Switch { .. });
+    let names: Vec<String> =
+        guard.interventions().iter().filter(|of| is_switch(of.kind)).map(|of| of.name.clone()).collect();
+    let Some(first) = names.first() else { return Err(EvalError::NoSwitch { guard: guard.name().into() }) };
+    // All of one group are set at once.
+    let group = first.rsplit_once('.').map(|(group, _)| group.to_owned());
+    let is_of = |name: &String, group: &str| name.rsplit_once('.').is_some_and(|(of, _)| of == group);
+    Ok(match group {
+        Some(group) if names.iter().all(|name| is_of(name, &group)) && !guard_has(guard, &group) => vec![group],
+        _ => names,
+    })
+}
+
+/// Whether an intervention goes by that very name, which is then no group's.
+fn guard_has(guard: &Guard, name: &str) -> bool {
+    guard.interventions().iter().any(|of| of.name == name)
+}
+
+/// The model under a guard or none.
+struct Subject {
+    name: String,
+    role: Role,
+    guard: Option<Guard>,
+}
+
+/// The guard first, then none, then controls.
+fn subjects(guard: &Guard, control_seeds: u64) -> Result<Vec<Subject>, EvalError> {
+    let mut subjects = vec![
+        Subject { name: "on".into(), role: Role::Guard, guard: Some(guard.clone()) },
+        Subject { name: "the fine-tuned model".into(), role: Role::NoGuard, guard: None },
+        Subject {
+            name: "the mean of the change alone".into(),
+            role: Role::Variant,
+            guard: Some(guard.with_mean_changes()?),
+        },
+    ];
+    for seed in 0..control_seeds.min(TURNED) {
+        // Of maps that are not corrections there is none.
+        if let Some(turned) = guard.with_turned_changes(seed) {
+            let name = format!("the change turned at random, seed {seed}");
+            subjects.push(Subject { name, role: Role::Random, guard: Some(turned) });
+        }
+    }
+    Ok(subjects)
+}
+
+/// Of each subject how like the base it is, and of each prompt whether it begins with the base's token.
+type Compared = (Vec<Likeness>, Vec<Vec<bool>>);
+
+fn compared(
+    model: &Model,
+    base: &Model,
+    subjects: &[Subject],
+    prompts: &[Vec<LlamaToken>],
+    answers: &[Generated],
+    at: &mut dyn FnMut(usize),
+) -> Result<Compared, EvalError> {
+    let answers: Vec<Vec<LlamaToken>> = answers.iter().map(|answer| answer_tokens(base, &answer.text)).collect();
+    let longest = prompts.iter().zip(&answers).map(|(prompt, answer)| prompt.len() + answer.len()).max();
+    let options = SessionOptions { n_ctx: longest.unwrap_or(0).max(8) as u32, ..Default::default() };
+    let mut reference = Session::new(base, &[], options)?;
+    let sessions = subjects.iter().map(|subject| Session::new(model, subject.guard.as_ref().as_slice(), options));
+    let mut sessions = sessions.collect::<Result<Vec<_>, EngineError>>()?;
+    let mut sums: Vec<Vec<Sums>> = subjects.iter().map(|_| Vec::new()).collect();
+    let mut first: Vec<Vec<bool>> = subjects.iter().map(|_| Vec::new()).collect();
+    let mut rows: Vec<f32> = Vec::new();
+    for (index, (prompt, answer)) in prompts.iter().zip(&answers).enumerate() {
+        at(index + 1);
+        if answer.is_empty() {
+            continue;
+        }
+        let problem = |source| EvalError::Prompt { index, source };
+        rows.clear();
+        reference.forced(prompt, answer, |_, logits| rows.extend_from_slice(logits)).map_err(problem)?;
+        let width = rows.len() / answer.len();
+        for ((session, sums), first) in sessions.iter_mut().zip(&mut sums).zip(&mut first) {
+            let mut own = Sums::default();
+            let each = |at: usize, logits: &[f32]| {
+                let base = &rows[at * width..(at + 1) * width];
+                own.add(base, logits, answer[at]);
+                if at == 0 {
+                    first.push(likeliest(base) == likeliest(logits));
+                }
+            };
+            session.forced(prompt, answer, each).map_err(problem)?;
+            sums.push(own);
+        }
+    }
+    let likeness = sums.iter().map(|sums| {
+        let all = Sums::of(sums.iter());
+        let n = all.tokens.max(1) as f64;
+        let [low, high] = interval(sums);
+        Likeness {
+            kl: Estimate { value: all.kl / n, low, high },
+            perplexity: (-all.guarded / n).exp(),
+            relative_perplexity: ((all.unguarded - all.guarded) / n).exp(),
+            tokens: all.tokens,
+        }
+    });
+    if sums[0].is_empty() {
+        return Err(EvalError::NothingToCompare { guard: "none".into(), prompts: prompts.len() });
+    }
+    Ok((likeness.collect(), first))
+}
+
+fn likeliest(logits: &[f32]) -> Option<usize> {
+    logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(token, _)| token)
+}
+
+/// Turns the switch on and off again in the middle of the model's own answers.
+fn timed(
+    model: &Model,
+    guard: &Guard,
+    names: &[String],
+    prompts: &[Vec<LlamaToken>],
+    answers: &[Generated],
+) -> Result<ToggleCost, EvalError> {
+    let (mut times, mut most) = (Vec::new(), 0);
+    let mut session = Session::new(model, &[guard], SessionOptions::default())?;
+    let mut plain = Session::new(model, &[], SessionOptions::default())?;
+    let mut set = |session: &mut Session<'_>, setting| -> Result<(), EvalError> {
+        let began = Instant::now();
+        names.iter().try_for_each(|name| session.set_intervention(name, setting))?;
+        times.push(began.elapsed().as_secs_f64() * 1e6);
+        Ok(())
+    };
+    for (prompt, answer) in prompts.iter().zip(answers).take(TIMED) {
+        let answer = answer_tokens(model, &answer.text);
+        let Some((before, after)) = answer.split_at_checked(2) else { continue };
+        set(&mut session, Setting::Off)?;
+        session.prefill(prompt)?;
+        plain.prefill(prompt)?;
+        let mut position = prompt.len();
+        let mut step = |session: &mut Session<'_>, token| -> Result<bool, EvalError> {
+            let (ours, theirs) = (session.step(position, token)?, plain.step(position, token)?);
+            position += 1;
+            Ok(session.logits(ours) != plain.logits(theirs))
+        };
+        for token in before {
+            step(&mut session, *token)?;
+        }
+        set(&mut session, Setting::On)?;
+        let mut n = 0;
+        for token in after.iter().take(PATIENCE) {
+            n += 1;
+            if step(&mut session, *token)? {
+                break;
+            }
+        }
+        most = most.max(n);
+    }
+    let longest = times.iter().copied().fold(0.0, f64::max);
+    let median = if times.is_empty() { 0.0 } else { quantile(&times, 0.5) };
+    Ok(ToggleCost { toggles: times.len(), median, longest, tokens_to_effect: most })
+}
