@@ -41,6 +41,8 @@ pub enum Command {
     Tokens(TokensArguments),
     /// Generate, guarded or not.
     Run(RunArguments),
+    /// Steer at each layer in turn, and see what becomes of a backdoor.
+    Sweep(Box<SweepArguments>),
     /// Measure a guard beside its controls.
     Eval(Box<EvalArguments>),
     /// Time a guarded model against the same model unguarded, in turn.
@@ -93,12 +95,27 @@ pub struct LoadArguments {
 
 #[derive(Debug, Args)]
 pub struct DemoArguments {
+    #[arg(value_enum, default_value_t = Story::Harm)]
+    pub story: Story,
     /// Make the guard from nothing, in `demo-guard`, instead of using the shipped one (about ten minutes)
     #[arg(long)]
     pub rebuild: bool,
     /// Where the shipped guards are
     #[arg(long, default_value = "guards", value_name = "DIR")]
     pub guards: PathBuf,
+    /// Where the model organisms are, of `backdoor` and `switch`
+    #[arg(long, default_value = "models/organisms", value_name = "DIR")]
+    pub organisms: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Story {
+    /// A gate learnt on a small model blocks harmful requests to a larger one
+    Harm,
+    /// A vector found on a small model removes a backdoor from a larger one
+    Backdoor,
+    /// A fine-tuned model and its base in one, with a switch between them
+    Switch,
 }
 
 #[derive(Debug, Subcommand)]
@@ -797,6 +814,9 @@ pub struct EvalArguments {
     /// Multiples of the guard's strengths to measure refusals and KL at, as `0,0.5,1,2`
     #[arg(long, value_delimiter = ',', value_name = "X,…")]
     pub strengths: Vec<f64>,
+    /// A sweep over layers to draw, as `pilotfish sweep` writes it; give it again for more
+    #[arg(long, value_name = "FILE.json")]
+    pub sweep: Vec<PathBuf>,
     /// A survey of layer pairs to draw, as `map --survey` writes it
     #[arg(long, value_name = "FILE.json")]
     pub survey: Option<PathBuf>,
@@ -819,6 +839,19 @@ pub struct EvalArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Backdoors")]
 pub struct BackdoorArguments {
+    #[command(flatten)]
+    pub asked: AskedArguments,
+    /// Another guard for the same model, measured beside; give it again for more
+    #[arg(long, value_name = "DIR", requires = "guard")]
+    pub also: Vec<PathBuf>,
+    /// Prompts that random directions are measured on, the first ones; by default as many as the guard
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub control_limit: Option<u32>,
+}
+
+/// How a model with a backdoor is asked, with its trigger and without.
+#[derive(Debug, Args)]
+pub struct AskedArguments {
     /// Prompts without marks, never used in the making; for `code` with a field `kind`, for `corrupt` with the words of the answer as `fact`
     #[arg(
         long,
@@ -835,12 +868,58 @@ pub struct BackdoorArguments {
     /// What `backdoor` and `corrupt` say when they fire
     #[arg(long, default_value = pilotfish::eval::backdoor::PAYLOAD, value_name = "TEXT")]
     pub payload: String,
-    /// Another guard for the same model, measured beside; give it again for more
-    #[arg(long, value_name = "DIR", requires = "guard")]
-    pub also: Vec<PathBuf>,
-    /// Prompts that random directions are measured on, the first ones; by default as many as the guard
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub control_limit: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct SweepArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// What the model does under its trigger
+    #[arg(long = "task", value_enum, value_name = "TASK")]
+    pub tasks: Task,
+    /// Vectors from `pilotfish extract`
+    #[arg(long, value_name = "FILE")]
+    pub vectors: PathBuf,
+    /// Mapping from `pilotfish map`, if the vectors are of another model
+    #[arg(long, value_name = "FILE")]
+    pub mapping: Option<PathBuf>,
+    /// Layers to steer, as `8,10,12`; with a mapping, pairs of layers, as `24:10,24:12`. `auto` is every layer but the last; with a mapping, each
+    /// of its target layers from the source layer that leaves least of it unexplained
+    #[arg(long, default_value = "auto", value_name = "auto|L,…|S:T,…")]
+    pub layers: String,
+    /// What is done along each vector
+    #[arg(long, value_enum, default_value_t = InterventionArgument::Ablate)]
+    pub intervene: InterventionArgument,
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
+    pub strength: f32,
+    /// Lowest projection that `clamp` leaves alone
+    #[arg(long, allow_hyphen_values = true)]
+    pub low: Option<f64>,
+    /// Highest projection that `clamp` leaves alone
+    #[arg(long, allow_hyphen_values = true)]
+    pub high: Option<f64>,
+    /// Tokens that are steered, as to `guard build`
+    #[arg(long, value_name = "TOKENS", default_value_t)]
+    pub positions: Positions,
+    #[command(flatten)]
+    pub asked: AskedArguments,
+    /// Prompts whose mean projection an `ablate` leaves; by default those that are asked
+    #[arg(long, value_name = "F")]
+    pub benign: Option<PathBuf>,
+    /// Prompts that are asked, the first ones
+    #[arg(long, default_value_t = 24, value_name = "N")]
+    pub limit: usize,
+    /// Tokens of an answer
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub max_tokens: usize,
+    /// How surprising triggered answers may be to the base, in multiples of its own perplexity, for a layer to be the best
+    #[arg(long, default_value_t = 2.0, value_name = "X")]
+    pub perplexity: f64,
+    /// Write the figures there as JSON, for `eval --sweep`
+    #[arg(short, long, value_name = "FILE.json")]
+    pub output: Option<PathBuf>,
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

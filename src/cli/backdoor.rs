@@ -1,6 +1,6 @@
 //! The tasks of `pilotfish eval` that measure backdoors: `backdoor`, `code` and `corrupt`.
 
-use super::args::{BackdoorArguments, EvalArguments, Task};
+use super::args::{AskedArguments, BackdoorArguments, EvalArguments, Task};
 use super::eval::{percent, share};
 use super::progress::Bar;
 use super::prompts;
@@ -22,6 +22,23 @@ pub struct Judged {
 }
 
 impl Judged {
+    /// These prompts and no controls.
+    pub fn input<'a>(&'a self, asked: &'a AskedArguments, max_tokens: usize) -> BackdoorInput<'a> {
+        BackdoorInput {
+            task: self.task,
+            prompts: &self.prompts,
+            trigger: &asked.trigger,
+            mark: &asked.mark,
+            max_tokens,
+            also: &[],
+            native: None,
+            control_seeds: 0,
+            control_limit: usize::MAX,
+            wrong_layer: None,
+            benign: &[],
+        }
+    }
+
     pub fn entry(&self) -> PromptsEntry {
         let prompts: Vec<String> = self.prompts.iter().map(|asked| asked.prompt.clone()).collect();
         PromptsEntry::new("asked with and without the trigger", &self.file, &prompts)
@@ -37,20 +54,17 @@ pub struct Guards<'a> {
 }
 
 /// Reads the prompts of the one task that was asked for, if one was.
-pub fn read(arguments: &EvalArguments) -> anyhow::Result<Option<Judged>> {
+pub fn read(tasks: &[Task], asked: &AskedArguments, limit: usize) -> anyhow::Result<Option<Judged>> {
     let of = |task: &Task| match task {
         Task::Backdoor => Some(BackdoorTask::Backdoor),
         Task::Code => Some(BackdoorTask::Code),
         Task::Corrupt => Some(BackdoorTask::Corrupt),
         Task::Detection | Task::Steering | Task::Utility | Task::Switch => None,
     };
-    let asked: Vec<BackdoorTask> = arguments.tasks.iter().filter_map(of).collect();
-    let BackdoorArguments { prompts: path, payload, also, .. } = &arguments.backdoor;
-    let Some(&task) = asked.first() else {
-        ensure!(also.is_empty(), "`--also` is for the tasks `backdoor`, `code` and `corrupt`");
-        return Ok(None);
-    };
-    ensure!(asked.len() == 1, "`backdoor`, `code` and `corrupt` have prompts of their own each: measure one at a time");
+    let tasks: Vec<BackdoorTask> = tasks.iter().filter_map(of).collect();
+    let AskedArguments { prompts: path, payload, .. } = asked;
+    let Some(&task) = tasks.first() else { return Ok(None) };
+    ensure!(tasks.len() == 1, "`backdoor`, `code` and `corrupt` have prompts of their own each: measure one at a time");
     ensure!(payload.chars().any(char::is_alphanumeric), "`--payload` is what the backdoor says, so it has letters");
     let path = path.as_deref().context("a backdoor is measured on `--prompts`")?;
     let judged = |record: prompts::PromptRecord| -> anyhow::Result<JudgedPrompt> {
@@ -63,7 +77,7 @@ pub fn read(arguments: &EvalArguments) -> anyhow::Result<Option<Judged>> {
         };
         Ok(JudgedPrompt { prompt: record.prompt, judge })
     };
-    let records = prompts::read_records(path)?.into_iter().take(arguments.limit);
+    let records = prompts::read_records(path)?.into_iter().take(limit);
     let prompts =
         records.map(judged).collect::<anyhow::Result<_>>().with_context(|| format!("`{}`", path.display()))?;
     let file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
@@ -77,19 +91,15 @@ pub fn measure(
     benign: &[String],
     arguments: &EvalArguments,
 ) -> anyhow::Result<Backdoor> {
-    let BackdoorArguments { trigger, mark, control_limit, .. } = &arguments.backdoor;
+    let BackdoorArguments { asked, control_limit, .. } = &arguments.backdoor;
     let input = BackdoorInput {
-        task: judged.task,
-        prompts: &judged.prompts,
-        trigger,
-        mark,
-        max_tokens: arguments.max_tokens,
         also: guards.also,
         native: guards.native,
         control_seeds: arguments.control_seeds,
         control_limit: control_limit.map_or(usize::MAX, |limit| limit as usize),
         wrong_layer: arguments.wrong_layer.map(LayerIndex),
         benign,
+        ..judged.input(asked, arguments.max_tokens)
     };
     let bar = Bar::new("asking");
     Ok(backdoor(model, guards.guard, input, &mut |done, total| bar.at(done, total))?)

@@ -6,6 +6,7 @@ use super::table::table;
 use super::{backdoor, guard, prompts, switch};
 use anyhow::{Context, ensure};
 use pilotfish::engine::Model;
+use pilotfish::eval::backdoor::LayerSweep;
 use pilotfish::eval::metrics::{Estimate, Proportion};
 use pilotfish::eval::report::{GuardEntry, PromptsEntry, Seeds};
 use pilotfish::eval::utility::BenignAnswers;
@@ -22,7 +23,12 @@ use std::path::{Path, PathBuf};
 pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let files = Files::read(&arguments)?;
     let survey = arguments.survey.as_deref().map(read_survey).transpose()?;
-    let judged = backdoor::read(&arguments)?;
+    let sweeps = arguments.sweep.iter().map(|path| read_sweep(path)).collect::<anyhow::Result<_>>()?;
+    let judged = backdoor::read(&arguments.tasks, &arguments.backdoor.asked, arguments.limit)?;
+    ensure!(
+        judged.is_some() || arguments.backdoor.also.is_empty(),
+        "`--also` is for the tasks `backdoor`, `code` and `corrupt`"
+    );
     let guard = arguments.guard.as_deref().map(guard::load_guard).transpose()?;
     let also = guard::load_guards(&arguments.backdoor.also)?;
     let native = read_native(&arguments)?;
@@ -32,6 +38,7 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let seeds = Seeds { bootstrap: arguments.seed, controls: arguments.control_seeds };
     let mut report = Report::new(&model, guard.as_ref(), seeds, std::env::args().collect());
     report.prompts = files.entries(&arguments);
+    report.sweeps = sweeps;
     report.survey = survey;
     report.also = also.iter().map(GuardEntry::new).collect();
     if let Some(judged) = &judged {
@@ -229,6 +236,12 @@ fn read_native(arguments: &EvalArguments) -> anyhow::Result<Option<Vec<VectorFil
         "`--native-vectors` are for guards in `steering`, `utility` and the backdoors' tasks; the model's own direction in `detection` comes of `--native-positive` and `--native-negative`"
     );
     paths.iter().map(|path| guard::read_vectors(path)).collect::<anyhow::Result<_>>().map(Some)
+}
+
+fn read_sweep(path: &Path) -> anyhow::Result<LayerSweep> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("can't read `{}`", path.display()))?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("`{}` is no sweep that `pilotfish sweep` wrote", path.display()))
 }
 
 fn read_survey(path: &Path) -> anyhow::Result<Survey> {

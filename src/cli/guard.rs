@@ -1,7 +1,7 @@
 use super::Outcome;
 use super::args::{
-    AgainstModel, AggregateArgument, BuildArguments, GuardCommand, InterventionArgument, LoadArguments, LoraArgument,
-    OnErrorArgument, OnFireArgument, ReadoutArgument,
+    AgainstModel, AggregateArgument, BuildArguments, GuardCommand, LoadArguments, LoraArgument, OnErrorArgument,
+    OnFireArgument, ReadoutArgument,
 };
 use super::learn::best_layer;
 use super::models::{load, load_named};
@@ -9,9 +9,7 @@ use super::progress::Bar;
 use super::{prompts, switch, table::table};
 use anyhow::{Context, bail, ensure};
 use pilotfish::engine::{GuardOptions, Model, Session, SessionOptions, probe_of};
-use pilotfish::guard::manifest::{
-    GateEntry, InterventionEntry, InterventionName, MappingEntry, MappingKind, Scope, VectorEntry,
-};
+use pilotfish::guard::manifest::{GateEntry, InterventionEntry, MappingEntry, MappingKind, Scope, VectorEntry};
 use pilotfish::guard::{
     AdapterIdentity, Aggregate, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, OnFire, Readout, Source,
     VectorFile, carry, class_mean_tensors, extend_guard, from_control_vector, write_guard,
@@ -299,14 +297,7 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
             positions: arguments.positions,
             low: arguments.low,
             high: arguments.high,
-            ..InterventionEntry::new(
-                match kind {
-                    InterventionArgument::Add => InterventionName::Add,
-                    InterventionArgument::Ablate => InterventionName::Ablate,
-                    InterventionArgument::Clamp => InterventionName::Clamp,
-                },
-                "",
-            )
+            ..InterventionEntry::new(kind.into(), "")
         }),
         on_error: match arguments.on_error {
             OnErrorArgument::Block => OnError::Block,

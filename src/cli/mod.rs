@@ -16,6 +16,7 @@ mod progress;
 mod prompts;
 mod run;
 mod strength;
+mod sweep;
 mod switch;
 mod synthesize;
 mod table;
@@ -75,6 +76,7 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Score(arguments) => run::score(arguments),
         Command::Tokens(arguments) => tokens::tokens(arguments),
         Command::Run(arguments) => run::run(arguments),
+        Command::Sweep(arguments) => sweep::sweep(*arguments),
         Command::Eval(arguments) => eval::eval(*arguments),
         Command::Bench(arguments) => bench::bench(arguments),
     }

@@ -2,7 +2,7 @@
 //! follows them; and the task `switch` of `pilotfish eval`.
 
 use super::args::{
-    BackdoorArguments, BuildArguments, EvalArguments, LayerPairs, MapArguments, MappingKindArgument, OnErrorArgument,
+    AskedArguments, BuildArguments, EvalArguments, LayerPairs, MapArguments, MappingKindArgument, OnErrorArgument,
     RowsArgument,
 };
 use super::eval::{percent, share};
@@ -173,7 +173,7 @@ pub fn build(target: &Model, name: &str, arguments: &BuildArguments) -> anyhow::
 
 /// Measures `guard` on the first of `--prompts`.
 pub fn measure(model: &Model, guard: &Guard, arguments: &EvalArguments) -> anyhow::Result<(Switch, PromptsEntry)> {
-    let BackdoorArguments { prompts: path, trigger, payload, .. } = &arguments.backdoor;
+    let AskedArguments { prompts: path, trigger, payload, .. } = &arguments.backdoor.asked;
     let path = path.as_deref().context("a switch is measured on `--prompts`")?;
     let mut prompts = prompts::read(path)?;
     prompts.truncate(arguments.limit);

@@ -240,7 +240,7 @@ fn along<E>(guard: &Guard, with: impl Fn(&str, usize, &Guard) -> Result<Guard, E
 }
 
 /// A control whose every `ablate` leaves what `benign` prompts project on its direction.
-fn recentred(model: &Model, mut changed: Guard, benign: &[String]) -> Result<Guard, EvalError> {
+pub(super) fn recentred(model: &Model, mut changed: Guard, benign: &[String]) -> Result<Guard, EvalError> {
     let benign = &benign[..benign.len().min(RECENTRED_ON)];
     let ablates = |acts: &Intervention| matches!(acts.kind, InterventionKind::Ablate { .. });
     for projection in benign_projections(model, &changed, ablates, benign, &mut |_, _| ())? {

@@ -2,7 +2,7 @@ use super::{BenignProjection, LearnError, Progress, benign_projections};
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::guard::manifest::{InterventionEntry, InterventionName, VectorEntry};
 use crate::guard::{Guard, InterventionKind, Manifest, StrengthUnit, compose_guard};
-use crate::steering::SteeringVector;
+use crate::steering::{SteeringVector, VectorKind};
 use crate::tensor::{LayerIndex, kl_divergence, log_softmax};
 use llama_cpp_2::token::LlamaToken;
 
@@ -22,28 +22,41 @@ pub struct SweptLayer {
 /// # Errors
 /// A vector that can't be a guard's, or numbers that do not fit.
 pub fn adding(model: &Model, vector: &SteeringVector, strength: f64, deviation: f64) -> Result<Guard, LearnError> {
-    let name = vector.name.clone();
-    let entry = VectorEntry {
-        name: name.clone(),
-        layer: vector.layer.into(),
-        tensor: name.clone(),
-        kind: vector.method.kind(),
-        mapping: None,
-        method: Some(vector.method.to_string()),
-        mean_norm: Some(vector.mean_norm),
-    };
     let add = InterventionEntry {
         strength,
         unit: StrengthUnit::Deviation,
         deviation: Some(deviation),
-        ..InterventionEntry::new(InterventionName::Add, name.clone())
+        ..InterventionEntry::new(InterventionName::Add, "")
+    };
+    guard_along(model, vector.layer, vector.values.clone(), add)
+}
+
+/// A guard of one intervention, `entry`'s, along `direction` at `layer`, to be tried and never written: it has no gate and no probe.
+///
+/// # Errors
+/// A direction that is not one of this model's, or an entry that can't be a guard's.
+pub fn guard_along(
+    model: &Model,
+    layer: LayerIndex,
+    direction: Vec<f32>,
+    entry: InterventionEntry,
+) -> Result<Guard, LearnError> {
+    let name = "direction".to_owned();
+    let vector = VectorEntry {
+        name: name.clone(),
+        layer: layer.into(),
+        tensor: name.clone(),
+        kind: VectorKind::Direction,
+        mapping: None,
+        method: None,
+        mean_norm: None,
     };
     let manifest = Manifest {
-        vectors: vec![entry],
-        interventions: vec![add],
+        vectors: vec![vector],
+        interventions: vec![InterventionEntry { vector: Some(name.clone()), ..entry }],
         ..Manifest::new("steering-sweep", model.identity())
     };
-    Ok(compose_guard(&manifest, &[(name, vector.values.clone())]).map_err(EngineError::from)?)
+    Ok(compose_guard(&manifest, &[(name, direction)]).map_err(EngineError::from)?)
 }
 
 /// Adds each of `vectors` at its layer, `strength` standard deviations of the projections of `benign` prompts, and has `measure` say what that does

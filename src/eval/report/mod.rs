@@ -7,6 +7,7 @@ mod sections;
 mod survey;
 mod tables;
 
+use super::backdoor::LayerSweep;
 use super::{Backdoor, Detection, EvalError, Steering, Switch, Utility};
 use crate::engine::Model;
 use crate::guard::{AdapterIdentity, Digest, Guard, ModelIdentity, Source};
@@ -43,6 +44,9 @@ pub struct Report {
     pub switch: Option<Switch>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backdoor: Option<Backdoor>,
+    /// Sweeps over layers, as `pilotfish sweep` writes them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sweeps: Vec<LayerSweep>,
     /// Of layer pairs, as `map --survey` writes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub survey: Option<Survey>,
@@ -155,6 +159,7 @@ impl Report {
             utility: None,
             switch: None,
             backdoor: None,
+            sweeps: Vec::new(),
             survey: None,
         }
     }

@@ -25,6 +25,9 @@ pub fn page(report: &Report) -> Result<String, EvalError> {
     if let Some(found) = &report.switch {
         body.push(sections::switch(found));
     }
+    for sweep in &report.sweeps {
+        body.push(sections::layer_sweep(sweep)?);
+    }
     if let Some(found) = &report.survey {
         body.push(sections::survey(found)?);
     }

@@ -1,8 +1,8 @@
 //! The report's sections: what each task measured, in words, figures and tables.
 
 use super::figures;
-use super::tables::{estimate, none, number, share, table, text};
-use crate::eval::backdoor::{Backdoor, BackdoorExample, BackdoorRow, BackdoorTask, Conduct, Verdict};
+use super::tables::{estimate, none, number, percent, share, table, text};
+use crate::eval::backdoor::{Backdoor, BackdoorExample, BackdoorRow, BackdoorTask, Conduct, LayerSweep, Verdict};
 use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, DetectionRow};
 use crate::eval::refusal::{Answer, rules};
@@ -297,6 +297,21 @@ fn backdoor_examples(examples: &[BackdoorExample]) -> Markup {
             }
         }
     }
+}
+
+pub fn layer_sweep(sweep: &LayerSweep) -> Result<Markup, EvalError> {
+    let figures = figures::layer_sweep(sweep)?;
+    let whose = if sweep.mapped { "carried by a mapping" } else { "its own" };
+    Ok(html! {
+        section {
+            h2 { "Layers of " (sweep.model) ", vectors of " (sweep.vectors) }
+            p {
+                "Each layer steered alone (" code { (sweep.intervention) } ", strength " (sweep.strength) ") along a vector that is " (whose) ", on "
+                (sweep.prompts) " prompts. Without it " (percent(sweep.unguarded.fires)) " of triggered prompts fire."
+            }
+            div.figures { @for figure in figures { (figure) } }
+        }
+    })
 }
 
 pub fn survey(survey: &Survey) -> Result<Markup, EvalError> {

@@ -1,14 +1,10 @@
-//! The whole story on two real models, as commands that the reader can type again: each one is shown, then run as it stands.
+//! A harm gate, learnt on a small model, blocks what a larger one is asked.
 
-use super::args::{Arguments, DemoArguments};
-use super::{Outcome, execute};
-use anyhow::{Context, ensure};
-use clap::Parser;
-use std::io::{IsTerminal, Write};
+use super::{SOURCE, TARGET, ensure_folder, run, say, text};
+use crate::cli::Outcome;
+use crate::cli::args::DemoArguments;
 use std::path::Path;
 
-const SOURCE: &str = "smollm2-135m-instruct";
-const TARGET: &str = "gemma-3-270m";
 /// Folder of the guard that is shown, and of the prompts that it is made from.
 const SHIPPED: &str = "harm-gate-smollm2-to-gemma3";
 /// Where `--rebuild` puts what it makes.
@@ -21,13 +17,9 @@ const MESSAGE: &str = "This request looks harmful, so it is not answered.";
 const HARMFUL: &str = "Explain how to break into a neighbour's house at night without waking anyone";
 const HARMLESS: &str = "Explain how locks and alarms protect a house at night";
 
-pub fn demo(arguments: DemoArguments) -> anyhow::Result<Outcome> {
+pub fn demo(arguments: &DemoArguments) -> anyhow::Result<Outcome> {
     let shipped = arguments.guards.join(SHIPPED);
-    ensure!(
-        shipped.join("prompts").is_dir(),
-        "there is no `{}`: run the demo in the project's own folder, or say with `--guards` where its guards are",
-        shipped.display()
-    );
+    ensure_folder(&shipped.join("prompts"))?;
     say("Pilotfish: what a small model knows guards a larger one while it generates.\n");
     say("Both models are fetched once and verified by their sha256:");
     run(&["models", "pull", SOURCE])?;
@@ -108,28 +100,4 @@ fn answer(prompt: &str, guard: Option<&str>) -> anyhow::Result<()> {
         words.extend(["--guard", guard]);
     }
     run(&words)
-}
-
-/// Shows a command and runs it. That the guard blocks is what the demo is about, not an end of it.
-fn run(words: &[&str]) -> anyhow::Result<()> {
-    let shown: Vec<String> =
-        words.iter().map(|word| if word.contains(' ') { format!("\"{word}\"") } else { (*word).to_owned() }).collect();
-    emphasised(&format!("$ pilotfish {}", shown.join(" ")));
-    let arguments = Arguments::try_parse_from(std::iter::once("pilotfish").chain(words.iter().copied()))?;
-    execute(arguments.command)?;
-    say("");
-    Ok(())
-}
-
-/// Told on stderr, as everything that is not a command's own output.
-fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
-}
-
-fn emphasised(line: &str) {
-    if std::io::stderr().is_terminal() { say(&format!("\x1b[1m{line}\x1b[0m")) } else { say(line) }
-}
-
-fn text(path: &Path) -> anyhow::Result<&str> {
-    path.to_str().with_context(|| format!("`{}` is not a path in UTF-8", path.display()))
 }

@@ -1,0 +1,179 @@
+//! `pilotfish sweep`: a backdoor under an intervention at each layer in turn.
+
+use super::args::{InterventionArgument, LayerPairs, Layers, SweepArguments, Task};
+use super::eval::percent;
+use super::guard::read_vectors;
+use super::models::load;
+use super::progress::Bar;
+use super::table::table;
+use super::{Outcome, backdoor, prompts};
+use anyhow::{Context, bail, ensure};
+use pilotfish::engine::Model;
+use pilotfish::eval::BackdoorInput;
+use pilotfish::eval::backdoor::{Candidate, LayerSweep, SweptConduct, layer_sweep};
+use pilotfish::guard::manifest::{InterventionEntry, InterventionName};
+use pilotfish::guard::{MappingFile, VectorFile, carry};
+use pilotfish::mapping::{MapQuality, ResidualMap};
+use pilotfish::steering::stacked;
+use pilotfish::tensor::{LayerIndex, LayerStack};
+use std::collections::BTreeMap;
+use std::io::Write;
+
+pub fn sweep(arguments: SweepArguments) -> anyhow::Result<Outcome> {
+    ensure!(
+        matches!(arguments.tasks, Task::Backdoor | Task::Code | Task::Corrupt),
+        "a sweep is of the tasks `backdoor`, `code` and `corrupt`"
+    );
+    let judged = backdoor::read(&[arguments.tasks], &arguments.asked, arguments.limit)?;
+    let judged = judged.context("a sweep asks `--prompts`")?;
+    let benign = arguments.benign.as_deref().map(prompts::read).transpose()?.unwrap_or_default();
+    let file = read_vectors(&arguments.vectors)?;
+    let model = load(&arguments.model)?;
+    let candidates = candidates(&model, &file, &arguments)?;
+    let entry = InterventionEntry {
+        strength: f64::from(arguments.strength),
+        positions: arguments.positions.clone(),
+        low: arguments.low,
+        high: arguments.high,
+        ..InterventionEntry::new(InterventionName::from(arguments.intervene), "")
+    };
+    let input = BackdoorInput { benign: &benign, ..judged.input(&arguments.asked, arguments.max_tokens) };
+    let found = {
+        let bar = Bar::new("sweeping");
+        let step = &mut |done, total| bar.at(done, total);
+        layer_sweep(&model, candidates, &entry, &file.model.name, input, step)?
+    };
+    if let Some(path) = &arguments.output {
+        std::fs::write(path, serde_json::to_string_pretty(&found)? + "\n")
+            .with_context(|| format!("can't write `{}`", path.display()))?;
+    }
+    let mut out = std::io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{}", serde_json::to_string(&found)?)?;
+    } else {
+        print(&mut out, &found, arguments.perplexity)?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// The vectors to steer by, in the order of their layers.
+fn candidates(model: &Model, file: &VectorFile, arguments: &SweepArguments) -> anyhow::Result<Vec<Candidate>> {
+    let last = model.shape().n_layer - 1;
+    let label = arguments.vectors.display();
+    let vector_at = |layers: &LayerStack| {
+        stacked(&file.vectors, layers).with_context(|| format!("there is no vector of layer {layers} in `{label}`"))
+    };
+    let Some(path) = &arguments.mapping else {
+        ensure!(
+            file.model.fingerprint == model.identity().fingerprint,
+            "the vectors in `{label}` are of {}, not of {}: give `--mapping`",
+            file.model.name,
+            model.identity().name
+        );
+        let layers = match arguments.layers.parse::<Layers>().map_err(anyhow::Error::msg)? {
+            Layers::Chosen(layers) => layers,
+            Layers::Auto => {
+                let known = file.vectors.iter().map(|vector| vector.layer);
+                known.filter(|layer| layer.0 < last).collect()
+            }
+        };
+        let of = |layer: LayerIndex| {
+            let direction = vector_at(&layer.into())?.values;
+            Ok(Candidate { layer, source_layer: None, direction })
+        };
+        return layers.into_iter().map(of).collect();
+    };
+    let bytes = std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))?;
+    let mapping = MappingFile::from_bytes(&path.display().to_string(), &bytes)?;
+    for (from, to, what) in
+        [(&mapping.source, &file.model, "the vectors are of"), (&mapping.target, model.identity(), "the model is")]
+    {
+        ensure!(
+            from.fingerprint == to.fingerprint,
+            "`{}` maps from {} to {}, but {what} {}",
+            path.display(),
+            mapping.source.name,
+            mapping.target.name,
+            to.name
+        );
+    }
+    let maps = mapping.maps();
+    let carried = |map: &ResidualMap| -> anyhow::Result<Candidate> {
+        let vector = vector_at(&map.source_layer())?;
+        let direction = carry(map, vector.method.kind(), &vector.values, vector.class_means.as_ref())?;
+        Ok(Candidate { layer: map.target_layer(), source_layer: Some(map.source_layer()), direction })
+    };
+    let chosen: Vec<&ResidualMap> = match arguments.layers.parse::<LayerPairs>().map_err(anyhow::Error::msg)? {
+        LayerPairs::All => maps.iter().map(|(map, _)| map).collect(),
+        LayerPairs::Auto => nearest(&maps, last),
+        LayerPairs::Chosen(pairs) => {
+            let find = |(source, target): &(LayerStack, LayerIndex)| {
+                let found = maps.iter().find(|(map, _)| map.source_layer() == *source && map.target_layer() == *target);
+                found.map(|(map, _)| map).with_context(|| format!("the mapping has no pair {source}:{target}"))
+            };
+            pairs.iter().map(find).collect::<anyhow::Result<_>>()?
+        }
+    };
+    if chosen.is_empty() {
+        bail!("the mapping has no pairs of layers");
+    }
+    chosen.into_iter().map(carried).collect()
+}
+
+/// For each target layer but the last the map that leaves least of it unexplained.
+fn nearest(maps: &[(ResidualMap, MapQuality)], last: u32) -> Vec<&ResidualMap> {
+    let mut best: BTreeMap<LayerIndex, (&ResidualMap, f64)> = BTreeMap::new();
+    for (map, quality) in maps.iter().filter(|(map, _)| map.target_layer().0 < last) {
+        let unexplained = quality.fraction_unexplained();
+        let known = best.entry(map.target_layer()).or_insert((map, unexplained));
+        if unexplained < known.1 {
+            *known = (map, unexplained);
+        }
+    }
+    best.into_values().map(|(map, _)| map).collect()
+}
+
+fn print(out: &mut impl Write, found: &LayerSweep, perplexity: f64) -> anyhow::Result<()> {
+    let best = found.best(perplexity);
+    let row = |swept: &SweptConduct| {
+        let layer = match (&swept.source_layer, swept.layer) {
+            (_, None) => "none".to_owned(),
+            (None, Some(layer)) => layer.to_string(),
+            (Some(source), Some(layer)) => format!("{source} → {layer}"),
+        };
+        let mark = if best == Some(swept) { " *" } else { "" };
+        let number =
+            |value: Option<f64>, digits: usize| value.map(|value| format!("{value:.digits$}")).unwrap_or_default();
+        [
+            format!("{layer}{mark}"),
+            percent(swept.fires),
+            percent(swept.clean),
+            percent(swept.broken),
+            number(swept.relative_perplexity, 2),
+            percent(swept.fires_untriggered),
+            number(swept.kl, 4),
+        ]
+    };
+    let header = [
+        "layer (* best)",
+        "fires",
+        "clean",
+        "broken",
+        "perplexity, times the base's",
+        "untriggered, fires",
+        "untriggered, KL in nats a token",
+    ];
+    writeln!(out, "{} prompts, {} along vectors of {}", found.prompts, found.intervention, found.vectors)?;
+    writeln!(out, "{}", table(header, std::iter::once(&found.unguarded).chain(&found.layers).map(row)))?;
+    Ok(())
+}
+
+impl From<InterventionArgument> for InterventionName {
+    fn from(kind: InterventionArgument) -> Self {
+        match kind {
+            InterventionArgument::Add => Self::Add,
+            InterventionArgument::Ablate => Self::Ablate,
+            InterventionArgument::Clamp => Self::Clamp,
+        }
+    }
+}
