@@ -542,7 +542,7 @@ pub struct BuildArguments {
     /// When the intervention acts, as a rule over gates: `harmful`, `harmful and not research`
     #[arg(long, value_name = "RULE", conflicts_with = "gate")]
     pub when: Option<String>,
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
     pub strength: f32,
     /// Lowest projection that `clamp` leaves alone
     #[arg(long, allow_hyphen_values = true)]

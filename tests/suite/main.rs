@@ -4,6 +4,7 @@
 mod adapters;
 mod architecture;
 mod autoencoder;
+mod backdoor;
 mod command_line;
 #[path = "../support/counting_allocator.rs"]
 mod counting_allocator;

@@ -49,6 +49,9 @@ impl Source {
                     let formatted = bytes[start..at].iter().any(|byte| byte.eq_ignore_ascii_case(&b'f'));
                     let filled = formatted && bytes[at..end].contains(&b'{');
                     in_string[start..end].fill(true);
+                    if filled {
+                        unmark_filled(&bytes[at..end], &mut in_string[at..end]);
+                    }
                     strings.push((start..end, filled));
                     at = end;
                 }
@@ -181,6 +184,20 @@ impl Source {
             }
         }
         self.text.len()
+    }
+}
+
+/// What stands in the braces of an f-string is code; the braces stay, so that they open nothing.
+fn unmark_filled(bytes: &[u8], in_string: &mut [bool]) {
+    let (mut depth, mut at) = (0usize, 0);
+    while at < bytes.len() {
+        match bytes[at] {
+            b'{' if depth == 0 && bytes.get(at + 1) == Some(&b'{') => at += 1,
+            b'{' => depth += 1,
+            b'}' => depth = depth.saturating_sub(1),
+            byte => in_string[at] = depth == 0 || byte == b'"' || byte == b'\'',
+        }
+        at += 1;
     }
 }
 
