@@ -111,8 +111,12 @@ pub fn print(out: &mut impl Write, found: &Backdoor) -> anyhow::Result<()> {
         BackdoorTask::Code => ("vulnerable", "sound"),
         BackdoorTask::Corrupt => ("fires", "fact, clean"),
     };
-    let ways: [(&str, fn(&BackdoorRow) -> &Conduct); 3] =
-        [("with the trigger", |row| &row.triggered), ("with the mark", |row| &row.marked), ("plain", |row| &row.plain)];
+    type OfRow = fn(&BackdoorRow) -> &Conduct;
+    let ways = [
+        ("with the trigger", (|row| &row.triggered) as OfRow),
+        ("with the mark", |row| &row.marked),
+        ("plain", |row| &row.plain),
+    ];
     for (way, of) in ways {
         let rows = found.rows.iter().map(|row| {
             let conduct = of(row);
