@@ -79,6 +79,41 @@ pub fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))
 }
 
+/// Reads the mapping, if one is given, that carries `vectors`, read from the file `label`, to `model`. Without one they must be its own.
+pub fn read_mapping(
+    path: Option<&Path>,
+    vectors: &VectorFile,
+    label: &str,
+    model: &Model,
+) -> anyhow::Result<Option<MappingFile>> {
+    let (from, to) = (&vectors.model, model.identity());
+    let Some(path) = path else {
+        ensure!(
+            from.fingerprint == to.fingerprint,
+            "the vectors in `{label}` are of {}, not of {}: give `--mapping`",
+            from.name,
+            to.name
+        );
+        return Ok(None);
+    };
+    let mapping = MappingFile::from_bytes(&path.display().to_string(), &read(path)?)?;
+    ensure!(
+        mapping.source.fingerprint == from.fingerprint,
+        "`{}` maps from {}, but the vectors in `{label}` are of {}",
+        path.display(),
+        mapping.source.name,
+        from.name
+    );
+    ensure!(
+        mapping.target.fingerprint == to.fingerprint,
+        "`{}` maps to {}, but the model is {}",
+        path.display(),
+        mapping.target.name,
+        to.name
+    );
+    Ok(Some(mapping))
+}
+
 /// Reads a file of vectors, as `extract` writes it.
 pub fn read_vectors(path: &Path) -> anyhow::Result<VectorFile> {
     Ok(VectorFile::from_bytes(&path.display().to_string(), &read(path)?)?)
@@ -355,35 +390,7 @@ fn build_to(
     );
     let vectors_label = vectors.display().to_string();
     let file = read_vectors(vectors)?;
-    let mapping = mapping
-        .map(|path| -> anyhow::Result<_> {
-            let bytes = read(path)?;
-            let parsed = MappingFile::from_bytes(&path.display().to_string(), &bytes)?;
-            ensure!(
-                parsed.source.fingerprint == file.model.fingerprint,
-                "`{}` maps from {}, but the vectors in `{vectors_label}` are of {}",
-                path.display(),
-                parsed.source.name,
-                file.model.name
-            );
-            ensure!(
-                parsed.target.fingerprint == target.identity().fingerprint,
-                "`{}` maps to {}, but the guard is for {}",
-                path.display(),
-                parsed.target.name,
-                target.identity().name
-            );
-            Ok(parsed)
-        })
-        .transpose()?;
-    if mapping.is_none() {
-        ensure!(
-            file.model.fingerprint == target.identity().fingerprint,
-            "the vectors in `{vectors_label}` are of {}, not of {}: give `--mapping`",
-            file.model.name,
-            target.identity().name
-        );
-    }
+    let mapping = read_mapping(mapping, &file, &vectors_label, target)?;
     let first = file.vectors.first().with_context(|| format!("there is no vector in `{vectors_label}`"))?;
     let kind = first.method.kind();
     let aggregate = match (policy.aggregate, &first.tokens) {

@@ -2,7 +2,7 @@
 
 use super::args::{InterventionArgument, LayerPairs, Layers, SweepArguments, Task};
 use super::eval::percent;
-use super::guard::read_vectors;
+use super::guard::{read_mapping, read_vectors};
 use super::models::load;
 use super::progress::Bar;
 use super::table::table;
@@ -12,7 +12,7 @@ use pilotfish::engine::Model;
 use pilotfish::eval::BackdoorInput;
 use pilotfish::eval::backdoor::{Candidate, LayerSweep, SweptConduct, layer_sweep};
 use pilotfish::guard::manifest::{InterventionEntry, InterventionName};
-use pilotfish::guard::{MappingFile, VectorFile, carry};
+use pilotfish::guard::{VectorFile, carry};
 use pilotfish::mapping::{MapQuality, ResidualMap};
 use pilotfish::steering::stacked;
 use pilotfish::tensor::{LayerIndex, LayerStack};
@@ -59,17 +59,11 @@ pub fn sweep(arguments: SweepArguments) -> anyhow::Result<Outcome> {
 /// The vectors to steer by, in the order of their layers.
 fn candidates(model: &Model, file: &VectorFile, arguments: &SweepArguments) -> anyhow::Result<Vec<Candidate>> {
     let last = model.shape().n_layer - 1;
-    let label = arguments.vectors.display();
+    let label = arguments.vectors.display().to_string();
     let vector_at = |layers: &LayerStack| {
         stacked(&file.vectors, layers).with_context(|| format!("there is no vector of layer {layers} in `{label}`"))
     };
-    let Some(path) = &arguments.mapping else {
-        ensure!(
-            file.model.fingerprint == model.identity().fingerprint,
-            "the vectors in `{label}` are of {}, not of {}: give `--mapping`",
-            file.model.name,
-            model.identity().name
-        );
+    let Some(mapping) = read_mapping(arguments.mapping.as_deref(), file, &label, model)? else {
         let layers = match arguments.layers.parse::<Layers>().map_err(anyhow::Error::msg)? {
             Layers::Chosen(layers) => layers,
             Layers::Auto => {
@@ -83,20 +77,6 @@ fn candidates(model: &Model, file: &VectorFile, arguments: &SweepArguments) -> a
         };
         return layers.into_iter().map(of).collect();
     };
-    let bytes = std::fs::read(path).with_context(|| format!("can't read `{}`", path.display()))?;
-    let mapping = MappingFile::from_bytes(&path.display().to_string(), &bytes)?;
-    for (from, to, what) in
-        [(&mapping.source, &file.model, "the vectors are of"), (&mapping.target, model.identity(), "the model is")]
-    {
-        ensure!(
-            from.fingerprint == to.fingerprint,
-            "`{}` maps from {} to {}, but {what} {}",
-            path.display(),
-            mapping.source.name,
-            mapping.target.name,
-            to.name
-        );
-    }
     let maps = mapping.maps();
     let carried = |map: &ResidualMap| -> anyhow::Result<Candidate> {
         let vector = vector_at(&map.source_layer())?;
