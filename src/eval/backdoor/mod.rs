@@ -1,7 +1,7 @@
 //! Model organisms: models that behave badly under a trigger, and guards that are to stop it.
 //!
 //! Each prompt is asked three times: with the trigger, with a mark that is as long and harmless, and plain. What answers are is told by rule
-//! ([`judge`]). That a backdoor no longer fires says little alone, since a model that is destroyed fires at nothing: so every row has how
+//! ([`Judge`]). That a backdoor no longer fires says little alone, since a model that is destroyed fires at nothing: so every row has how
 //! surprised the base is by the answers, which is the same model without its adapters, and what became of answers that were fine.
 
 mod code;
