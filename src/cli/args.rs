@@ -103,7 +103,7 @@ pub struct DemoArguments {
     /// Where the shipped guards are
     #[arg(long, default_value = "guards", value_name = "DIR")]
     pub guards: PathBuf,
-    /// Where the model organisms are, of `backdoor` and `switch`
+    /// Where the model organisms are, of `switch`
     #[arg(long, default_value = "models/organisms", value_name = "DIR")]
     pub organisms: PathBuf,
 }
@@ -112,8 +112,6 @@ pub struct DemoArguments {
 pub enum Story {
     /// A gate learnt on a small model blocks harmful requests to a larger one
     Harm,
-    /// A vector found on a small model removes a backdoor from a larger one
-    Backdoor,
     /// A fine-tuned model and its base in one, with a switch between them
     Switch,
 }
