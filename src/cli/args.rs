@@ -1,7 +1,8 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pilotfish::engine::scheduler::Toggle;
-use pilotfish::guard::Positions;
+use pilotfish::guard::manifest::{InterventionEntry, InterventionName};
+use pilotfish::guard::{OnError, Positions};
 use pilotfish::learn::AutoencoderOptions;
 use pilotfish::steering::PromptTokens;
 use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
@@ -540,17 +541,8 @@ pub struct BuildArguments {
     /// When the intervention acts, as a rule over gates: `harmful`, `harmful and not research`
     #[arg(long, value_name = "RULE", conflicts_with = "gate")]
     pub when: Option<String>,
-    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
-    pub strength: f32,
-    /// Lowest projection that `clamp` leaves alone
-    #[arg(long, allow_hyphen_values = true)]
-    pub low: Option<f64>,
-    /// Highest projection that `clamp` leaves alone
-    #[arg(long, allow_hyphen_values = true)]
-    pub high: Option<f64>,
-    /// Tokens that the intervention acts on: `all`, `prompt`, `generated`, or `matching=TEXT`, those of a prompt that spell this text
-    #[arg(long, value_name = "TOKENS", default_value_t)]
-    pub positions: Positions,
+    #[command(flatten)]
+    pub acts: InterventionOptions,
     /// What a run-time fault means
     #[arg(long, value_enum, default_value_t = OnErrorArgument::Block)]
     pub on_error: OnErrorArgument,
@@ -587,6 +579,49 @@ pub enum InterventionArgument {
     Add,
     Ablate,
     Clamp,
+}
+
+/// How an intervention acts, of whatever kind it is.
+#[derive(Debug, Args)]
+pub struct InterventionOptions {
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
+    pub strength: f32,
+    /// Lowest projection that `clamp` leaves alone
+    #[arg(long, allow_hyphen_values = true)]
+    pub low: Option<f64>,
+    /// Highest projection that `clamp` leaves alone
+    #[arg(long, allow_hyphen_values = true)]
+    pub high: Option<f64>,
+    /// Tokens that the intervention acts on: `all`, `prompt`, `generated`, or `matching=TEXT`, those of a prompt that spell this text
+    #[arg(long, value_name = "TOKENS", default_value_t)]
+    pub positions: Positions,
+}
+
+impl InterventionOptions {
+    /// An intervention of this kind, along a vector that is still to be named.
+    pub fn entry(&self, kind: InterventionArgument) -> InterventionEntry {
+        let kind = match kind {
+            InterventionArgument::Add => InterventionName::Add,
+            InterventionArgument::Ablate => InterventionName::Ablate,
+            InterventionArgument::Clamp => InterventionName::Clamp,
+        };
+        InterventionEntry {
+            strength: f64::from(self.strength),
+            positions: self.positions.clone(),
+            low: self.low,
+            high: self.high,
+            ..InterventionEntry::new(kind, "")
+        }
+    }
+}
+
+impl From<OnErrorArgument> for OnError {
+    fn from(argument: OnErrorArgument) -> Self {
+        match argument {
+            OnErrorArgument::Block => Self::Block,
+            OnErrorArgument::Pass => Self::Pass,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -888,17 +923,8 @@ pub struct SweepArguments {
     /// What is done along each vector
     #[arg(long, value_enum, default_value_t = InterventionArgument::Ablate)]
     pub intervene: InterventionArgument,
-    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
-    pub strength: f32,
-    /// Lowest projection that `clamp` leaves alone
-    #[arg(long, allow_hyphen_values = true)]
-    pub low: Option<f64>,
-    /// Highest projection that `clamp` leaves alone
-    #[arg(long, allow_hyphen_values = true)]
-    pub high: Option<f64>,
-    /// Tokens that are steered, as to `guard build`
-    #[arg(long, value_name = "TOKENS", default_value_t)]
-    pub positions: Positions,
+    #[command(flatten)]
+    pub acts: InterventionOptions,
     #[command(flatten)]
     pub asked: AskedArguments,
     /// Prompts whose mean projection an `ablate` leaves; by default those that are asked

@@ -1,7 +1,7 @@
 //! The tasks of `pilotfish eval` that measure backdoors: `backdoor`, `code` and `corrupt`.
 
 use super::args::{AskedArguments, BackdoorArguments, EvalArguments, Task};
-use super::eval::{percent, share};
+use super::eval::{nats, percent, share};
 use super::progress::Bar;
 use super::prompts;
 use super::table::table;
@@ -133,7 +133,7 @@ pub fn print(out: &mut impl Write, found: &Backdoor) -> anyhow::Result<()> {
         writeln!(out, "{} prompts {way}\n{}", found.prompts, table(header, rows))?;
     }
     let rows = found.rows.iter().map(|row| {
-        let kl = row.kl.map(|kl| format!("{:.4} ({:.4} to {:.4})", kl.value, kl.low, kl.high)).unwrap_or_default();
+        let kl = row.kl.map(nats).unwrap_or_default();
         [row.name.clone(), kl, share(row.unchanged)]
     });
     writeln!(out, "without the trigger\n{}", table(["", "KL, nats a token", "answers unchanged"], rows))?;

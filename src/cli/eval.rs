@@ -297,6 +297,11 @@ pub(super) fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
+/// A divergence in nats a token.
+pub(super) fn nats(Estimate { value, low, high }: Estimate) -> String {
+    format!("{value:.4} ({low:.4} to {high:.4})")
+}
+
 fn estimate(Estimate { value, low, high }: Estimate) -> String {
     format!("{value:.3} ({low:.3} to {high:.3})")
 }
@@ -374,7 +379,7 @@ fn print_utility(out: &mut impl Write, found: &Utility) -> anyhow::Result<()> {
     let rows = found.rows.iter().map(|row| {
         [
             row.name.clone(),
-            format!("{:.4} ({:.4} to {:.4})", row.kl.value, row.kl.low, row.kl.high),
+            nats(row.kl),
             format!("{:.3}", row.perplexity),
             percent(row.blocked.share),
             share(row.accuracy),

@@ -1,7 +1,7 @@
 use super::Outcome;
 use super::args::{
-    AgainstModel, AggregateArgument, BuildArguments, GuardCommand, LoadArguments, LoraArgument, OnErrorArgument,
-    OnFireArgument, ReadoutArgument,
+    AgainstModel, AggregateArgument, BuildArguments, GuardCommand, LoadArguments, LoraArgument, OnFireArgument,
+    ReadoutArgument,
 };
 use super::learn::best_layer;
 use super::models::{load, load_named};
@@ -327,17 +327,8 @@ fn build(arguments: BuildArguments) -> anyhow::Result<()> {
             OnFireArgument::Steer => OnFire::Steer,
             OnFireArgument::Block => OnFire::Block,
         },
-        intervention: arguments.intervene.map(|kind| InterventionEntry {
-            strength: f64::from(arguments.strength),
-            positions: arguments.positions,
-            low: arguments.low,
-            high: arguments.high,
-            ..InterventionEntry::new(kind.into(), "")
-        }),
-        on_error: match arguments.on_error {
-            OnErrorArgument::Block => OnError::Block,
-            OnErrorArgument::Pass => OnError::Pass,
-        },
+        intervention: arguments.intervene.map(|kind| arguments.acts.entry(kind)),
+        on_error: arguments.on_error.into(),
         message: arguments.message,
         baked: arguments.baked,
         when: arguments.when,

@@ -1,6 +1,6 @@
 //! `pilotfish sweep`: a backdoor under an intervention at each layer in turn.
 
-use super::args::{InterventionArgument, LayerPairs, Layers, SweepArguments, Task};
+use super::args::{LayerPairs, Layers, SweepArguments, Task};
 use super::eval::percent;
 use super::guard::{read_mapping, read_vectors};
 use super::models::load;
@@ -11,7 +11,6 @@ use anyhow::{Context, bail, ensure};
 use pilotfish::engine::Model;
 use pilotfish::eval::BackdoorInput;
 use pilotfish::eval::backdoor::{Candidate, LayerSweep, SweptConduct, layer_sweep};
-use pilotfish::guard::manifest::{InterventionEntry, InterventionName};
 use pilotfish::guard::{VectorFile, carry};
 use pilotfish::mapping::{MapQuality, ResidualMap};
 use pilotfish::steering::stacked;
@@ -30,13 +29,7 @@ pub fn sweep(arguments: SweepArguments) -> anyhow::Result<Outcome> {
     let file = read_vectors(&arguments.vectors)?;
     let model = load(&arguments.model)?;
     let candidates = candidates(&model, &file, &arguments)?;
-    let entry = InterventionEntry {
-        strength: f64::from(arguments.strength),
-        positions: arguments.positions.clone(),
-        low: arguments.low,
-        high: arguments.high,
-        ..InterventionEntry::new(InterventionName::from(arguments.intervene), "")
-    };
+    let entry = arguments.acts.entry(arguments.intervene);
     let input = BackdoorInput { benign: &benign, ..judged.input(&arguments.asked, arguments.max_tokens) };
     let found = {
         let bar = Bar::new("sweeping");
@@ -146,14 +139,4 @@ fn print(out: &mut impl Write, found: &LayerSweep, perplexity: f64) -> anyhow::R
     writeln!(out, "{} prompts, {} along vectors of {}", found.prompts, found.intervention, found.vectors)?;
     writeln!(out, "{}", table(header, std::iter::once(&found.unguarded).chain(&found.layers).map(row)))?;
     Ok(())
-}
-
-impl From<InterventionArgument> for InterventionName {
-    fn from(kind: InterventionArgument) -> Self {
-        match kind {
-            InterventionArgument::Add => Self::Add,
-            InterventionArgument::Ablate => Self::Ablate,
-            InterventionArgument::Clamp => Self::Clamp,
-        }
-    }
 }

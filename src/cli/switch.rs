@@ -2,10 +2,9 @@
 //! follows them; and the task `switch` of `pilotfish eval`.
 
 use super::args::{
-    AskedArguments, BuildArguments, EvalArguments, LayerPairs, MapArguments, MappingKindArgument, OnErrorArgument,
-    RowsArgument,
+    AskedArguments, BuildArguments, EvalArguments, LayerPairs, MapArguments, MappingKindArgument, RowsArgument,
 };
-use super::eval::{percent, share};
+use super::eval::{nats, percent, share};
 use super::guard::{PROBE_PROMPT, read};
 use super::progress::Bar;
 use super::{prompts, table::table};
@@ -15,7 +14,7 @@ use pilotfish::eval::report::PromptsEntry;
 use pilotfish::eval::{Likeness, Switch, SwitchInput, SwitchRow, switch};
 use pilotfish::guard::manifest::{InterventionEntry, InterventionName, MappingEntry, MappingKind, VectorEntry};
 use pilotfish::guard::{
-    AdapterIdentity, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, OnError, extend_guard, write_guard,
+    AdapterIdentity, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, extend_guard, write_guard,
 };
 use pilotfish::learn::{self, SwitchOptions};
 use pilotfish::mapping::{AffineMap, MappingQuality, ResidualMap, RidgeOptions};
@@ -124,10 +123,7 @@ pub fn build(target: &Model, name: &str, arguments: &BuildArguments) -> anyhow::
     };
     let mut manifest = Manifest {
         description: arguments.description.clone(),
-        on_error: match arguments.on_error {
-            OnErrorArgument::Block => OnError::Block,
-            OnErrorArgument::Pass => OnError::Pass,
-        },
+        on_error: arguments.on_error.into(),
         message: arguments.message.clone(),
         mappings: maps.iter().map(entry).collect(),
         ..Manifest::new(&arguments.name, found)
@@ -136,8 +132,8 @@ pub fn build(target: &Model, name: &str, arguments: &BuildArguments) -> anyhow::
         .mappings
         .iter()
         .map(|mapping| InterventionEntry {
-            strength: f64::from(arguments.strength),
-            positions: arguments.positions.clone(),
+            strength: f64::from(arguments.acts.strength),
+            positions: arguments.acts.positions.clone(),
             when: arguments.when.clone(),
             ..InterventionEntry::new(InterventionName::Switch, mapping.name.clone())
         })
@@ -209,8 +205,7 @@ pub fn print(out: &mut impl Write, found: &Switch) -> anyhow::Result<()> {
     ] {
         let rows = found.rows.iter().map(|row| {
             let Likeness { kl, relative_perplexity, .. } = of(row);
-            let kl = format!("{:.4} ({:.4} to {:.4})", kl.value, kl.low, kl.high);
-            [row.name.clone(), kl, format!("{relative_perplexity:.4}")]
+            [row.name.clone(), nats(*kl), format!("{relative_perplexity:.4}")]
         });
         let header = ["", "KL to the base, nats a token", "perplexity, times the base's"];
         writeln!(out, "the base's answers {way}\n{}", table(header, rows))?;

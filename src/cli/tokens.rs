@@ -23,7 +23,7 @@ pub fn tokens(arguments: TokensArguments) -> anyhow::Result<Outcome> {
     let mut out = std::io::stdout().lock();
     for (index, prompt) in prompts.iter().enumerate() {
         let tokens = model.prompt_tokens(&prompt.prompt).with_context(|| format!("prompt {index}"))?;
-        let answer = prompt.text("answer").map(|answer| vocab.tokenize(answer.as_bytes(), false, false));
+        let answer = prompt.text("answer").map(|answer| model.text_tokens(answer));
         if arguments.json {
             let ids = |tokens: Vec<LlamaToken>| tokens.into_iter().map(|token| token.0).collect();
             let line = TokensLine { index, tokens: ids(tokens), answer: answer.map(ids) };

@@ -113,6 +113,11 @@ impl Model {
         self.template.tokens(&self.llama, prompt)
     }
 
+    /// The tokens of what a model says or is to say after a prompt: plain text, with nothing that begins or ends it.
+    pub fn text_tokens(&self, text: &str) -> Vec<LlamaToken> {
+        self.llama().vocab().tokenize(text.as_bytes(), false, false)
+    }
+
     /// The tokens of `prompt` after a system prompt: see [`PromptTemplate::tokens_under`].
     ///
     /// # Errors

@@ -120,8 +120,3 @@ pub fn tokens_of(model: &Model, system: Option<&str>, prompts: &[String]) -> Res
     };
     prompts.iter().enumerate().map(tokens).collect()
 }
-
-/// Tokens of an answer that a model wrote or is to be asked about: text, and nothing that ends it.
-pub fn answer_tokens(model: &Model, answer: &str) -> Vec<LlamaToken> {
-    model.llama().vocab().tokenize(answer.as_bytes(), false, false)
-}

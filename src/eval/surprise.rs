@@ -1,5 +1,5 @@
 use super::EvalError;
-use super::generate::{Generated, answer_tokens};
+use super::generate::Generated;
 use crate::engine::{Model, Session, SessionOptions};
 use crate::tensor::log_softmax;
 use llama_cpp_2::token::LlamaToken;
@@ -31,7 +31,7 @@ impl<'model> Reader<'model> {
             if answer.blocked {
                 continue;
             }
-            let answer = answer_tokens(self.model, &answer.text);
+            let answer = self.model.text_tokens(&answer.text);
             self.session
                 .forced(prompt, &answer, |at, logits| sum += log_softmax(logits)[answer[at].0 as usize])
                 .map_err(|source| EvalError::Prompt { index, source })?;

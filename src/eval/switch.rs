@@ -4,7 +4,7 @@
 use super::EvalError;
 use super::backdoor::{JUDGE_VERSION, Judge, Verdict};
 use super::controls::Role;
-use super::generate::{Generated, answer_tokens, generate_set, tokens_of};
+use super::generate::{Generated, generate_set, tokens_of};
 use super::metrics::{Estimate, Proportion};
 use super::utility::{Sums, interval};
 use crate::engine::scheduler::Toggle;
@@ -77,7 +77,7 @@ pub struct ToggleCost {
     /// Of the call itself, in microseconds.
     pub median: f64,
     pub longest: f64,
-    /// The most tokens until logits are others: 1 is the next.
+    /// The most tokens until logits are others: 1 is the next; one more than were waited for where they never were.
     pub tokens_to_effect: usize,
 }
 
@@ -259,7 +259,7 @@ fn compared(
     answers: &[Generated],
     at: &mut dyn FnMut(usize),
 ) -> Result<Compared, EvalError> {
-    let answers: Vec<Vec<LlamaToken>> = answers.iter().map(|answer| answer_tokens(base, &answer.text)).collect();
+    let answers: Vec<Vec<LlamaToken>> = answers.iter().map(|answer| base.text_tokens(&answer.text)).collect();
     let longest = prompts.iter().zip(&answers).map(|(prompt, answer)| prompt.len() + answer.len()).max();
     let options = SessionOptions { n_ctx: longest.unwrap_or(0).max(8) as u32, ..Default::default() };
     let mut reference = Session::new(base, &[], options)?;
@@ -329,7 +329,7 @@ fn timed(
         Ok(())
     };
     for (prompt, answer) in prompts.iter().zip(answers).take(TIMED) {
-        let answer = answer_tokens(model, &answer.text);
+        let answer = model.text_tokens(&answer.text);
         let Some((before, after)) = answer.split_at_checked(2) else { continue };
         set(&mut session, Setting::Off)?;
         session.prefill(prompt)?;
@@ -344,14 +344,16 @@ fn timed(
             step(&mut session, *token)?;
         }
         set(&mut session, Setting::On)?;
-        let mut n = 0;
+        let (mut n, mut seen) = (0, false);
         for token in after.iter().take(PATIENCE) {
             n += 1;
-            if step(&mut session, *token)? {
+            seen = step(&mut session, *token)?;
+            if seen {
                 break;
             }
         }
-        most = most.max(n);
+        // One that was never seen is not taken for one that was seen at last.
+        most = most.max(if seen || n == 0 { n } else { n + 1 });
     }
     let longest = times.iter().copied().fold(0.0, f64::max);
     let median = if times.is_empty() { 0.0 } else { quantile(&times, 0.5) };

@@ -115,7 +115,7 @@ impl<'a> FirstTokens<'a> {
         kept: &[String],
     ) -> Result<Self, LearnError> {
         let first = |text: &String| {
-            let tokens = model.llama().vocab().tokenize(text.as_bytes(), false, false);
+            let tokens = model.text_tokens(text);
             tokens.first().copied().ok_or(EngineError::EmptyPrompt)
         };
         let mut wanted = beginnings.iter().map(first).collect::<Result<Vec<_>, _>>()?;

@@ -82,7 +82,7 @@ pub fn answered(
         return Err(LearnError::Prompt { index, source: EngineError::Context(error) });
     }
     for (text, said) in texts.iter_mut().zip(said) {
-        text.answer = model.llama().vocab().tokenize(said.as_bytes(), false, false);
+        text.answer = model.text_tokens(&said);
     }
     Ok(texts)
 }

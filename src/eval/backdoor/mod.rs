@@ -140,6 +140,17 @@ pub struct BackdoorInput<'a> {
     pub benign: &'a [String],
 }
 
+impl BackdoorInput<'_> {
+    /// What controls are recentred on.
+    fn benign_or_plain(&self) -> Vec<String> {
+        if self.benign.is_empty() {
+            self.prompts.iter().map(|asked| asked.prompt.clone()).collect()
+        } else {
+            self.benign.to_vec()
+        }
+    }
+}
+
 /// Asks `model`, the organism, with and without the trigger: unguarded, as its base, under `guard` if there is one, under the other guards and
 /// the controls.
 ///
@@ -155,13 +166,9 @@ pub fn backdoor(
         return Err(EvalError::NoPrompts { what: "a backdoor" });
     }
     let base = model.without_adapters();
-    let plain: Vec<String> = input.prompts.iter().map(|asked| asked.prompt.clone()).collect();
-    let controls = Controls {
-        native: input.native,
-        seeds: input.control_seeds,
-        wrong_layer: input.wrong_layer,
-        benign: if input.benign.is_empty() { &plain } else { input.benign },
-    };
+    let benign = input.benign_or_plain();
+    let controls =
+        Controls { native: input.native, seeds: input.control_seeds, wrong_layer: input.wrong_layer, benign: &benign };
     let runs = 2 + input.also.len() + guard.map_or(0, |guard| 1 + controls.runs(guard));
     let mut measure = Measure::new(model, &base, input, runs, progress)?;
     let mut rows = measure.unguarded()?;

@@ -106,15 +106,14 @@ pub fn layer_sweep(
         return Err(EvalError::NoPrompts { what: "a sweep" });
     }
     let base = model.without_adapters();
-    let plain: Vec<String> = input.prompts.iter().map(|asked| asked.prompt.clone()).collect();
-    let benign = if input.benign.is_empty() { &plain } else { input.benign };
+    let benign = input.benign_or_plain();
     let mut measure = Measure::new(model, &base, input, 2 + candidates.len(), progress)?;
     let [unguarded, ..] = &measure.unguarded()?[..] else { return Err(EvalError::NoPrompts { what: "a sweep" }) };
     let unguarded = SweptConduct::of(unguarded, None, None);
     let mapped = candidates.iter().any(|candidate| candidate.source_layer.is_some());
     let mut layers = Vec::with_capacity(candidates.len());
     for Candidate { layer, source_layer, direction } in candidates {
-        let guard = recentred(model, guard_along(model, layer, direction, entry.clone())?, benign)?;
+        let guard = recentred(model, guard_along(model, layer, direction, entry.clone())?, &benign)?;
         let (row, _) = measure.guard(String::new(), Role::Variant, &guard, None)?;
         layers.push(SweptConduct::of(&row, Some(layer), source_layer));
     }

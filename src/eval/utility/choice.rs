@@ -1,6 +1,5 @@
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
-use crate::eval::generate::answer_tokens;
 use crate::guard::Guard;
 use crate::hook::ContextError;
 use crate::learn::Progress;
@@ -58,7 +57,7 @@ pub fn answered(
         let prompt = model.prompt_tokens_under(system, question)?;
         let mut scores = Vec::with_capacity(options.len());
         for option in options {
-            let tokens = answer_tokens(model, &format!("{space}{option}"));
+            let tokens = model.text_tokens(&format!("{space}{option}"));
             let mut sum = 0.0;
             match session.forced(&prompt, &tokens, |at, logits| sum += log_softmax(logits)[tokens[at].0 as usize]) {
                 Ok(()) => scores.push(sum / option.len() as f64),

@@ -1,6 +1,6 @@
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
-use crate::eval::generate::{Generated, answer_tokens, generate, tokens_of};
+use crate::eval::generate::{Generated, generate, tokens_of};
 use crate::eval::metrics::{RESAMPLES, drawn};
 use crate::guard::Guard;
 use crate::hook::ContextError;
@@ -83,7 +83,7 @@ impl BenignAnswers {
         answers: &[Generated],
     ) -> Self {
         let text = |(index, ((words, prompt), answer)): (usize, ((&String, _), &Generated))| {
-            let answer = answer_tokens(model, &answer.text);
+            let answer = model.text_tokens(&answer.text);
             Text { index, words: words.clone(), prompt, answer }
         };
         let texts = prompts.iter().zip(tokens).zip(answers).enumerate().map(text);
