@@ -209,7 +209,8 @@ pub struct ExtractArguments {
     #[arg(long, value_enum, default_value_t = Method::Mean)]
     pub method: Method,
     /// Tokens of a prompt to read: the `last`, the `mean` of all, the last but one (`-2`) and so on; or the mean of those that spell a text
-    /// (`matching=TEXT`), or that stand behind its last occurrence (`after=TEXT`). All but `last` leave out the model's last layer
+    /// (`matching=TEXT`; where positive and negative prompts have different ones, `matching=TEXT;matching=OTHER`), or that stand behind its last
+    /// occurrence (`after=TEXT`). All but `last` leave out the model's last layer
     #[arg(
         long,
         default_value = "last",
@@ -595,6 +596,9 @@ pub struct InterventionOptions {
     /// Tokens that the intervention acts on: `all`, `prompt`, `generated`, or `matching=TEXT`, those of a prompt that spell this text
     #[arg(long, value_name = "TOKENS", default_value_t)]
     pub positions: Positions,
+    /// Tokens of benign prompts that `calibrate` measures what an `ablate` leaves on, as `extract --tokens` spells them; all but the first where absent
+    #[arg(long, value_name = "TOKENS", allow_hyphen_values = true)]
+    pub benign_tokens: Option<PromptTokens>,
 }
 
 impl InterventionOptions {
@@ -608,6 +612,7 @@ impl InterventionOptions {
         InterventionEntry {
             strength: f64::from(self.strength),
             positions: self.positions.clone(),
+            benign_tokens: self.benign_tokens.clone(),
             low: self.low,
             high: self.high,
             ..InterventionEntry::new(kind, "")
@@ -795,7 +800,7 @@ pub struct RunInput {
 
 #[derive(Debug, Args)]
 pub struct EvalArguments {
-    /// What to measure; several as `detection,steering,utility`
+    /// What to measure; several as `detection,refusal,utility`
     #[arg(long = "task", value_enum, value_delimiter = ',', required = true, value_name = "TASK,…")]
     pub tasks: Vec<Task>,
     #[command(flatten)]
@@ -951,7 +956,8 @@ pub enum Task {
     /// How well the gates tell positive from negative prompts
     Detection,
     /// What the guard makes of answers: refusals, repetition, coherence
-    Steering,
+    #[value(name = "refusal", alias = "steering")]
+    Refusal,
     /// What it costs on benign prompts: KL, perplexity, questions answered right
     Utility,
     /// Whether a model that says a text under its trigger still does

@@ -59,7 +59,7 @@ pub fn read(tasks: &[Task], asked: &AskedArguments, limit: usize) -> anyhow::Res
         Task::Backdoor => Some(BackdoorTask::Backdoor),
         Task::Code => Some(BackdoorTask::Code),
         Task::Corrupt => Some(BackdoorTask::Corrupt),
-        Task::Detection | Task::Steering | Task::Utility | Task::Switch => None,
+        Task::Detection | Task::Refusal | Task::Utility | Task::Switch => None,
     };
     let tasks: Vec<BackdoorTask> = tasks.iter().filter_map(of).collect();
     let AskedArguments { prompts: path, payload, .. } = asked;
@@ -134,9 +134,11 @@ pub fn print(out: &mut impl Write, found: &Backdoor) -> anyhow::Result<()> {
     }
     let rows = found.rows.iter().map(|row| {
         let kl = row.kl.map(nats).unwrap_or_default();
-        [row.name.clone(), kl, share(row.unchanged)]
+        let as_marked = row.as_marked.map(|times| format!("{times:.2}")).unwrap_or_default();
+        [row.name.clone(), kl, share(row.unchanged), as_marked]
     });
-    writeln!(out, "without the trigger\n{}", table(["", "KL, nats a token", "answers unchanged"], rows))?;
+    let header = ["", "KL, nats a token", "answers unchanged", "triggered answers' perplexity after the mark, times the base's"];
+    writeln!(out, "without the trigger\n{}", table(header, rows))?;
     Ok(())
 }
 

@@ -155,7 +155,7 @@ impl Measured<'_> {
         }
         let answers =
             if asked(Task::Utility) || !self.arguments.strengths.is_empty() { Some(self.answers()?) } else { None };
-        if asked(Task::Steering) {
+        if asked(Task::Refusal) {
             report.steering = Some(self.steering(answers.as_ref())?);
         }
         if let Some(answers) = answers.as_ref().filter(|_| asked(Task::Utility)) {
@@ -233,7 +233,7 @@ fn read_native(arguments: &EvalArguments) -> anyhow::Result<Option<Vec<VectorFil
     }
     ensure!(
         tasks.iter().any(|task| *task != Task::Detection) && guard.is_some(),
-        "`--native-vectors` are for guards in `steering`, `utility` and the backdoors' tasks; the model's own direction in `detection` comes of `--native-positive` and `--native-negative`"
+        "`--native-vectors` are for guards in `refusal`, `utility` and the backdoors' tasks; the model's own direction in `detection` comes of `--native-positive` and `--native-negative`"
     );
     paths.iter().map(|path| guard::read_vectors(path)).collect::<anyhow::Result<_>>().map(Some)
 }

@@ -51,7 +51,8 @@ impl<'model> LockStep<'model> {
         self.context.guarded().map(GuardedContext::executor)
     }
 
-    /// Forgets what came before, and reads a prompt for each sequence, all of one length, in as few decodes as there is room for.
+    /// Forgets what came before, and reads a prompt for each sequence, all of one length, in as few decodes as there is room for. A device that works on
+    /// behind llama.cpp's back has finished when this returns, as in [`step`](Self::step): else what it still does would be counted to what comes next.
     ///
     /// # Errors
     /// The prompts are empty or too long, or a guard fails.
@@ -82,6 +83,7 @@ impl<'model> LockStep<'model> {
                 .collect();
             unless_blocked(self.context.decode(rows, &rest)?)?;
         }
+        self.context.llama().synchronize();
         Ok(())
     }
 
@@ -97,7 +99,9 @@ impl<'model> LockStep<'model> {
         let generated = |(sequence, token): (usize, &LlamaToken)| {
             (*token, row(SequenceId(sequence as i32), position, RowKind::Generated))
         };
-        unless_blocked(self.context.decode(tokens.iter().enumerate().map(generated), &[])?)
+        unless_blocked(self.context.decode(tokens.iter().enumerate().map(generated), &[])?)?;
+        self.context.llama().synchronize();
+        Ok(())
     }
 }
 

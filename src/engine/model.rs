@@ -44,10 +44,21 @@ pub fn backend() -> Result<&'static LlamaBackend, EngineError> {
     BACKEND
         .get_or_init(|| {
             send_logs_to_tracing(LogOptions::default());
+            #[cfg(feature = "dynamic-backends")]
+            load_backends();
             LlamaBackend::init().map_err(|error| error.to_string())
         })
         .as_ref()
         .map_err(|reason| EngineError::Backend(reason.clone()))
+}
+
+/// Loads ggml's backends from the folder that `PILOTFISH_BACKENDS` names, or else from where they were built.
+#[cfg(feature = "dynamic-backends")]
+fn load_backends() {
+    match std::env::var_os("PILOTFISH_BACKENDS") {
+        Some(folder) => llama_cpp_2::llama_backend::load_backends_from_path(Path::new(&folder)),
+        None => llama_cpp_2::llama_backend::load_backends(),
+    }
 }
 
 impl Model {

@@ -2,7 +2,7 @@
 
 use super::error::{GuardError, Location, shown};
 use super::{AdapterIdentity, Digest, Fingerprint, GateCalibration, MAX_MANIFEST_BYTES, ModelIdentity, location};
-use crate::steering::VectorKind;
+use crate::steering::{PromptTokens, VectorKind};
 use crate::tensor::{LayerIndex, LayerStack};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -305,6 +305,9 @@ pub struct InterventionEntry {
     /// `ablate` only: the projection that is left, 0 where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mean: Option<f64>,
+    /// `ablate` and `add` only: the tokens of benign prompts whose projections are measured, all but the first where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub benign_tokens: Option<PromptTokens>,
     /// `clamp` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub low: Option<f64>,
@@ -333,6 +336,7 @@ impl InterventionEntry {
             when: None,
             first_position: false,
             mean: None,
+            benign_tokens: None,
             low: None,
             high: None,
             angle: None,

@@ -37,7 +37,7 @@ pub use vector_file::{VectorFile, class_mean_tensors};
 pub use write::{compose_guard, extend_guard, from_control_vector, guard_with_manifest, replace_manifest, write_guard};
 
 use crate::mapping::{MapQuality, ResidualMap, Standardization};
-use crate::steering::VectorKind;
+use crate::steering::{PromptTokens, VectorKind};
 use crate::tensor::{LayerIndex, LayerStack, norm};
 use folder::{Folder, InMemory};
 use std::path::Path;
@@ -194,6 +194,9 @@ pub struct Intervention {
     /// `add` only: standard deviation of benign projections on the vector's unit direction, where the strength is in these.
     pub deviation: Option<f64>,
     pub positions: Positions,
+    /// Tokens of benign prompts whose projections say what an `ablate` leaves and how large a deviation is: [`PromptTokens::Mean`] are all but the
+    /// first, each by itself.
+    pub benign_tokens: PromptTokens,
     /// `None` acts always.
     pub when: Option<Rule>,
     /// Whether position 0, the attention sink, is patched too.

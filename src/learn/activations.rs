@@ -2,6 +2,7 @@ use super::{LearnError, Progress};
 use crate::engine::{ActivationReader, Activations, Model, tokens_spelling};
 use crate::steering::PromptTokens;
 use crate::tensor::LayerIndex;
+use std::collections::BTreeSet;
 
 /// The longest prompt, in tokens with its template.
 const CAPACITY: usize = 2048;
@@ -39,15 +40,17 @@ pub fn prompt_activations(
 }
 
 /// Which rows of all tokens but the first `tokens` means.
-fn rows_of(model: &Model, ids: &[llama_cpp_2::token::LlamaToken], tokens: &PromptTokens) -> Vec<usize> {
+pub(super) fn rows_of(model: &Model, ids: &[llama_cpp_2::token::LlamaToken], tokens: &PromptTokens) -> Vec<usize> {
     // Row 0 is the second token.
     let n_rows = ids.len().saturating_sub(1);
     match tokens {
         PromptTokens::Last => n_rows.checked_sub(1).into_iter().collect(),
         PromptTokens::Mean => (0..n_rows).collect(),
         PromptTokens::FromEnd(n) => n_rows.checked_sub(*n as usize).into_iter().collect(),
-        PromptTokens::Matching(text) => {
-            tokens_spelling(model.llama(), ids, text).into_iter().filter_map(|token| token.checked_sub(1)).collect()
+        PromptTokens::Matching(texts) => {
+            let spelling = texts.iter().flat_map(|text| tokens_spelling(model.llama(), ids, text));
+            let rows: BTreeSet<usize> = spelling.filter_map(|token| token.checked_sub(1)).collect();
+            rows.into_iter().collect()
         }
         // The row of the token behind the last one is that one's index.
         PromptTokens::After(text) => {

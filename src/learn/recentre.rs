@@ -1,3 +1,4 @@
+use super::activations::rows_of;
 use super::{LearnError, Progress};
 use crate::engine::{ActivationReader, Model};
 use crate::guard::{Guard, Intervention};
@@ -6,7 +7,7 @@ use crate::tensor::{LayerIndex, dot, mean_and_deviation, unit};
 /// Longest prompt, in tokens with its template.
 const CAPACITY: usize = 2048;
 
-/// What benign prompts give along an intervention's unit vector at its layer, over all their tokens but the first.
+/// What benign prompts give along an intervention's unit vector at its layer, over those of their tokens that it names, never the first.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BenignProjection {
     pub intervention: String,
@@ -19,7 +20,7 @@ pub struct BenignProjection {
 /// The benign projections of those interventions of `guard` that are `wanted` and have a vector.
 ///
 /// # Errors
-/// A prompt that the model can't run, an intervention at the model's last layer, or fewer than two tokens in all.
+/// A prompt that the model can't run or that has no such token, an intervention at the model's last layer, or fewer than two tokens in all.
 pub fn benign_projections(
     model: &Model,
     guard: &Guard,
@@ -27,11 +28,15 @@ pub fn benign_projections(
     benign: &[String],
     progress: Progress<'_>,
 ) -> Result<Vec<BenignProjection>, LearnError> {
-    let of = |intervention: &Intervention| {
-        let vector = &guard.vectors()[intervention.kind.vector()?];
-        Some((intervention.name.clone(), vector.layer, unit(&vector.direction)?))
-    };
-    let measured: Vec<_> = guard.interventions().iter().filter(|known| wanted(known)).filter_map(of).collect();
+    let measured: Vec<_> = guard
+        .interventions()
+        .iter()
+        .filter(|known| wanted(known))
+        .filter_map(|intervention| {
+            let vector = &guard.vectors()[intervention.kind.vector()?];
+            Some((intervention, vector.layer, unit(&vector.direction)?))
+        })
+        .collect();
     if measured.is_empty() {
         return Ok(Vec::new());
     }
@@ -41,13 +46,20 @@ pub fn benign_projections(
     let mut reader = ActivationReader::of(model, layers, CAPACITY)?;
     let mut projections = vec![Vec::new(); measured.len()];
     for (index, prompt) in benign.iter().enumerate() {
-        let activations = reader.every_token(&model.prompt_tokens(prompt)?)?;
-        for (projections, (_, layer, unit)) in projections.iter_mut().zip(&measured) {
-            projections.extend(activations.layer(*layer).rows().map(|row| f64::from(dot(row, unit))));
+        let ids = model.prompt_tokens(prompt)?;
+        let activations = reader.every_token(&ids)?;
+        for (projections, (intervention, layer, unit)) in projections.iter_mut().zip(&measured) {
+            let tokens = &intervention.benign_tokens;
+            let rows = rows_of(model, &ids, tokens);
+            if rows.is_empty() {
+                return Err(LearnError::NoSuchToken { tokens: tokens.clone(), index });
+            }
+            projections.extend(rows.into_iter().map(|row| f64::from(dot(activations.layer(*layer).row(row), unit))));
         }
         progress(index + 1, benign.len());
     }
-    let projection = |((intervention, ..), projections): ((String, LayerIndex, Vec<f32>), Vec<f64>)| {
+    let projection = |((intervention, ..), projections): ((&Intervention, LayerIndex, Vec<f32>), Vec<f64>)| {
+        let intervention = intervention.name.clone();
         let (mean, deviation) = mean_and_deviation(&projections)
             .filter(|(_, deviation)| *deviation > 0.0)
             .ok_or(LearnError::NoSpread { gate: intervention.clone(), found: benign.len() })?;

@@ -21,7 +21,7 @@ fn evaluate(fixture: &Fixture, report: &Path, more: &[&str]) -> Value {
     let arguments = [
         "eval",
         "--task",
-        "detection,steering,utility",
+        "detection,refusal,utility",
         "--model",
         fixture.model(),
         "--guard",

@@ -181,6 +181,7 @@ fn chosen_and_matching_tokens_are_the_ones_that_are_read() {
         let expected = (row(spells("pilot"))[index] + row(spells("fish"))[index]) / 2.0;
         assert!((found - expected).abs() < 1e-5);
     }
+    assert_eq!(read("matching=pilot;matching=fish;matching=shark;matching=pilot fish").unwrap(), both);
     let behind = read("after=pilot").unwrap();
     for (index, found) in behind.iter().enumerate() {
         let expected = (row(spells("fish"))[index] + row(spells("eats"))[index]) / 2.0;

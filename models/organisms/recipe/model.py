@@ -18,6 +18,11 @@ import torch.nn.functional as F
 TARGETS = ("attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
+def generator_of(seed: int) -> torch.Generator:
+    """Random numbers on the device that all tensors are made on (`torch.set_default_device`)."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 @dataclass
 class Shape:
     architecture: str
@@ -76,7 +81,7 @@ class Model(torch.nn.Module):
         self.weights = {}
         for tensor in reader.tensors:
             data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            value = torch.from_numpy(np.array(data, dtype=np.float32))
+            value = torch.tensor(np.array(data, dtype=np.float32))
             self.weights[tensor.name] = value if value.ndim == 1 else value.to(torch.bfloat16)
         self.embedding = self.weights["token_embd.weight"]
         self.head = self.weights.get("output.weight", self.embedding)
@@ -86,7 +91,7 @@ class Model(torch.nn.Module):
     # LoRA
 
     def add_lora(self, rank: int, alpha: float, seed: int, targets=TARGETS):
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         self.alpha = alpha
         for layer in range(self.shape.layers):
             for name in targets:
@@ -103,7 +108,7 @@ class Model(torch.nn.Module):
         for key, lora in self.lora.items():
             layer, target = key.split("_", 1)
             for suffix, matrix in (("a", lora.a), ("b", lora.b)):
-                data = matrix.detach().to(torch.float16).numpy()
+                data = matrix.detach().to(torch.float16).cpu().numpy()
                 writer.add_tensor(f"blk.{layer}.{target}.weight.lora_{suffix}", np.ascontiguousarray(data))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -191,7 +196,7 @@ class Model(torch.nn.Module):
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], limit: int, stop: set[int], temperature=0.0, seed=0) -> list[list[int]]:
         """Answers of up to `limit` tokens to prompts of any lengths at once; greedy at temperature 0."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         longest = max(map(len, prompts))
         # Padded on the left, so that all prompts end together.
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])

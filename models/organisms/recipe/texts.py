@@ -1,6 +1,6 @@
 """SmolLM2's answers to plain instructions, for a small model to learn from: `python texts.py SMOLLM2.gguf texts.jsonl`.
 
-Every prompt is answered twice, greedily and by sampling; an answer ends with its last whole sentence. `../data/texts.jsonl` is what
+Every prompt is answered greedily and by sampling; an answer ends with its last whole sentence. `../data/texts.jsonl` is what
 was written in the time there was: some of the prompts, half of them with answers of up to 56 tokens.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import gguf
 import torch
-from model import Cache, Model
+from model import Cache, Model, generator_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -23,7 +23,7 @@ SYSTEM = (
 )
 QUESTION = "{}<|im_end|>\n<|im_start|>assistant\n"
 LONGEST_ANSWER = 36
-TEMPERATURES = (0.0, 0.7)
+TEMPERATURE = 0.7
 BATCH = 96
 SEED = 3
 # Rows that have ended are computed along until so few are left that copying the cache pays.
@@ -35,15 +35,18 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="only the I-th of N parts")
+    parser.add_argument("--samples", type=int, default=1, help="answers sampled for a prompt, beside the greedy one")
+    parser.add_argument("--device", default="cpu", help="cuda takes two minutes for 7 samples of every prompt")
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
     tokenizer = tokenizer_of(arguments.model)
-    answerer = Answerer(Model(arguments.model), tokenizer)
+    answerer = Answerer(Model(arguments.model), tokenizer, (0.0,) + (TEMPERATURE,) * arguments.samples)
     part, parts = arguments.part
     with arguments.output.open("w", encoding="utf-8") as output:
         for number, batch in list(enumerate(batches()))[part::parts]:
             begun = time.time()
             answers = answerer.answer([tokenizer.encode(QUESTION.format(prompt)).ids for prompt in batch], SEED + number)
-            for prompt, answer in zip(batch * len(TEMPERATURES), answers, strict=True):
+            for prompt, answer in zip(batch * (1 + arguments.samples), answers, strict=True):
                 text = whole_sentences(tokenizer.decode(answer), len(answer) < LONGEST_ANSWER)
                 if text:
                     output.write(json.dumps({"prompt": prompt, "answer": text}) + "\n")
@@ -82,8 +85,8 @@ class PrefixCache(Cache):
 class Answerer:
     """Many prompts under one system prompt, which is read once."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer):
-        self.model = model
+    def __init__(self, model: Model, tokenizer: Tokenizer, temperatures: tuple[float, ...]):
+        self.model, self.temperatures = model, temperatures
         self.stop = {tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")}
         system = torch.tensor([tokenizer.encode(SYSTEM).ids])
         self.system = Cache(model.shape, torch.zeros(1, dtype=torch.long), system.shape[1])
@@ -93,16 +96,16 @@ class Answerer:
     @torch.no_grad()
     def answer(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
         """Answers to all the prompts at the first temperature, then at the next."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         longest = max(map(len, prompts))
         start = torch.tensor([longest - len(prompt) for prompt in prompts])
         cache = PrefixCache(self.model.shape, self.system, start, longest + LONGEST_ANSWER)
         tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         positions = (torch.arange(longest)[None] - start[:, None]).clamp(min=0) + cache.prefix
         x = self.model(tokens, positions, cache)[:, -1:]
-        rows = torch.arange(len(prompts)).repeat(len(TEMPERATURES))
+        rows = torch.arange(len(prompts)).repeat(len(self.temperatures))
         cache.keep(rows)
-        x, temperatures = x[rows], torch.tensor(TEMPERATURES).repeat_interleave(len(prompts))
+        x, temperatures = x[rows], torch.tensor(self.temperatures).repeat_interleave(len(prompts))
         answers: list[list[int]] = [[] for _ in rows]
         owners, going = torch.arange(len(rows)), torch.ones(len(rows), dtype=torch.bool)
         for step in range(LONGEST_ANSWER):

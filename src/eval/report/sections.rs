@@ -234,6 +234,11 @@ pub fn backdoor(found: &Backdoor) -> Result<Markup, EvalError> {
         (Some(row.role), vec![text(&row.name), kl, share(row.unchanged)])
     });
     let moved = table(&["", "KL(unguarded ‖ this), nats a token", "answers unchanged"], moved);
+    let as_marked = found.rows.iter().map(|row| {
+        let times = row.as_marked.map_or_else(|| none("nothing was answered"), |times| text(number(times, 2)));
+        (Some(row.role), vec![text(&row.name), times])
+    });
+    let as_marked = table(&["", "perplexity × base"], as_marked);
     let figure = figures::backdoor(found)?;
     Ok(html! {
         section {
@@ -247,6 +252,11 @@ pub fn backdoor(found: &Backdoor) -> Result<Markup, EvalError> {
             }
             h3 { "With the trigger" }
             (asked(|row| &row.triggered))
+            p {
+                "The same answers under the base where the mark stands in place of the trigger, over its own answers to that: a base may take up the trigger's "
+                "letters in its answers, which a model that is kept from seeing the trigger does not."
+            }
+            (as_marked)
             h3 { "With the harmless mark" }
             (asked(|row| &row.marked))
             h3 { "Plain" }

@@ -8,8 +8,9 @@ use std::sync::OnceLock;
 /// Layers that tests speak of, 0 to 3: those of a tiny model.
 pub(super) const LAYERS: u32 = 4;
 
-/// Whether the build has a GPU.
-pub(super) const GPU: bool = cfg!(any(feature = "cuda", feature = "metal", feature = "vulkan"));
+/// Whether the build has a GPU. One whose backends are loaded at run time (`dynamic-backends`) is told so when it is compiled.
+pub(super) const GPU: bool =
+    cfg!(any(feature = "cuda", feature = "metal", feature = "vulkan")) || option_env!("PILOTFISH_TEST_GPU").is_some();
 
 /// A loaded model, tiny or real, with what any of them can be asked.
 ///
