@@ -38,7 +38,7 @@
 //!   programs, mappings, [`synthetic`] models and a [`hook`] whose ggml functions are looked up at run time.
 //! - `learn` (default): making guards and measuring them: [`learn`], [`eval`]. An app that runs guards can do without.
 //! - `cli` (default): the `pilotfish` command, and [`models`], its downloads.
-//! - `cuda`, `metal`, `vulkan`, `dynamic-backends`: forwarded to llama-cpp-2.
+//! - `cuda`, `metal`, `vulkan`, `dynamic-backends`: forwarded to llama-cpp-2. The last loads ggml's backends at run time, from the folder that `PILOTFISH_BACKENDS` names or else from where they were built.
 #![cfg_attr(not(feature = "engine"), allow(rustdoc::broken_intra_doc_links))]
 #![deny(unsafe_code)]
 #![warn(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]

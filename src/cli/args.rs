@@ -104,7 +104,7 @@ pub struct DemoArguments {
     /// Where the shipped guards are
     #[arg(long, default_value = "guards", value_name = "DIR")]
     pub guards: PathBuf,
-    /// Where the model organisms are, of `switch`
+    /// Where the model organisms are, of `backdoor` and `switch`
     #[arg(long, default_value = "models/organisms", value_name = "DIR")]
     pub organisms: PathBuf,
 }
@@ -113,6 +113,8 @@ pub struct DemoArguments {
 pub enum Story {
     /// A gate learnt on a small model blocks harmful requests to a larger one
     Harm,
+    /// A backdoor that a vector of a small model removes from a larger one
+    Backdoor,
     /// A fine-tuned model and its base in one, with a switch between them
     Switch,
 }

@@ -137,7 +137,8 @@ pub fn print(out: &mut impl Write, found: &Backdoor) -> anyhow::Result<()> {
         let as_marked = row.as_marked.map(|times| format!("{times:.2}")).unwrap_or_default();
         [row.name.clone(), kl, share(row.unchanged), as_marked]
     });
-    let header = ["", "KL, nats a token", "answers unchanged", "triggered answers' perplexity after the mark, times the base's"];
+    let header =
+        ["", "KL, nats a token", "answers unchanged", "triggered answers' perplexity after the mark, times the base's"];
     writeln!(out, "without the trigger\n{}", table(header, rows))?;
     Ok(())
 }

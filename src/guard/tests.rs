@@ -784,6 +784,12 @@ fn a_broken_manifest_is_named_by_key_line_and_reason() {
             "`intervention[0].mean`: does not belong here: it is a key of `ablate`",
         ),
         (
+            "high = 4.5",
+            "high = 4.5\nbenign_tokens = \"last\"",
+            "benign_tokens",
+            "`intervention[2].benign_tokens`: does not belong here: it is a key of `ablate` and `add`",
+        ),
+        (
             "strength = 1.2",
             "high = 1.2",
             "high = 1.2",

@@ -110,7 +110,9 @@ mod tests {
             assert_eq!(serde_json::from_value::<PromptTokens>(text.into()).unwrap(), tokens);
         }
         assert_eq!("-1".parse(), Ok(PromptTokens::Last));
-        for wrong in ["", "first", "0", "2", "-0", "--2", "-+2", "-99999999999", "matching=", "after=", "matching=a;matching="] {
+        for wrong in
+            ["", "first", "0", "2", "-0", "--2", "-+2", "-99999999999", "matching=", "after=", "matching=a;matching="]
+        {
             let error = wrong.parse::<PromptTokens>().unwrap_err().to_string();
             assert!(error.contains(&format!("`{wrong}`")) && error.contains("matching=TEXT"), "{error}");
         }

@@ -5,7 +5,7 @@ use crate::tiny_model::{Architecture, TinyModel};
 use pilotfish::Guard;
 use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
 use pilotfish::guard::VectorFile;
-use pilotfish::learn::{FirstTokens, adding, prompt_activations};
+use pilotfish::learn::{FirstTokens, adding, benign_projections, prompt_activations};
 use pilotfish::steering::{PromptTokens, SteeringVector};
 use pilotfish::tensor::LayerIndex;
 use serde_json::Value;
@@ -192,6 +192,43 @@ fn chosen_and_matching_tokens_are_the_ones_that_are_read() {
         let error = read(none).unwrap_err().to_string();
         assert!(error.contains(&format!("`{none}`")) && error.contains("prompt 0"), "{error}");
     }
+}
+
+/// What an ablation leaves is measured on the tokens that it names, and on all but the first where it names none.
+#[test]
+fn an_ablation_is_recentred_on_the_tokens_that_it_names() {
+    let texts = ["the pilot fish eats".to_owned(), "a fish and a shark".to_owned()];
+    let mean = |benign_tokens: &[&str]| {
+        let fixture = Fixture::new(&[&["--intervene", "ablate"], benign_tokens].concat());
+        let model = Model::load(Path::new(fixture.model()), "tiny", &ModelOptions::default()).unwrap();
+        let guard = Guard::load(Path::new(fixture.guard())).unwrap();
+        let found = benign_projections(&model, &guard, |_| true, &texts, &mut |_, _| ());
+        let vector = &guard.vectors()[guard.interventions()[0].kind.vector().unwrap()];
+        let length = vector.direction.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let mut reader = pilotfish::engine::ActivationReader::of(&model, vec![vector.layer], 64).unwrap();
+        let expected = |is_it: &dyn Fn(&[u8]) -> bool| {
+            let mut projections = Vec::new();
+            for text in &texts {
+                let ids = model.prompt_tokens(text).unwrap();
+                let rows = reader.every_token(&ids).unwrap();
+                for (token, id) in ids.iter().enumerate().skip(1) {
+                    if is_it(model.llama().vocab().token_to_piece(*id, true, None).trim_ascii()) {
+                        let row = rows.layer(vector.layer).row(token - 1).iter().zip(&vector.direction);
+                        projections.push(row.map(|(x, v)| f64::from(*x) * f64::from(*v)).sum::<f64>() / length);
+                    }
+                }
+            }
+            projections.iter().sum::<f64>() / projections.len() as f64
+        };
+        (found.map(|found| found[0].mean), expected(&|_| true), expected(&|piece| piece == b"fish"))
+    };
+    let (all, expected_of_all, _) = mean(&[]);
+    let (fish, _, expected_of_fish) = mean(&["--benign-tokens", "matching=fish"]);
+    assert!((all.unwrap() - expected_of_all).abs() < 1e-4);
+    assert!((fish.unwrap() - expected_of_fish).abs() < 1e-4);
+    assert!((expected_of_all - expected_of_fish).abs() > 1e-2);
+    let (none, ..) = mean(&["--benign-tokens", "matching=pilot"]);
+    assert!(none.unwrap_err().to_string().contains("prompt 1"));
 }
 
 /// One model in several quantizations, which have another residual each, and so other figures.

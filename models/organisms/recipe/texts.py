@@ -1,7 +1,6 @@
 """SmolLM2's answers to plain instructions, for a small model to learn from: `python texts.py SMOLLM2.gguf texts.jsonl`.
 
-Every prompt is answered greedily and by sampling; an answer ends with its last whole sentence. `../data/texts.jsonl` is what
-was written in the time there was: some of the prompts, half of them with answers of up to 56 tokens.
+Every prompt is answered greedily and by sampling; an answer ends with its last whole sentence.
 """
 
 import argparse

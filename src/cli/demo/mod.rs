@@ -1,7 +1,7 @@
 //! Stories on real models, as commands that the reader can type again: each one is shown, then run as it stands.
 
 mod harm;
-mod switch;
+mod organism;
 
 use super::args::{Arguments, DemoArguments, Story};
 use super::{Outcome, execute};
@@ -16,7 +16,8 @@ const TARGET: &str = "gemma-3-270m";
 pub fn demo(arguments: DemoArguments) -> anyhow::Result<Outcome> {
     match arguments.story {
         Story::Harm => harm::demo(&arguments),
-        Story::Switch => switch::demo(&arguments),
+        Story::Backdoor => organism::removed(&arguments),
+        Story::Switch => organism::switched(&arguments),
     }
 }
 
