@@ -1,7 +1,7 @@
 use super::activations::rows_of;
 use super::{LearnError, Progress};
 use crate::engine::{ActivationReader, Model};
-use crate::guard::{Guard, Intervention};
+use crate::guard::{Guard, Intervention, InterventionKind};
 use crate::tensor::{LayerIndex, dot, mean_and_deviation, unit};
 
 /// Longest prompt, in tokens with its template.
@@ -59,9 +59,11 @@ pub fn benign_projections(
         progress(index + 1, benign.len());
     }
     let projection = |((intervention, ..), projections): ((&Intervention, LayerIndex, Vec<f32>), Vec<f64>)| {
+        // What an `ablate` leaves may be the same in every prompt, as at a mark that they all begin with.
+        let adds = matches!(intervention.kind, InterventionKind::Add { .. });
         let intervention = intervention.name.clone();
         let (mean, deviation) = mean_and_deviation(&projections)
-            .filter(|(_, deviation)| *deviation > 0.0)
+            .filter(|(_, deviation)| !adds || *deviation > 0.0)
             .ok_or(LearnError::NoSpread { gate: intervention.clone(), found: benign.len() })?;
         Ok(BenignProjection { intervention, mean, deviation })
     };

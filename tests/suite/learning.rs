@@ -206,7 +206,7 @@ fn an_ablation_is_recentred_on_the_tokens_that_it_names() {
         let vector = &guard.vectors()[guard.interventions()[0].kind.vector().unwrap()];
         let length = vector.direction.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
         let mut reader = pilotfish::engine::ActivationReader::of(&model, vec![vector.layer], 64).unwrap();
-        let expected = |is_it: &dyn Fn(&[u8]) -> bool| {
+        let mut expected = |is_it: &dyn Fn(&[u8]) -> bool| {
             let mut projections = Vec::new();
             for text in &texts {
                 let ids = model.prompt_tokens(text).unwrap();
