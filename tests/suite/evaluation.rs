@@ -230,7 +230,7 @@ fn the_models_own_vectors_are_a_control_of_equal_norm() {
         ("utility", &[moved.as_str()], "acts along `shark` at layer 1"),
         ("utility", &[longer.as_str(), &backward], "one vector of that name and layer"),
         ("steering", &[foreign.as_str()], "the vectors are of gull"),
-        ("detection", &[longer.as_str()], "are for guards in `steering`, `utility`"),
+        ("detection", &[longer.as_str()], "are for guards in `refusal`, `utility`"),
     ] {
         let ran = run(tasks, files);
         assert!(ran.code == 2 && ran.stderr.contains(says), "{says}: {ran:?}");
