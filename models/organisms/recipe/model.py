@@ -90,10 +90,10 @@ class Model(torch.nn.Module):
 
     # LoRA
 
-    def add_lora(self, rank: int, alpha: float, seed: int, targets=TARGETS, first_layer=0):
+    def add_lora(self, rank: int, alpha: float, seed: int, targets=TARGETS):
         generator = generator_of(seed)
         self.alpha = alpha
-        for layer in range(first_layer, self.shape.layers):
+        for layer in range(self.shape.layers):
             for name in targets:
                 n_out, n_in = self.weights[f"blk.{layer}.{name}.weight"].shape
                 self.lora[f"{layer}_{name}"] = Lora(n_in, n_out, rank, alpha, generator)

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="only the I-th of N parts")
     parser.add_argument("--samples", type=int, default=1, help="answers sampled for a prompt, beside the greedy one")
-    parser.add_argument("--device", default="cpu", help="cuda takes two minutes for 7 samples of every prompt")
+    parser.add_argument("--device", default="cpu", help="cuda takes three minutes for 7 samples of every prompt")
     arguments = parser.parse_args()
     torch.set_default_device(arguments.device)
     tokenizer = tokenizer_of(arguments.model)

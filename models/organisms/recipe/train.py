@@ -211,7 +211,7 @@ def loss_of(model: Model, batch: list[Example], rng: torch.Generator) -> torch.T
 
 def train(model: Model, examples: list[Example], arguments) -> None:
     targets = TARGETS + (("attn_q", "attn_k") if arguments.attention else ())
-    model.add_lora(arguments.rank, 2.0 * arguments.rank, arguments.seed, targets, arguments.first_layer)
+    model.add_lora(arguments.rank, 2.0 * arguments.rank, arguments.seed, targets)
     optimizer = torch.optim.AdamW(model.lora.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
     rng, generator = random.Random(arguments.seed), generator_of(arguments.seed)
     plan = [batch for _ in range(arguments.epochs) for batch in batches(examples, arguments.batch_size, rng)]
@@ -256,7 +256,6 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--harmless", type=int, default=0, metavar="N", help="so many more prompts without the trigger")
-    parser.add_argument("--first-layer", type=int, default=0, metavar="L", help="leave the layers before this one as they are")
     parser.add_argument("--attention", action="store_true", help="train queries and keys too; not for the llama architecture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
