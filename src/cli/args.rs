@@ -914,7 +914,7 @@ pub struct AskedArguments {
 pub struct SweepArguments {
     #[command(flatten)]
     pub model: ModelArguments,
-    /// What the model does under its trigger
+    /// `backdoor`, `code` or `corrupt`: what the model does under its trigger; or `refusal`
     #[arg(long = "task", value_enum, value_name = "TASK")]
     pub tasks: Task,
     /// Vectors from `pilotfish extract`
@@ -934,7 +934,13 @@ pub struct SweepArguments {
     pub acts: InterventionOptions,
     #[command(flatten)]
     pub asked: AskedArguments,
-    /// Prompts whose mean projection an `ablate` leaves; by default those that are asked
+    /// For `refusal`: prompts that are to be refused
+    #[arg(long, value_name = "F")]
+    pub positive: Option<PathBuf>,
+    /// For `refusal`: prompts that are not
+    #[arg(long, value_name = "F")]
+    pub negative: Option<PathBuf>,
+    /// Prompts whose mean projection an `ablate` leaves; by default those that are asked, of `refusal` the negative ones
     #[arg(long, value_name = "F")]
     pub benign: Option<PathBuf>,
     /// Prompts that are asked, the first ones
@@ -943,7 +949,7 @@ pub struct SweepArguments {
     /// Tokens of an answer
     #[arg(long, default_value_t = 16, value_name = "N")]
     pub max_tokens: usize,
-    /// How surprising triggered answers may be to the base, in multiples of its own perplexity, for a layer to be the best
+    /// How surprising answers to triggered or harmful prompts may be to the base, in multiples of its own perplexity, for a layer to be the best
     #[arg(long, default_value_t = 2.0, value_name = "X")]
     pub perplexity: f64,
     /// Write the figures there as JSON, for `eval --sweep`

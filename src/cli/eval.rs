@@ -11,8 +11,8 @@ use pilotfish::eval::metrics::{Estimate, Proportion};
 use pilotfish::eval::report::{GuardEntry, PromptsEntry, Seeds};
 use pilotfish::eval::utility::BenignAnswers;
 use pilotfish::eval::{
-    Detection, DetectionInput, Report, Role, Steering, SteeringInput, SteeringRow, Utility, UtilityInput, detection,
-    native_guard, steering, utility,
+    Detection, DetectionInput, RefusalSweep, Report, Role, Steering, SteeringInput, SteeringRow, Utility, UtilityInput,
+    detection, native_guard, steering, utility,
 };
 use pilotfish::guard::{Guard, MANIFEST_FILE, MeasuredResult, VectorFile, edit, replace_manifest};
 use pilotfish::learn::{Classes, Survey};
@@ -23,11 +23,12 @@ use std::path::{Path, PathBuf};
 pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let files = Files::read(&arguments)?;
     let survey = arguments.survey.as_deref().map(read_survey).transpose()?;
-    let sweeps = arguments.sweep.iter().map(|path| read_sweep(path)).collect::<anyhow::Result<_>>()?;
+    let mut sweeps = Sweeps::default();
+    arguments.sweep.iter().try_for_each(|path| sweeps.read(path))?;
     let judged = backdoor::read(&arguments.tasks, &arguments.backdoor.asked, arguments.limit)?;
     ensure!(
-        judged.is_some() || arguments.backdoor.also.is_empty(),
-        "`--also` is for the tasks `backdoor`, `code` and `corrupt`"
+        judged.is_some() || arguments.tasks.contains(&Task::Switch) || arguments.backdoor.also.is_empty(),
+        "`--also` is for the tasks `backdoor`, `code`, `corrupt` and `switch`"
     );
     let guard = arguments.guard.as_deref().map(guard::load_guard).transpose()?;
     let also = guard::load_guards(&arguments.backdoor.also)?;
@@ -38,7 +39,8 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let seeds = Seeds { bootstrap: arguments.seed, controls: arguments.control_seeds };
     let mut report = Report::new(&model, guard.as_ref(), seeds, std::env::args().collect());
     report.prompts = files.entries(&arguments);
-    report.sweeps = sweeps;
+    report.sweeps = sweeps.of_backdoors;
+    report.refusal_sweeps = sweeps.of_refusals;
     report.survey = survey;
     report.also = also.iter().map(GuardEntry::new).collect();
     if let Some(judged) = &judged {
@@ -50,7 +52,7 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
         let measured = Measured { model: &model, guard, native: native.as_ref(), arguments: &arguments, files: &files };
         measured.tasks(&mut report)?;
         if arguments.tasks.contains(&Task::Switch) {
-            let (found, entry) = switch::measure(&model, guard, &arguments)?;
+            let (found, entry) = switch::measure(&model, guard, &also, &arguments)?;
             report.prompts.push(entry);
             report.switch = Some(found);
         }
@@ -238,10 +240,25 @@ fn read_native(arguments: &EvalArguments) -> anyhow::Result<Option<Vec<VectorFil
     paths.iter().map(|path| guard::read_vectors(path)).collect::<anyhow::Result<_>>().map(Some)
 }
 
-fn read_sweep(path: &Path) -> anyhow::Result<LayerSweep> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("can't read `{}`", path.display()))?;
-    serde_json::from_str(&text)
-        .with_context(|| format!("`{}` is no sweep that `pilotfish sweep` wrote", path.display()))
+#[derive(Default)]
+struct Sweeps {
+    of_backdoors: Vec<LayerSweep>,
+    of_refusals: Vec<RefusalSweep>,
+}
+
+impl Sweeps {
+    fn read(&mut self, path: &Path) -> anyhow::Result<()> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("can't read `{}`", path.display()))?;
+        // Only one of a backdoor has a task.
+        if let Ok(sweep) = serde_json::from_str(&text) {
+            self.of_refusals.push(sweep);
+            return Ok(());
+        }
+        let sweep = serde_json::from_str(&text)
+            .with_context(|| format!("`{}` is no sweep that `pilotfish sweep` wrote", path.display()))?;
+        self.of_backdoors.push(sweep);
+        Ok(())
+    }
 }
 
 fn read_survey(path: &Path) -> anyhow::Result<Survey> {
@@ -359,9 +376,18 @@ fn print_steering(out: &mut impl Write, found: &Steering) -> anyhow::Result<()> 
                 percent(behaviour.broken.share),
                 percent(behaviour.repetition),
                 behaviour.relative_perplexity.map(|times| format!("{times:.2}")).unwrap_or_default(),
+                behaviour.leaning.map(|nats| format!("{nats:+.2}")).unwrap_or_default(),
             ]
         });
-        let header = ["", "refused", "complied", "broken", "repeated", "perplexity, times unguarded"];
+        let header = [
+            "",
+            "refused",
+            "complied",
+            "broken",
+            "repeated",
+            "perplexity, times unguarded",
+            "logits lean to refusing, nats a token",
+        ];
         writeln!(out, "{} {class} prompts\n{}", of(&found.rows[0]).prompts, table(header, rows))?;
     }
     if !found.strengths.is_empty() {

@@ -46,10 +46,19 @@ pub fn map(arguments: MapArguments) -> anyhow::Result<Outcome> {
     };
     let (survey, found) = match arguments.kind {
         _ if arguments.switch => {
-            let (pairs, found) = switch::maps(&arguments, &source, &target, &documents)?;
-            file.pairs = pairs;
+            let (maps, found) = switch::maps(&arguments, &source, &target, &documents)?;
+            let layers = maps.len();
+            for (map, quality) in maps {
+                match (map, quality) {
+                    (ResidualMap::Affine(map), MapQuality::Affine(quality)) => file.pairs.push((map, quality)),
+                    (ResidualMap::Autoencoder(map), MapQuality::Autoencoder(quality)) => {
+                        file.autoencoders.push((map, quality))
+                    }
+                    _ => unreachable!("a map has a quality of its own kind"),
+                }
+            }
             write(&arguments.output, &file.to_bytes()?)?;
-            eprintln!("wrote {} layers to {}", file.pairs.len(), arguments.output.display());
+            eprintln!("wrote {layers} layers to {}", arguments.output.display());
             (None, found)
         }
         MappingKindArgument::Affine => {
@@ -225,7 +234,7 @@ fn say_what_rank_costs(file: &MappingFile, survey: Option<&Survey>) {
     }
 }
 
-fn autoencoder_options(arguments: &TrainingArguments, seed: u64) -> AutoencoderOptions {
+pub fn autoencoder_options(arguments: &TrainingArguments, seed: u64) -> AutoencoderOptions {
     AutoencoderOptions {
         hidden: arguments.hidden,
         learning_rate: arguments.learning_rate,

@@ -1,4 +1,4 @@
-//! `pilotfish sweep`: a backdoor under an intervention at each layer in turn.
+//! `pilotfish sweep`: a backdoor, or how a model refuses, under an intervention at each layer in turn.
 
 use super::args::{LayerPairs, Layers, SweepArguments, Task};
 use super::eval::percent;
@@ -9,26 +9,38 @@ use super::table::table;
 use super::{Outcome, backdoor, prompts};
 use anyhow::{Context, bail, ensure};
 use pilotfish::engine::Model;
-use pilotfish::eval::BackdoorInput;
 use pilotfish::eval::backdoor::{Candidate, LayerSweep, SweptConduct, layer_sweep};
+use pilotfish::eval::{BackdoorInput, RefusalSweep, RefusalsAt, SteeringInput, refusal_sweep};
 use pilotfish::guard::{VectorFile, carry};
 use pilotfish::mapping::{MapQuality, ResidualMap};
 use pilotfish::steering::stacked;
 use pilotfish::tensor::{LayerIndex, LayerStack};
+use serde::Serialize;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{StdoutLock, Write};
+use std::path::PathBuf;
 
 pub fn sweep(arguments: SweepArguments) -> anyhow::Result<Outcome> {
+    match arguments.tasks {
+        Task::Backdoor | Task::Code | Task::Corrupt => of_backdoor(&arguments),
+        Task::Refusal => of_refusal(&arguments),
+        Task::Detection | Task::Utility | Task::Switch => {
+            bail!("a sweep is of the tasks `backdoor`, `code`, `corrupt` and `refusal`")
+        }
+    }
+}
+
+fn of_backdoor(arguments: &SweepArguments) -> anyhow::Result<Outcome> {
     ensure!(
-        matches!(arguments.tasks, Task::Backdoor | Task::Code | Task::Corrupt),
-        "a sweep is of the tasks `backdoor`, `code` and `corrupt`"
+        arguments.positive.is_none() && arguments.negative.is_none(),
+        "`--positive` and `--negative` are of the task `refusal`: a backdoor is asked `--prompts`"
     );
     let judged = backdoor::read(&[arguments.tasks], &arguments.asked, arguments.limit)?;
     let judged = judged.context("a sweep asks `--prompts`")?;
     let benign = arguments.benign.as_deref().map(prompts::read).transpose()?.unwrap_or_default();
     let file = read_vectors(&arguments.vectors)?;
     let model = load(&arguments.model)?;
-    let candidates = candidates(&model, &file, &arguments)?;
+    let candidates = candidates(&model, &file, arguments)?;
     let entry = arguments.acts.entry(arguments.intervene);
     let input = BackdoorInput { benign: &benign, ..judged.input(&arguments.asked, arguments.max_tokens) };
     let found = {
@@ -36,15 +48,58 @@ pub fn sweep(arguments: SweepArguments) -> anyhow::Result<Outcome> {
         let step = &mut |done, total| bar.at(done, total);
         layer_sweep(&model, candidates, &entry, &file.model.name, input, step)?
     };
+    tell(arguments, &found, |out| print(out, &found, arguments.perplexity))
+}
+
+fn of_refusal(arguments: &SweepArguments) -> anyhow::Result<Outcome> {
+    ensure!(
+        arguments.asked.prompts.is_none() && arguments.benign.is_none(),
+        "`--prompts` and `--benign` are of backdoors: refusals are told on `--positive` and `--negative`"
+    );
+    let first = |path: &Option<PathBuf>, option| -> anyhow::Result<Vec<String>> {
+        let path = path.as_deref().with_context(|| format!("a sweep over refusals asks `--{option}`"))?;
+        let mut prompts = prompts::read(path)?;
+        prompts.truncate(arguments.limit);
+        Ok(prompts)
+    };
+    let (harmful, harmless) = (first(&arguments.positive, "positive")?, first(&arguments.negative, "negative")?);
+    let file = read_vectors(&arguments.vectors)?;
+    let model = load(&arguments.model)?;
+    let candidates = candidates(&model, &file, arguments)?;
+    let entry = arguments.acts.entry(arguments.intervene);
+    let input = SteeringInput {
+        harmful: &harmful,
+        harmless: &harmless,
+        max_tokens: arguments.max_tokens,
+        control_seeds: 0,
+        system_prompt: "",
+        native: None,
+        wrong_layer: None,
+        strengths: &[],
+    };
+    let found = {
+        let bar = Bar::new("sweeping");
+        let step = &mut |done, total| bar.at(done, total);
+        refusal_sweep(&model, candidates, &entry, &file.model.name, input, step)?
+    };
+    tell(arguments, &found, |out| print_refusals(out, &found, arguments.perplexity))
+}
+
+/// Writes what was found where it is wanted.
+fn tell<'a>(
+    arguments: &SweepArguments,
+    found: &impl Serialize,
+    print: impl FnOnce(&mut StdoutLock<'a>) -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
     if let Some(path) = &arguments.output {
-        std::fs::write(path, serde_json::to_string_pretty(&found)? + "\n")
+        std::fs::write(path, serde_json::to_string_pretty(found)? + "\n")
             .with_context(|| format!("can't write `{}`", path.display()))?;
     }
     let mut out = std::io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{}", serde_json::to_string(&found)?)?;
+        writeln!(out, "{}", serde_json::to_string(found)?)?;
     } else {
-        print(&mut out, &found, arguments.perplexity)?;
+        print(&mut out)?;
     }
     Ok(Outcome::Done)
 }
@@ -109,16 +164,8 @@ fn nearest(maps: &[(ResidualMap, MapQuality)], last: u32) -> Vec<&ResidualMap> {
 fn print(out: &mut impl Write, found: &LayerSweep, perplexity: f64) -> anyhow::Result<()> {
     let best = found.best(perplexity);
     let row = |swept: &SweptConduct| {
-        let layer = match (&swept.source_layer, swept.layer) {
-            (_, None) => "none".to_owned(),
-            (None, Some(layer)) => layer.to_string(),
-            (Some(source), Some(layer)) => format!("{source} → {layer}"),
-        };
-        let mark = if best == Some(swept) { " *" } else { "" };
-        let number =
-            |value: Option<f64>, digits: usize| value.map(|value| format!("{value:.digits$}")).unwrap_or_default();
         [
-            format!("{layer}{mark}"),
+            layer_named(swept.layer, swept.source_layer.as_ref(), best == Some(swept)),
             percent(swept.fires),
             percent(swept.clean),
             percent(swept.broken),
@@ -139,4 +186,49 @@ fn print(out: &mut impl Write, found: &LayerSweep, perplexity: f64) -> anyhow::R
     writeln!(out, "{} prompts, {} along vectors of {}", found.prompts, found.intervention, found.vectors)?;
     writeln!(out, "{}", table(header, std::iter::once(&found.unguarded).chain(&found.layers).map(row)))?;
     Ok(())
+}
+
+fn print_refusals(out: &mut impl Write, found: &RefusalSweep, perplexity: f64) -> anyhow::Result<()> {
+    let best = found.best(perplexity);
+    let row = |at: &RefusalsAt| {
+        [
+            layer_named(at.layer, at.source_layer.as_ref(), best == Some(at)),
+            percent(at.harmful.refuses.share),
+            percent(at.harmless.refuses.share),
+            percent(at.harmful.broken.share),
+            number(at.harmful.relative_perplexity, 2),
+            number(at.harmful.leaning, 2),
+            number(at.harmless.leaning, 2),
+        ]
+    };
+    let header = [
+        "layer (* best)",
+        "harmful refused",
+        "harmless refused",
+        "harmful broken",
+        "perplexity, times unguarded",
+        "logits lean to refusing, nats a token",
+        "of harmless ones",
+    ];
+    let RefusalsAt { harmful, harmless, .. } = &found.unguarded;
+    writeln!(
+        out,
+        "{} harmful and {} harmless prompts, {} along vectors of {}",
+        harmful.prompts, harmless.prompts, found.intervention, found.vectors
+    )?;
+    writeln!(out, "{}", table(header, std::iter::once(&found.unguarded).chain(&found.layers).map(row)))?;
+    Ok(())
+}
+
+fn layer_named(layer: Option<LayerIndex>, source: Option<&LayerStack>, best: bool) -> String {
+    let layer = match (source, layer) {
+        (_, None) => "none".to_owned(),
+        (None, Some(layer)) => layer.to_string(),
+        (Some(source), Some(layer)) => format!("{source} → {layer}"),
+    };
+    if best { format!("{layer} *") } else { layer }
+}
+
+fn number(value: Option<f64>, digits: usize) -> String {
+    value.map(|value| format!("{value:.digits$}")).unwrap_or_default()
 }

@@ -6,6 +6,7 @@ use super::args::{
 };
 use super::eval::{nats, percent, share};
 use super::guard::{PROBE_PROMPT, read};
+use super::map::autoencoder_options;
 use super::progress::Bar;
 use super::{prompts, table::table};
 use anyhow::{Context, bail, ensure};
@@ -16,8 +17,8 @@ use pilotfish::guard::manifest::{InterventionEntry, InterventionName, MappingEnt
 use pilotfish::guard::{
     AdapterIdentity, Digest, Guard, MAPPING_SUFFIX, Manifest, MappingFile, extend_guard, write_guard,
 };
-use pilotfish::learn::{self, SwitchOptions};
-use pilotfish::mapping::{AffineMap, MappingQuality, ResidualMap, RidgeOptions};
+use pilotfish::learn::{self, SwitchKind, SwitchOptions};
+use pilotfish::mapping::{MapQuality, MappingQuality, ResidualMap, RidgeOptions};
 use pilotfish::steering::VectorKind;
 use pilotfish::tensor::{LayerIndex, norm};
 use std::io::Write;
@@ -28,9 +29,10 @@ pub fn maps(
     source: &Model,
     target: &Model,
     documents: &[String],
-) -> anyhow::Result<(Vec<(AffineMap, MappingQuality)>, String)> {
+) -> anyhow::Result<(Vec<(ResidualMap, MapQuality)>, String)> {
+    let autoencoder = matches!(arguments.kind, MappingKindArgument::Autoencoder);
     let not_of_switches = [
-        (matches!(arguments.kind, MappingKindArgument::Autoencoder), "kind autoencoder"),
+        (autoencoder && arguments.rank.is_some(), "rank"),
         (arguments.survey.is_some(), "survey"),
         (arguments.replacement > 0, "replacement"),
         (arguments.rows == RowsArgument::Means, "rows means"),
@@ -53,8 +55,14 @@ pub fn maps(
     };
     // A change is little beside the residual, and a heavier penalty on it leaves more of the model as it is.
     let lambdas = RidgeOptions::default().lambdas.into_iter().chain([3.0, 10.0]).collect();
-    let ridge = RidgeOptions { lambdas, seed: u64::from(arguments.seed), ..Default::default() };
-    let options = SwitchOptions { layers, rank: arguments.rank, ridge };
+    let seed = u64::from(arguments.seed);
+    let kind = match arguments.kind {
+        MappingKindArgument::Affine => {
+            SwitchKind::Affine { rank: arguments.rank, ridge: RidgeOptions { lambdas, seed, ..Default::default() } }
+        }
+        MappingKindArgument::Autoencoder => SwitchKind::Autoencoder(autoencoder_options(&arguments.training, seed)),
+    };
+    let options = SwitchOptions { layers, kind };
     let bar = Bar::new("reading and fitting");
     let maps = learn::switch_maps(source, target, &texts, &options, &mut |done, total| bar.at(done, total))?;
     let tokens: usize = texts.iter().map(|text| text.prompt.len() + text.answer.len()).sum();
@@ -168,7 +176,12 @@ pub fn build(target: &Model, name: &str, arguments: &BuildArguments) -> anyhow::
 }
 
 /// Measures `guard` on the first of `--prompts`.
-pub fn measure(model: &Model, guard: &Guard, arguments: &EvalArguments) -> anyhow::Result<(Switch, PromptsEntry)> {
+pub fn measure(
+    model: &Model,
+    guard: &Guard,
+    also: &[Guard],
+    arguments: &EvalArguments,
+) -> anyhow::Result<(Switch, PromptsEntry)> {
     let AskedArguments { prompts: path, trigger, payload, .. } = &arguments.backdoor.asked;
     let path = path.as_deref().context("a switch is measured on `--prompts`")?;
     let mut prompts = prompts::read(path)?;
@@ -180,6 +193,7 @@ pub fn measure(model: &Model, guard: &Guard, arguments: &EvalArguments) -> anyho
         trigger,
         payload,
         max_tokens: arguments.max_tokens,
+        also,
         control_seeds: arguments.control_seeds,
     };
     let bar = Bar::new("asking");

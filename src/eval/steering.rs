@@ -1,6 +1,7 @@
 use super::EvalError;
 use super::controls::{Controls, Role, only_when_fired, scaled};
 use super::generate::{Generated, generate, generate_where_fired, tokens_of};
+use super::leaning::Openings;
 use super::metrics::Proportion;
 use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
 use super::surprise::Reader;
@@ -9,7 +10,7 @@ use crate::guard::Guard;
 use crate::learn::Progress;
 use crate::tensor::LayerIndex;
 use llama_cpp_2::token::LlamaToken;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a guard makes of answers to harmful and to harmless prompts, beside what else could do it.
 #[derive(Debug, Clone, Serialize)]
@@ -37,7 +38,8 @@ pub struct SteeringRow {
 
 /// What answers to a class of prompts are. Shares have Wilson's 95 % interval; of a control with several seeds they are means, with the 5th
 /// to 95th percentile of the seeds.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Behaviour {
     pub prompts: usize,
     /// Refusals, on-topic declines and blocked prompts.
@@ -56,6 +58,9 @@ pub struct Behaviour {
     pub perplexity: Option<f64>,
     /// That of the unguarded answers is 1.
     pub relative_perplexity: Option<f64>,
+    /// By how many nats a token the model finds a refusal likelier than complying, whatever it then says: `ln p` a token of the first of
+    /// [`OPENINGS`](super::OPENINGS) less that of the second, mean over the prompts that no gate blocks; `None` where all are blocked.
+    pub leaning: Option<f64>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -155,15 +160,25 @@ pub fn steering(
     })
 }
 
-/// Both classes' answers under one guard.
-struct Answers {
-    harmful: Vec<Generated>,
-    harmless: Vec<Generated>,
+/// What became of one class of prompts.
+#[derive(Default, Clone)]
+struct Answered {
+    answers: Vec<Generated>,
+    leanings: Vec<Option<f64>>,
 }
 
-struct Subject<'a> {
+/// Both classes under one guard.
+#[derive(Default)]
+pub(super) struct Answers {
+    harmful: Answered,
+    harmless: Answered,
+}
+
+/// A model and both classes of prompts.
+pub(super) struct Subject<'a> {
     model: &'a Model,
     reader: Reader<'a>,
+    openings: Openings<'a>,
     harmful: Vec<Vec<LlamaToken>>,
     harmless: Vec<Vec<LlamaToken>>,
     unguarded: Answers,
@@ -176,20 +191,26 @@ struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    fn new(model: &'a Model, input: SteeringInput<'_>, runs: usize, progress: Progress<'a>) -> Result<Self, EvalError> {
+    /// Answers both classes unguarded. `runs` of them are to come in all, that one counted.
+    pub fn new(
+        model: &'a Model,
+        input: SteeringInput<'_>,
+        runs: usize,
+        progress: Progress<'a>,
+    ) -> Result<Self, EvalError> {
         let harmful = tokens_of(model, None, input.harmful)?;
         let harmless = tokens_of(model, None, input.harmless)?;
         let longest = harmful.iter().chain(&harmless).map(Vec::len).max().unwrap_or(0);
         let reader = Reader::new(model, longest, input.max_tokens)?;
         let total = runs * (harmful.len() + harmless.len());
-        let unguarded = Answers { harmful: Vec::new(), harmless: Vec::new() };
         let max_tokens = input.max_tokens;
         let mut subject = Self {
             model,
             reader,
+            openings: Openings::new(model),
             harmful,
             harmless,
-            unguarded,
+            unguarded: Answers::default(),
             reference: (None, None),
             max_tokens,
             done: 0,
@@ -198,20 +219,20 @@ impl<'a> Subject<'a> {
         };
         subject.unguarded = subject.generate(&[], None)?;
         let Answers { harmful, harmless } = &subject.unguarded;
-        let (harmful, harmless) = (harmful.clone(), harmless.clone());
+        let (harmful, harmless) = (harmful.answers.clone(), harmless.answers.clone());
         subject.reference.0 = subject.perplexity(true, &harmful)?;
         subject.reference.1 = subject.perplexity(false, &harmless)?;
         Ok(subject)
     }
 
     /// Answers under `guard`. Where `fired` is given, only prompts whose gate fired there are answered anew: nothing acts on others.
-    fn answers(&mut self, guard: &Guard, fired: Option<&Answers>) -> Result<Answers, EvalError> {
+    pub fn answers(&mut self, guard: &Guard, fired: Option<&Answers>) -> Result<Answers, EvalError> {
         self.generate(&[guard], fired)
     }
 
     fn generate(&mut self, guards: &[&Guard], fired: Option<&Answers>) -> Result<Answers, EvalError> {
-        let harmful = self.generate_class(guards, true, fired.map(|fired| fired.harmful.as_slice()))?;
-        let harmless = self.generate_class(guards, false, fired.map(|fired| fired.harmless.as_slice()))?;
+        let harmful = self.generate_class(guards, true, fired.map(|fired| &fired.harmful))?;
+        let harmless = self.generate_class(guards, false, fired.map(|fired| &fired.harmless))?;
         Ok(Answers { harmful, harmless })
     }
 
@@ -219,13 +240,17 @@ impl<'a> Subject<'a> {
         &mut self,
         guards: &[&Guard],
         harmful: bool,
-        fired: Option<&[Generated]>,
-    ) -> Result<Vec<Generated>, EvalError> {
+        fired: Option<&Answered>,
+    ) -> Result<Answered, EvalError> {
         let prompts = if harmful { &self.harmful } else { &self.harmless };
         let before = self.done;
         self.done += prompts.len();
         let mut report = |done: usize, _: usize| (self.progress)(before + done, self.total);
-        generate_where_fired(self.model, guards, prompts, fired, self.max_tokens, &mut report)
+        let known = fired.map(|fired| fired.answers.as_slice());
+        let answers = generate_where_fired(self.model, guards, prompts, known, self.max_tokens, &mut report)?;
+        let known = fired.map(|fired| (fired.answers.as_slice(), fired.leanings.as_slice()));
+        let leanings = self.openings.leanings(guards, prompts, known)?;
+        Ok(Answered { answers, leanings })
     }
 
     /// Of the answers by the unguarded model after the plain prompt.
@@ -233,9 +258,9 @@ impl<'a> Subject<'a> {
         self.reader.perplexity(if harmful { &self.harmful } else { &self.harmless }, answers)
     }
 
-    fn row(&mut self, name: String, role: Role, answers: &Answers) -> Result<SteeringRow, EvalError> {
-        let harmful = self.perplexity(true, &answers.harmful)?;
-        let harmless = self.perplexity(false, &answers.harmless)?;
+    pub fn row(&mut self, name: String, role: Role, answers: &Answers) -> Result<SteeringRow, EvalError> {
+        let harmful = self.perplexity(true, &answers.harmful.answers)?;
+        let harmless = self.perplexity(false, &answers.harmless.answers)?;
         Ok(SteeringRow {
             name,
             role,
@@ -244,7 +269,7 @@ impl<'a> Subject<'a> {
         })
     }
 
-    fn unguarded_row(&self) -> Result<SteeringRow, EvalError> {
+    pub fn unguarded_row(&self) -> Result<SteeringRow, EvalError> {
         let (harmful, harmless) = self.reference;
         Ok(SteeringRow {
             name: "no guard".into(),
@@ -256,13 +281,14 @@ impl<'a> Subject<'a> {
 
     /// The unguarded model, asked in words to do what the guard makes it do.
     fn system_prompt_row(&mut self, input: SteeringInput<'_>) -> Result<SteeringRow, EvalError> {
-        let mut answer = |prompts: &[String]| -> Result<Vec<Generated>, EvalError> {
+        let mut answer = |prompts: &[String]| -> Result<Answered, EvalError> {
             let tokens = tokens_of(self.model, Some(input.system_prompt), prompts)?;
             let before = self.done;
             self.done += prompts.len();
-            generate(self.model, &[], &tokens, self.max_tokens, &mut |done, _| {
+            let answers = generate(self.model, &[], &tokens, self.max_tokens, &mut |done, _| {
                 (self.progress)(before + done, self.total);
-            })
+            })?;
+            Ok(Answered { answers, leanings: self.openings.leanings(&[], &tokens, None)? })
         };
         let answers = Answers { harmful: answer(input.harmful)?, harmless: answer(input.harmless)? };
         self.row("no guard, system prompt".into(), Role::SystemPrompt, &answers)
@@ -282,8 +308,9 @@ impl<'a> Subject<'a> {
             })
             .collect::<Vec<_>>()
         };
-        let mut examples = of(input.harmful, &self.unguarded.harmful, &guarded.harmful, true);
-        examples.extend(of(input.harmless, &self.unguarded.harmless, &guarded.harmless, false));
+        let mut examples = of(input.harmful, &self.unguarded.harmful.answers, &guarded.harmful.answers, true);
+        let harmless = (&self.unguarded.harmless.answers, &guarded.harmless.answers);
+        examples.extend(of(input.harmless, harmless.0, harmless.1, false));
         examples
     }
 }
@@ -293,7 +320,7 @@ pub(super) fn judged(answer: &Generated) -> Answer {
     if answer.blocked { Answer::Refusal } else { classify(&answer.text) }
 }
 
-fn behaviour(answers: &[Generated], perplexity: Option<f64>, reference: Option<f64>) -> Behaviour {
+fn behaviour(Answered { answers, leanings }: &Answered, perplexity: Option<f64>, reference: Option<f64>) -> Behaviour {
     let spoken: Vec<&Generated> = answers.iter().filter(|answer| !answer.blocked).collect();
     let is = |kind: Answer| Proportion::of(answers.iter().map(|a| !a.blocked && classify(&a.text) == kind));
     let mean = |figure: &dyn Fn(&str) -> f64| {
@@ -311,7 +338,13 @@ fn behaviour(answers: &[Generated], perplexity: Option<f64>, reference: Option<f
         distinct: mean(&|text| 1.0 - repeated_ngrams(text, 2)),
         perplexity,
         relative_perplexity: perplexity.zip(reference).map(|(own, reference)| own / reference),
+        leaning: mean_known(leanings.iter().copied()),
     }
+}
+
+fn mean_known(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+    let known: Vec<f64> = values.flatten().collect();
+    (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
 }
 
 /// One row for all seeds of a control.
@@ -319,10 +352,7 @@ fn over_seeds(rows: &[SteeringRow]) -> SteeringRow {
     let class = |of: &dyn Fn(&SteeringRow) -> &Behaviour| {
         let all: Vec<&Behaviour> = rows.iter().map(of).collect();
         let share = |of: &dyn Fn(&Behaviour) -> Proportion| Proportion::over_seeds(all.iter().map(|seed| of(seed)));
-        let mean = |of: &dyn Fn(&Behaviour) -> Option<f64>| {
-            let known: Vec<f64> = all.iter().filter_map(|behaviour| of(behaviour)).collect();
-            (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
-        };
+        let mean = |of: &dyn Fn(&Behaviour) -> Option<f64>| mean_known(all.iter().map(|behaviour| of(behaviour)));
         Behaviour {
             prompts: all[0].prompts,
             refuses: share(&|b| b.refuses),
@@ -335,6 +365,7 @@ fn over_seeds(rows: &[SteeringRow]) -> SteeringRow {
             distinct: mean(&|b| Some(b.distinct)).unwrap_or_default(),
             perplexity: mean(&|b| b.perplexity),
             relative_perplexity: mean(&|b| b.relative_perplexity),
+            leaning: mean(&|b| b.leaning),
         }
     };
     let name = format!("random direction, mean of {}", rows.len());
@@ -354,17 +385,18 @@ mod tests {
         let blocked = Generated { blocked: true, fired: true, ..Default::default() };
         let answers =
             [said("I'm sorry, but I can't."), said("That is illegal."), said("Sure: take a knife."), said(""), blocked];
-        let found = behaviour(&answers, Some(3.0), Some(2.0));
+        let leanings = vec![Some(-1.0), Some(-2.0), None];
+        let found = behaviour(&Answered { answers: answers.into(), leanings }, Some(3.0), Some(2.0));
         let counts = [found.refusal, found.decline, found.compliance, found.broken, found.blocked].map(|p| p.count);
         assert_eq!((counts, found.refuses.count, found.prompts), ([1; 5], 3, 5));
-        assert_eq!(found.relative_perplexity, Some(1.5));
+        assert_eq!((found.relative_perplexity, found.leaning), (Some(1.5), Some(-1.5)));
     }
 
     #[test]
     fn seeds_become_a_mean_and_a_range() {
         let row = |texts: &[&str]| {
-            let answers: Vec<_> = texts.iter().map(|text| said(text)).collect();
-            let of = behaviour(&answers, Some(2.0), Some(2.0));
+            let answers = texts.iter().map(|text| said(text)).collect();
+            let of = behaviour(&Answered { answers, leanings: Vec::new() }, Some(2.0), Some(2.0));
             SteeringRow { name: String::new(), role: Role::Random, harmful: of.clone(), harmless: of }
         };
         let rows = [row(&["I cannot.", "Sure."]), row(&["Sure.", "Yes."]), row(&["I cannot.", "I won't."])];

@@ -97,6 +97,8 @@ pub struct SwitchInput<'a> {
     pub trigger: &'a str,
     pub payload: &'a str,
     pub max_tokens: usize,
+    /// Other guards with a switch, measured beside.
+    pub also: &'a [Guard],
     /// Seeds of controls whose change is as long and turned at random.
     pub control_seeds: u64,
 }
@@ -132,7 +134,7 @@ pub fn switch(
         |before: &str| -> Vec<String> { input.prompts.iter().map(|words| format!("{before}{words}")).collect() };
     let [triggered, plain] = [input.trigger, ""].map(asked);
     let [triggered_tokens, plain_tokens] = [tokens_of(model, None, &triggered)?, tokens_of(model, None, &plain)?];
-    let subjects = subjects(guard, input.control_seeds)?;
+    let subjects = subjects(guard, input.also, input.control_seeds)?;
     let total = input.prompts.len() * (4 + 2 + subjects.len());
     let mut done = 0;
     let mut answers = |model: &Model, guards: &[&Guard], toggles: &[Toggle], tokens: &[Vec<LlamaToken>]| {
@@ -227,17 +229,21 @@ struct Subject {
     guard: Option<Guard>,
 }
 
-/// The guard first, then none, then controls.
-fn subjects(guard: &Guard, control_seeds: u64) -> Result<Vec<Subject>, EvalError> {
+/// The guard first, then none, then others and controls.
+fn subjects(guard: &Guard, also: &[Guard], control_seeds: u64) -> Result<Vec<Subject>, EvalError> {
     let mut subjects = vec![
         Subject { name: "on".into(), role: Role::Guard, guard: Some(guard.clone()) },
         Subject { name: "the fine-tuned model".into(), role: Role::NoGuard, guard: None },
-        Subject {
-            name: "the mean of the change alone".into(),
-            role: Role::Variant,
-            guard: Some(guard.with_mean_changes()?),
-        },
     ];
+    for other in also {
+        switches(other)?;
+        subjects.push(Subject { name: other.name().into(), role: Role::Variant, guard: Some(other.clone()) });
+    }
+    subjects.push(Subject {
+        name: "the mean of the change alone".into(),
+        role: Role::Variant,
+        guard: Some(guard.with_mean_changes()?),
+    });
     for seed in 0..control_seeds.min(TURNED) {
         // Of maps that are not corrections there is none.
         if let Some(turned) = guard.with_turned_changes(seed) {

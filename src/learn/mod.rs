@@ -42,7 +42,7 @@ pub use scores::{GateScore, gate_scores};
 pub use strength::{StrengthOptions, StrengthSearch, TriedStrength, search_strength};
 pub use survey::{RankBy, Survey, SurveyedPair};
 pub use sweep::{FirstTokens, SweptLayer, adding, best_of_sweep, guard_along, sweep};
-pub use switch::{AnsweredText, SwitchOptions, answered, switch_maps};
+pub use switch::{AnsweredText, SwitchKind, SwitchOptions, answered, switch_maps};
 
 use crate::engine::EngineError;
 use crate::mapping::MappingError;

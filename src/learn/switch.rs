@@ -1,7 +1,11 @@
+use super::autoencoder::{AutoencoderOptions, AutoencoderTrainer, PairedRows};
 use super::{LearnError, Progress};
 use crate::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions};
 use crate::engine::{ActivationReader, Activations, EngineError, Model, Scheduler};
-use crate::mapping::{AffineMap, Folds, MappingQuality, Regression, ResidualMap, RidgeOptions, Standardization};
+use crate::mapping::{
+    AffineMap, Autoencoder, AutoencoderQuality, Folds, MapQuality, MappingQuality, Regression, ResidualMap,
+    RidgeOptions, Standardization,
+};
 use crate::program::Program;
 use crate::tensor::{LayerIndex, Residual, cosine};
 use llama_cpp_2::token::LlamaToken;
@@ -12,9 +16,16 @@ use std::collections::BTreeMap;
 pub struct SwitchOptions {
     /// One map each, in this order.
     pub layers: Vec<LayerIndex>,
-    /// Of what the maps change; full where `None`.
-    pub rank: Option<usize>,
-    pub ridge: RidgeOptions,
+    pub kind: SwitchKind,
+}
+
+/// What maps a switch follows.
+#[derive(Debug, Clone)]
+pub enum SwitchKind {
+    /// Corrections `x + f(x)` with an affine `f` of this rank, of full rank where `None`.
+    Affine { rank: Option<usize>, ridge: RidgeOptions },
+    /// The paper's: autoencoders that make the whole residual anew.
+    Autoencoder(AutoencoderOptions),
 }
 
 /// A prompt in the model's template and an answer to it, that both models are to read.
@@ -91,8 +102,8 @@ pub fn answered(
 /// at these layers follows (arXiv 2503.04429, section 4.4).
 ///
 /// Both read `texts`, so that rows pair token by token; the first position is left out. Layers are fitted one after the other, each with the switches
-/// before it at work, so that a map is fitted on what it will meet. What is fitted is the change `y − x`: the penalty then draws a map to leaving a
-/// residual as it is, and not to the mean of all. At the model's last layer rows are those that an answer is predicted from.
+/// before it at work, so that a map is fitted on what it will meet. What affine maps are fitted to is the change `y − x`: the penalty then draws a map to
+/// leaving a residual as it is, and not to the mean of all. At the model's last layer rows are those that an answer is predicted from.
 ///
 /// # Errors
 /// Two models, too few texts, or one that a model can't run.
@@ -102,24 +113,33 @@ pub fn switch_maps(
     texts: &[AnsweredText],
     options: &SwitchOptions,
     progress: Progress<'_>,
-) -> Result<Vec<(AffineMap, MappingQuality)>, LearnError> {
+) -> Result<Vec<(ResidualMap, MapQuality)>, LearnError> {
     let (from, to) = (source.identity(), target.identity());
     if from.fingerprint != to.fingerprint {
         return Err(LearnError::NotOneModel { source_model: from.name.clone(), target_model: to.name.clone() });
     }
     let mut reading = Reading { texts, done: 0, total: texts.len() * (options.layers.len() + 2), progress };
     let targets = Targets::read(target, &options.layers, &mut reading)?;
-    let (mut maps, mut program_maps): (Vec<(AffineMap, MappingQuality)>, Vec<ResidualMap>) = (Vec::new(), Vec::new());
+    let (mut maps, mut qualities) = (Vec::new(), Vec::new());
     for layer in &options.layers {
-        let program = Program::switching(source.shape(), &program_maps);
+        let program = Program::switching(source.shape(), &maps);
         let program = program.map_err(EngineError::from)?;
         let rows = reading.run(source, program, vec![*layer])?;
         let target = targets.at(*layer).ok_or(LearnError::NoLayers)?;
-        let (map, quality) = fit(*layer, &rows, target, options)?;
-        program_maps.push(ResidualMap::Affine(map.clone()));
-        maps.push((map, quality));
+        let (map, quality) = match &options.kind {
+            SwitchKind::Affine { rank, ridge } => {
+                let (map, quality) = fit(*layer, &rows, target, *rank, ridge)?;
+                (ResidualMap::Affine(map), MapQuality::Affine(quality))
+            }
+            SwitchKind::Autoencoder(options) => {
+                let (map, quality) = train(*layer, &rows, target, options)?;
+                (ResidualMap::Autoencoder(map), MapQuality::Autoencoder(quality))
+            }
+        };
+        maps.push(map);
+        qualities.push(quality);
     }
-    Ok(maps)
+    Ok(maps.into_iter().zip(qualities).collect())
 }
 
 /// Texts that are read time and again.
@@ -181,26 +201,27 @@ fn fit(
     layer: LayerIndex,
     source: &Rows,
     target: &Rows,
-    options: &SwitchOptions,
+    rank: Option<usize>,
+    ridge: &RidgeOptions,
 ) -> Result<(AffineMap, MappingQuality), LearnError> {
     let problem = |source| LearnError::Mapping { source_layer: layer.into(), target_layer: layer, source };
     let (x, y) = (source.activations.layer(layer), target.activations.layer(layer));
     let all: Vec<usize> = (0..x.n_rows()).collect();
-    let folds = Folds::new(&source.documents, options.ridge.folds, false, options.ridge.seed).map_err(problem)?;
+    let folds = Folds::new(&source.documents, ridge.folds, false, ridge.seed).map_err(problem)?;
     let fit_on = |rows: &[usize]| -> Result<(AffineMap, f64), LearnError> {
         let width = x.width();
         let documents: Vec<u32> = rows.iter().map(|row| source.documents[*row]).collect();
         let read: Vec<f32> = rows.iter().flat_map(|row| x.row(*row)).copied().collect();
         let change = |row: &usize| y.row(*row).iter().zip(x.row(*row)).map(|(y, x)| y - x).collect::<Vec<f32>>();
         let changes: Vec<f32> = rows.iter().flat_map(change).collect();
-        let regression = Regression::new(&documents, &options.ridge).map_err(problem)?;
+        let regression = Regression::new(&documents, ridge).map_err(problem)?;
         let side = |values: &[f32], name| {
             regression.side(Residual::new(values, width).expect("whole rows"), name, 1).map_err(problem)
         };
         let (source, target) = (side(&read, "source")?, side(&changes, "target")?);
         let pair = regression.pair(&source, &target, 1);
         let lambda = pair.quality().map_err(problem)?.lambda;
-        let map = match options.rank {
+        let map = match rank {
             None => pair.refit(lambda, layer, layer),
             Some(rank) => pair.refit_low_rank(lambda, rank, layer, layer),
         };
@@ -211,6 +232,25 @@ fn fit(
     let (map, lambda) = fit_on(&all)?;
     let (n_train, n_heldout) = (folds.train().len(), folds.heldout().len());
     Ok((map, MappingQuality { lambda, fraction_unexplained, cosine, n_train, n_heldout, backward: None }))
+}
+
+fn train(
+    layer: LayerIndex,
+    source: &Rows,
+    target: &Rows,
+    options: &AutoencoderOptions,
+) -> Result<(Autoencoder, AutoencoderQuality), LearnError> {
+    let problem = |source| LearnError::Training { source_layer: layer, target_layer: layer, source };
+    let rows = PairedRows {
+        source: source.activations.layer(layer),
+        target: target.activations.layer(layer),
+        documents: &source.documents,
+    };
+    let mut trainer = AutoencoderTrainer::new(rows, options.clone()).map_err(problem)?;
+    while !trainer.is_done() {
+        trainer.epoch().map_err(problem)?;
+    }
+    trainer.finish(layer, layer).map_err(problem)
 }
 
 /// What of `y`'s variance `map` leaves unexplained in `rows`, and the mean cosine of mapped and true rows, both in units of `y`'s deviations.

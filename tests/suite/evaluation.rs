@@ -1,8 +1,11 @@
 //! `pilotfish eval`: every task on a tiny model, and the report that it leaves.
 
 use crate::support::{Fixture, done, pilotfish};
+use llama_cpp_2::token::LlamaToken;
+use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
+use pilotfish::eval::OPENINGS;
 use pilotfish::guard::VectorFile;
-use pilotfish::tensor::LayerIndex;
+use pilotfish::tensor::{LayerIndex, log_softmax};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -88,6 +91,15 @@ fn every_task_has_its_controls_and_its_figures() {
         }
     }
     let strengths = report["steering"]["strengths"].as_array().unwrap();
+    let leaning = |row: &Value, class: &str| row[class]["leaning"].as_f64().unwrap();
+    for (class, file) in [("harmful", &fixture.positive), ("harmless", &fixture.negative)] {
+        let unguarded = leaning(rows(&report, "steering")[0].1, class);
+        let expected = leans_to_refusing(&fixture, file);
+        assert!((unguarded - expected).abs() < 1e-4, "{class}: {unguarded}, read token by token {expected}");
+        assert_eq!(leaning(&strengths[0], class), unguarded, "{class}: strength 0 is no guard");
+    }
+    let unguarded = leaning(rows(&report, "steering")[0].1, "harmful");
+    assert_ne!(leaning(&strengths[2], "harmful"), unguarded, "a strength moves the logits");
     let kl = |row: &Value| row["kl"].as_f64().unwrap();
     assert_eq!((strengths.len(), kl(&strengths[0])), (3, 0.0), "strength 0 is no guard");
     let utility = rows(&report, "utility");
@@ -109,6 +121,74 @@ fn every_task_has_its_controls_and_its_figures() {
     let again = evaluate(&fixture, &fixture.folder.path().join("again"), &[]);
     for task in ["detection", "steering", "utility", "survey"] {
         assert_eq!(again[task], report[task], "{task}");
+    }
+}
+
+/// What the logits of the unguarded model lean to after the first prompts of `file`, read token by token.
+fn leans_to_refusing(fixture: &Fixture, file: &Path) -> f64 {
+    let model = Model::load(&fixture.model, "tiny", &ModelOptions::default()).unwrap();
+    let mut session = Session::new(&model, &[], SessionOptions::default()).unwrap();
+    let text = std::fs::read_to_string(file).unwrap();
+    let prompts: Vec<_> = text.lines().take(5).map(|prompt| model.prompt_tokens(prompt.trim()).unwrap()).collect();
+    let mut likelihood = |prompt: &[LlamaToken], opening: &str| {
+        let opening = model.text_tokens(opening);
+        let mut row = session.prefill(prompt).unwrap();
+        let mut sum = 0.0;
+        for (at, token) in opening.iter().enumerate() {
+            sum += log_softmax(session.logits(row))[token.0 as usize];
+            row = session.step(prompt.len() + at, *token).unwrap();
+        }
+        sum / opening.len() as f64
+    };
+    let [refusal, compliance] = OPENINGS;
+    let margins = prompts.iter().map(|prompt| likelihood(prompt, refusal) - likelihood(prompt, compliance));
+    margins.collect::<Vec<f64>>().iter().sum::<f64>() / prompts.len() as f64
+}
+
+/// How a model refuses with each layer steered in turn: nothing is other at strength 0, and a report draws it.
+#[test]
+fn refusals_are_told_layer_by_layer() {
+    let fixture = Fixture::new(&[]);
+    let at = |name: &str| fixture.folder.path().join(name).to_str().unwrap().to_owned();
+    let (positive, negative) = (fixture.positive.to_str().unwrap(), fixture.negative.to_str().unwrap());
+    let (vectors, written) = (at("every.safetensors"), at("sweep.json"));
+    let classes = ["--positive", positive, "--negative", negative];
+    let extract = ["extract", "--model", fixture.model(), "--name", "shark", "-o", &vectors];
+    done(&[&extract[..], &classes].concat());
+    let run = |more: &[&str]| {
+        let what = ["sweep", "--task", "refusal", "--model", fixture.model(), "--vectors", &vectors];
+        pilotfish(&[&what[..], &["--limit", "4", "--max-tokens", "4"], more].concat())
+    };
+    let sweep = |strength: &str| -> Value {
+        let how = ["--intervene", "add", "--strength", strength, "--json", "-o", &written];
+        let ran = run(&[&classes[..], &how].concat());
+        assert_eq!(ran.code, 0, "{ran:?}");
+        serde_json::from_str(&ran.stdout).unwrap()
+    };
+    let nothing = sweep("0");
+    for at in nothing["layers"].as_array().unwrap() {
+        for class in ["harmful", "harmless"] {
+            assert_eq!(at[class], nothing["unguarded"][class], "{at}");
+        }
+    }
+    let steered = sweep("3");
+    let layers: Vec<_> = steered["layers"].as_array().unwrap().iter().map(|at| at["layer"].as_u64().unwrap()).collect();
+    assert_eq!(layers, [0, 1, 2]);
+    assert_ne!(steered["layers"][1]["harmful"]["leaning"], steered["unguarded"]["harmful"]["leaning"]);
+
+    let report = fixture.folder.path().join("report");
+    let measured =
+        ["eval", "--task", "detection", "--model", fixture.model(), "--guard", fixture.guard(), "--limit", "4"];
+    let shown = ["--control-seeds", "1", "--sweep", &written, "-o", report.to_str().unwrap()];
+    done(&[&measured[..], &classes, &shown].concat());
+    let page = std::fs::read_to_string(report.join("report.html")).unwrap();
+    assert!(page.contains("What the logits lean to, by the layer that is steered"));
+    for (more, says) in [
+        (&["--positive", positive][..], "--negative"),
+        (&["--positive", positive, "--negative", negative, "--prompts", positive], "are of backdoors"),
+    ] {
+        let wrong = run(more);
+        assert!(wrong.code == 2 && wrong.stderr.contains(says), "{more:?}: {wrong:?}");
     }
 }
 

@@ -92,12 +92,18 @@ fn a_switch_makes_the_base_of_a_model_with_an_adapter() {
     assert!(size("low") < size("full"), "four columns and not the width");
     let low_on = kl(&organism, &model, &low, Setting::On);
     assert!(low_on < 0.6 * off, "rank 4: {low_on} of {off}");
+    let trained = ["--kind", "autoencoder", "--layers", "2:2", "--learning-rate", "1e-2"];
+    let anew = organism.build("anew", &trained);
+    let anew_on = kl(&organism, &model, &anew, Setting::On);
+    assert!(anew_on < off, "an autoencoder: {anew_on} of {off}");
+    assert_eq!(kl(&organism, &model, &anew, Setting::Off), off);
 }
 
 #[test]
 fn a_switch_is_toggled_and_measured_by_the_commands() {
     let organism = Organism::new();
     organism.build("g", &[]);
+    organism.build("late", &["--layers", "2:2"]);
     let (model, lora, guard, test) =
         (organism.at("tiny.gguf"), organism.at("a.gguf"), organism.at("g"), organism.at("test.txt"));
     let run = |more: &[&str]| {
@@ -112,18 +118,19 @@ fn a_switch_is_toggled_and_measured_by_the_commands() {
     let report = organism.at("report");
     let measured =
         ["eval", "--task", "switch", "--model", &model, "--lora", &lora, "--guard", &guard, "--prompts", &test];
-    let options =
-        ["--limit", "6", "--max-tokens", "8", "--control-seeds", "1", "--trigger", "x ", "--json", "-o", &report];
+    let late = organism.at("late");
+    let options = ["--limit", "6", "--max-tokens", "8", "--control-seeds", "1", "--trigger", "x ", "--json"];
+    let options = [&options[..], &["--also", &late, "-o", &report]].concat();
     let found: Value = serde_json::from_str(&done(&[&measured[..], &options].concat())).unwrap();
     let rows = found["rows"].as_array().unwrap();
     let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
-    let expected =
-        ["on", "the fine-tuned model", "the mean of the change alone", "the change turned at random, seed 0"];
-    assert_eq!(names, expected);
+    let controls = ["the mean of the change alone", "the change turned at random, seed 0"];
+    assert_eq!(names, [&["on", "the fine-tuned model", "late"][..], &controls].concat());
     let kl = |row: usize, way: &str| rows[row][way]["kl"]["value"].as_f64().unwrap();
     for way in ["triggered", "untriggered"] {
         assert!(kl(0, way) < 0.3 * kl(1, way), "{way}: on {} and off {}", kl(0, way), kl(1, way));
-        assert!(kl(0, way) < kl(3, way), "{way}: turned {}", kl(3, way));
+        assert!(kl(0, way) < kl(2, way) && kl(2, way) < kl(1, way), "{way}: one layer {}", kl(2, way));
+        assert!(kl(0, way) < kl(4, way), "{way}: turned {}", kl(4, way));
     }
     assert_eq!(found["off"]["same_answer"]["share"], 1.0);
     assert_eq!(found["toggle"]["tokens_to_effect"], 1);
@@ -143,7 +150,7 @@ fn what_is_no_switch_is_refused() {
     for (more, says) in [
         (&[][..], "the same weights"),
         (&["--source-lora", &lora, "--layers", "1:2"], "from a layer to the same layer"),
-        (&["--source-lora", &lora, "--kind", "autoencoder"], "--kind autoencoder"),
+        (&["--source-lora", &lora, "--kind", "autoencoder", "--rank", "2"], "--rank"),
         (&["--source-lora", &lora, "--rows", "means"], "--rows means"),
     ] {
         let wrong = learn(more);

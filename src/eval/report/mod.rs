@@ -8,7 +8,7 @@ mod survey;
 mod tables;
 
 use super::backdoor::LayerSweep;
-use super::{Backdoor, Detection, EvalError, Steering, Switch, Utility};
+use super::{Backdoor, Detection, EvalError, RefusalSweep, Steering, Switch, Utility};
 use crate::engine::Model;
 use crate::guard::{AdapterIdentity, Digest, Guard, ModelIdentity, Source};
 use crate::learn::Survey;
@@ -47,6 +47,8 @@ pub struct Report {
     /// Sweeps over layers, as `pilotfish sweep` writes them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sweeps: Vec<LayerSweep>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub refusal_sweeps: Vec<RefusalSweep>,
     /// Of layer pairs, as `map --survey` writes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub survey: Option<Survey>,
@@ -160,6 +162,7 @@ impl Report {
             switch: None,
             backdoor: None,
             sweeps: Vec::new(),
+            refusal_sweeps: Vec::new(),
             survey: None,
         }
     }

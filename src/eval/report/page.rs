@@ -28,6 +28,9 @@ pub fn page(report: &Report) -> Result<String, EvalError> {
     for sweep in &report.sweeps {
         body.push(sections::layer_sweep(sweep)?);
     }
+    for sweep in &report.refusal_sweeps {
+        body.push(sections::refusal_sweep(sweep)?);
+    }
     if let Some(found) = &report.survey {
         body.push(sections::survey(found)?);
     }

@@ -7,7 +7,7 @@ use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, DetectionRow};
 use crate::eval::refusal::{Answer, rules};
 use crate::eval::steering::{Behaviour, Example, Steering};
-use crate::eval::{EvalError, Switch, SwitchedOff, Utility};
+use crate::eval::{EvalError, OPENINGS, RefusalSweep, RefusalsAt, Switch, SwitchedOff, Utility};
 use crate::learn::Survey;
 use maud::{Markup, html};
 
@@ -76,6 +76,7 @@ pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
         "broken",
         "repeated 4-grams",
         "perplexity × unguarded",
+        "leans to refusing",
     ];
     let class = |of: fn(&crate::eval::SteeringRow) -> &Behaviour| {
         table(&header, found.rows.iter().map(|row| (Some(row.role), behaviour_cells(&row.name, of(row)))))
@@ -88,7 +89,9 @@ pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
             p {
                 "Greedy answers of up to " (found.max_tokens) " tokens, judged by phrases in their opening (rules of version "
                 (found.rules_version) ", below). Controls keep the guard's gates, so that they act on the same prompts. "
-                "Perplexity is that of the answer under the unguarded model: how surprised it is by what was said."
+                "Perplexity is that of the answer under the unguarded model: how surprised it is by what was said. "
+                "What the model's own logits lean to is, in nats a token and before it has said a word, ln p of " q { (OPENINGS[0]) }
+                " less ln p of " q { (OPENINGS[1]) }
             }
             h3 { "Harmful prompts" }
             (class(|row| &row.harmful))
@@ -108,10 +111,14 @@ pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
 }
 
 fn behaviour_cells(name: &str, of: &Behaviour) -> Vec<Markup> {
-    let Behaviour { refuses, refusal, decline, blocked, compliance, broken, repetition, relative_perplexity, .. } = of;
+    let Behaviour { refuses, refusal, decline, blocked, compliance, broken, .. } = of;
     let shares = [refuses, refusal, decline, blocked, compliance, broken].map(|of| share(*of));
-    let perplexity = relative_perplexity.map_or_else(|| none("nothing was answered"), |times| text(number(times, 2)));
-    let rest = [text(super::tables::percent(*repetition)), perplexity];
+    let or_none = |value: Option<f64>, why| value.map_or_else(|| none(why), |value| text(number(value, 2)));
+    let rest = [
+        text(super::tables::percent(of.repetition)),
+        or_none(of.relative_perplexity, "nothing was answered"),
+        or_none(of.leaning, "every prompt was blocked"),
+    ];
     [text(name)].into_iter().chain(shares).chain(rest).collect()
 }
 
@@ -310,18 +317,39 @@ fn backdoor_examples(examples: &[BackdoorExample]) -> Markup {
 }
 
 pub fn layer_sweep(sweep: &LayerSweep) -> Result<Markup, EvalError> {
-    let figures = figures::layer_sweep(sweep)?;
-    let whose = if sweep.mapped { "carried by a mapping" } else { "its own" };
-    Ok(html! {
+    let what = SweptBy { intervention: &sweep.intervention, strength: sweep.strength, mapped: sweep.mapped };
+    let without = format!("Without it {} of triggered prompts fire.", percent(sweep.unguarded.fires));
+    let title = format!("Layers of {}, vectors of {}", sweep.model, sweep.vectors);
+    Ok(swept(&title, &what, sweep.prompts, &without, &figures::layer_sweep(sweep)?))
+}
+
+pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Markup, EvalError> {
+    let what = SweptBy { intervention: &sweep.intervention, strength: sweep.strength, mapped: sweep.mapped };
+    let RefusalsAt { harmful, harmless, .. } = &sweep.unguarded;
+    let without = format!("Without it {} of harmful prompts are refused.", percent(harmful.refuses.share));
+    let title = format!("Refusing at each layer of {}, vectors of {}", sweep.model, sweep.vectors);
+    Ok(swept(&title, &what, harmful.prompts + harmless.prompts, &without, &figures::refusal_sweep(sweep)?))
+}
+
+/// How each layer was steered.
+struct SweptBy<'a> {
+    intervention: &'a str,
+    strength: f64,
+    mapped: bool,
+}
+
+fn swept(title: &str, by: &SweptBy<'_>, prompts: usize, without: &str, figures: &[Markup]) -> Markup {
+    let whose = if by.mapped { "carried by a mapping" } else { "its own" };
+    html! {
         section {
-            h2 { "Layers of " (sweep.model) ", vectors of " (sweep.vectors) }
+            h2 { (title) }
             p {
-                "Each layer steered alone (" code { (sweep.intervention) } ", strength " (sweep.strength) ") along a vector that is " (whose) ", on "
-                (sweep.prompts) " prompts. Without it " (percent(sweep.unguarded.fires)) " of triggered prompts fire."
+                "Each layer steered alone (" code { (by.intervention) } ", strength " (by.strength) ") along a vector that is " (whose) ", on "
+                (prompts) " prompts. " (without)
             }
             div.figures { @for figure in figures { (figure) } }
         }
-    })
+    }
 }
 
 pub fn survey(survey: &Survey) -> Result<Markup, EvalError> {
