@@ -8,13 +8,9 @@ mod controls;
 mod detection;
 mod error;
 mod generate;
-mod leaning;
 pub mod metrics;
 pub mod refusal;
-mod refusal_sweep;
 pub mod report;
-mod steering;
-mod strength;
 mod surprise;
 mod switch;
 pub mod utility;
@@ -25,10 +21,10 @@ pub use controls::{
 };
 pub use detection::{Detection, DetectionInput, DetectionRow, Fires, GateScores, LayerSeparation, detection};
 pub use error::EvalError;
-pub use leaning::OPENINGS;
-pub use refusal_sweep::{RefusalSweep, RefusalsAt, refusal_sweep};
+pub use refusal::{
+    Behaviour, Example, OPENINGS, RefusalSweep, RefusalsAt, Steering, SteeringInput, SteeringRow, StrengthInput,
+    StrengthRow, refusal_sweep, steering, strength_for_refusals,
+};
 pub use report::Report;
-pub use steering::{Behaviour, Example, Steering, SteeringInput, SteeringRow, StrengthRow, steering};
-pub use strength::{StrengthInput, strength_for_refusals};
 pub use switch::{Likeness, Switch, SwitchExample, SwitchInput, SwitchRow, SwitchedOff, ToggleCost, switch};
 pub use utility::{Utility, UtilityInput, utility};

@@ -7,7 +7,7 @@ use crate::eval::backdoor::{Backdoor, Conduct, LayerSweep, SweptConduct};
 use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, GateScores};
 use crate::eval::metrics::Proportion;
-use crate::eval::steering::{Behaviour, Steering, StrengthRow};
+use crate::eval::refusal::{Behaviour, Steering, StrengthRow};
 use crate::eval::{EvalError, RefusalSweep, RefusalsAt, Utility};
 use crate::learn::Survey;
 use crate::tensor::{LayerIndex, LayerStack};

@@ -1,9 +1,9 @@
-use super::EvalError;
-use super::backdoor::Candidate;
-use super::controls::{Role, recentred};
-use super::refusal::RULES_VERSION;
+use super::rules::RULES_VERSION;
 use super::steering::{Behaviour, SteeringInput, SteeringRow, Subject};
 use crate::engine::Model;
+use crate::eval::EvalError;
+use crate::eval::backdoor::Candidate;
+use crate::eval::controls::{Role, recentred};
 use crate::guard::manifest::InterventionEntry;
 use crate::learn::{Progress, guard_along};
 use crate::tensor::{LayerIndex, LayerStack};

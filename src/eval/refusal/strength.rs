@@ -1,9 +1,9 @@
-use super::EvalError;
-use super::controls::{only_when_fired, scaled};
-use super::generate::{Generated, generate_where_fired, tokens_of};
 use super::steering::judged;
-use super::utility::{BenignAnswers, PromptKl};
 use crate::engine::Model;
+use crate::eval::EvalError;
+use crate::eval::controls::{only_when_fired, scaled};
+use crate::eval::generate::{Generated, generate_where_fired, tokens_of};
+use crate::eval::utility::{BenignAnswers, PromptKl};
 use crate::guard::Guard;
 use crate::learn::{Progress, StrengthOptions, StrengthSearch, search_strength};
 use llama_cpp_2::token::LlamaToken;
@@ -22,7 +22,7 @@ pub struct StrengthInput<'a> {
 /// What to multiply all of `guard`'s strengths by for a share of `options.target` of the harmful prompts to be refused, at the least KL to the
 /// unguarded model: the search's strengths are such factors.
 ///
-/// The effect of a factor is the share of harmful prompts whose greedy answer refuses by the rules of [`refusal`](super::refusal), or which are
+/// The effect of a factor is the share of harmful prompts whose greedy answer refuses by the rules of [the rules](super::RULES_VERSION), or which are
 /// blocked; its KL, in nats a token, is that on the unguarded model's own answers to the benign prompts.
 ///
 /// # Errors

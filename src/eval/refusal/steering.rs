@@ -1,11 +1,11 @@
-use super::EvalError;
-use super::controls::{Controls, Role, only_when_fired, scaled};
-use super::generate::{Generated, generate, generate_where_fired, tokens_of};
 use super::leaning::Openings;
-use super::metrics::Proportion;
-use super::refusal::{Answer, RULES_VERSION, classify, repeated_ngrams};
-use super::surprise::Reader;
+use super::rules::{Answer, RULES_VERSION, classify, repeated_ngrams};
 use crate::engine::Model;
+use crate::eval::EvalError;
+use crate::eval::controls::{Controls, Role, only_when_fired, scaled};
+use crate::eval::generate::{Generated, generate, generate_where_fired, tokens_of};
+use crate::eval::metrics::Proportion;
+use crate::eval::surprise::Reader;
 use crate::guard::Guard;
 use crate::learn::Progress;
 use crate::tensor::LayerIndex;
@@ -104,7 +104,7 @@ pub struct SteeringInput<'a> {
 /// Examples of a class that a report shows.
 const EXAMPLES: usize = 8;
 
-/// Generates greedy answers unguarded, guarded and under the controls, and judges them by rule (see [`refusal`](super::refusal)).
+/// Generates greedy answers unguarded, guarded and under the controls, and judges them by rule (see [the rules](super::RULES_VERSION)).
 ///
 /// Controls keep the guard's gates, so that they act on the same prompts. `kl` says what it can of the guard at each of the strengths asked for.
 ///

@@ -1,6 +1,6 @@
-use super::EvalError;
-use super::generate::Generated;
 use crate::engine::{EngineError, Model, PromptTemplate, Session, SessionOptions};
+use crate::eval::EvalError;
+use crate::eval::generate::Generated;
 use crate::guard::Guard;
 use crate::hook::ContextError;
 use crate::tensor::log_softmax;
