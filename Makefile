@@ -25,7 +25,6 @@ setup:
 
 # Tests on real weights fail instead of being skipped: here they must run.
 test: lint deny models reference
-	$(CARGO) build --no-default-features
 	PILOTFISH_REAL_MODELS=require $(CARGO) test
 
 # A folder for each: another feature compiles llama.cpp anew. Vulkan takes no software driver that is not asked for by its number. What a test keeps
@@ -54,12 +53,12 @@ lint: setup
 	$(CARGO) clippy --no-default-features --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps
 
-# The advisory database is not asked: it needs the network at every run.
+# The advisory database is not asked: it needs the network at every run. The tool runs for a second, so it is compiled unoptimised.
 deny: $(TOOLS)/bin/cargo-deny
 	$(TOOLS)/bin/cargo-deny check licenses bans sources
 
 $(TOOLS)/bin/cargo-deny:
-	$(CARGO) install cargo-deny --version $(DENY_VERSION) --locked --root $(TOOLS)
+	$(CARGO) install cargo-deny --version $(DENY_VERSION) --locked --debug --root $(TOOLS)
 
 bench: models
 	$(CARGO) bench --profile dev

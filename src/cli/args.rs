@@ -811,14 +811,16 @@ pub struct EvalArguments {
     #[arg(
         long,
         value_name = "DIR",
-        required_if_eq_any([("tasks", "detection"), ("tasks", "steering"), ("tasks", "utility")])
+        required_if_eq_any([
+            ("tasks", "detection"), ("tasks", "refusal"), ("tasks", "steering"), ("tasks", "utility"), ("tasks", "switch")
+        ])
     )]
     pub guard: Option<PathBuf>,
     /// Prompts that should fire or be refused, never used in the making; `F[type=contrast_*]` chooses among records
-    #[arg(long, value_name = "F", required_if_eq_any([("tasks", "detection"), ("tasks", "steering")]))]
+    #[arg(long, value_name = "F", required_if_eq_any([("tasks", "detection"), ("tasks", "refusal"), ("tasks", "steering")]))]
     pub positive: Option<PathBuf>,
     /// Prompts that should not
-    #[arg(long, value_name = "F", required_if_eq_any([("tasks", "detection"), ("tasks", "steering")]))]
+    #[arg(long, value_name = "F", required_if_eq_any([("tasks", "detection"), ("tasks", "refusal"), ("tasks", "steering")]))]
     pub negative: Option<PathBuf>,
     /// Negative prompts that look like positive ones
     #[arg(long, value_name = "F")]
@@ -875,7 +877,7 @@ pub struct EvalArguments {
     pub backdoor: BackdoorArguments,
 }
 
-/// Of the tasks `backdoor`, `code` and `corrupt`.
+/// Of the tasks `backdoor`, `code`, `corrupt` and `switch`.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Backdoors")]
 pub struct BackdoorArguments {
@@ -927,9 +929,9 @@ pub struct SweepArguments {
     /// of its target layers from the source layer that leaves least of it unexplained
     #[arg(long, default_value = "auto", value_name = "auto|L,…|S:T,…")]
     pub layers: String,
-    /// What is done along each vector
-    #[arg(long, value_enum, default_value_t = InterventionArgument::Ablate)]
-    pub intervene: InterventionArgument,
+    /// What is done along each vector; by default `ablate`, and `add` for `refusal`
+    #[arg(long, value_enum)]
+    pub intervene: Option<InterventionArgument>,
     #[command(flatten)]
     pub acts: InterventionOptions,
     #[command(flatten)]
@@ -940,7 +942,7 @@ pub struct SweepArguments {
     /// For `refusal`: prompts that are not
     #[arg(long, value_name = "F")]
     pub negative: Option<PathBuf>,
-    /// Prompts whose mean projection an `ablate` leaves; by default those that are asked, of `refusal` the negative ones
+    /// Prompts whose mean projection an `ablate` leaves; by default those that are asked; not for `refusal`, where it is the negative ones
     #[arg(long, value_name = "F")]
     pub benign: Option<PathBuf>,
     /// Prompts that are asked, the first ones
@@ -949,7 +951,8 @@ pub struct SweepArguments {
     /// Tokens of an answer
     #[arg(long, default_value_t = 16, value_name = "N")]
     pub max_tokens: usize,
-    /// How surprising answers to triggered or harmful prompts may be to the base, in multiples of its own perplexity, for a layer to be the best
+    /// For a layer to be the best: how surprising triggered answers may be to the base, in multiples of its own perplexity; for `refusal`, those to
+    /// negative prompts to the unguarded model
     #[arg(long, default_value_t = 2.0, value_name = "X")]
     pub perplexity: f64,
     /// Write the figures there as JSON, for `eval --sweep`

@@ -249,15 +249,17 @@ struct Sweeps {
 impl Sweeps {
     fn read(&mut self, path: &Path) -> anyhow::Result<()> {
         let text = std::fs::read_to_string(path).with_context(|| format!("can't read `{}`", path.display()))?;
-        // Only one of a backdoor has a task.
-        if let Ok(sweep) = serde_json::from_str(&text) {
-            self.of_refusals.push(sweep);
-            return Ok(());
-        }
-        let sweep = serde_json::from_str(&text)
-            .with_context(|| format!("`{}` is no sweep that `pilotfish sweep` wrote", path.display()))?;
-        self.of_backdoors.push(sweep);
-        Ok(())
+        let mut read = || -> serde_json::Result<()> {
+            let value: serde_json::Value = serde_json::from_str(&text)?;
+            // Only one of a backdoor has a task.
+            if value.get("task").is_some() {
+                self.of_backdoors.push(serde_json::from_value(value)?);
+            } else {
+                self.of_refusals.push(serde_json::from_value(value)?);
+            }
+            Ok(())
+        };
+        read().with_context(|| format!("`{}` is no sweep that `pilotfish sweep` wrote", path.display()))
     }
 }
 

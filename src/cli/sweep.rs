@@ -1,6 +1,6 @@
 //! `pilotfish sweep`: a backdoor, or how a model refuses, under an intervention at each layer in turn.
 
-use super::args::{LayerPairs, Layers, SweepArguments, Task};
+use super::args::{InterventionArgument, LayerPairs, Layers, SweepArguments, Task};
 use super::eval::percent;
 use super::guard::{read_mapping, read_vectors};
 use super::models::load;
@@ -41,7 +41,7 @@ fn of_backdoor(arguments: &SweepArguments) -> anyhow::Result<Outcome> {
     let file = read_vectors(&arguments.vectors)?;
     let model = load(&arguments.model)?;
     let candidates = candidates(&model, &file, arguments)?;
-    let entry = arguments.acts.entry(arguments.intervene);
+    let entry = arguments.acts.entry(arguments.intervene.unwrap_or(InterventionArgument::Ablate));
     let input = BackdoorInput { benign: &benign, ..judged.input(&arguments.asked, arguments.max_tokens) };
     let found = {
         let bar = Bar::new("sweeping");
@@ -66,7 +66,7 @@ fn of_refusal(arguments: &SweepArguments) -> anyhow::Result<Outcome> {
     let file = read_vectors(&arguments.vectors)?;
     let model = load(&arguments.model)?;
     let candidates = candidates(&model, &file, arguments)?;
-    let entry = arguments.acts.entry(arguments.intervene);
+    let entry = arguments.acts.entry(arguments.intervene.unwrap_or(InterventionArgument::Add));
     let input = SteeringInput {
         harmful: &harmful,
         harmless: &harmless,
@@ -196,7 +196,7 @@ fn print_refusals(out: &mut impl Write, found: &RefusalSweep, perplexity: f64) -
             percent(at.harmful.refuses.share),
             percent(at.harmless.refuses.share),
             percent(at.harmful.broken.share),
-            number(at.harmful.relative_perplexity, 2),
+            number(at.harmless.relative_perplexity, 2),
             number(at.harmful.leaning, 2),
             number(at.harmless.leaning, 2),
         ]
@@ -206,9 +206,9 @@ fn print_refusals(out: &mut impl Write, found: &RefusalSweep, perplexity: f64) -
         "harmful refused",
         "harmless refused",
         "harmful broken",
-        "perplexity, times unguarded",
-        "logits lean to refusing, nats a token",
-        "of harmless ones",
+        "perplexity of harmless answers, times unguarded",
+        "logits lean to refusing harmful ones, nats a token",
+        "harmless ones",
     ];
     let RefusalsAt { harmful, harmless, .. } = &found.unguarded;
     writeln!(

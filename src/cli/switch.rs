@@ -33,6 +33,7 @@ pub fn maps(
     let autoencoder = matches!(arguments.kind, MappingKindArgument::Autoencoder);
     let not_of_switches = [
         (autoencoder && arguments.rank.is_some(), "rank"),
+        (arguments.training.resume, "resume"),
         (arguments.survey.is_some(), "survey"),
         (arguments.replacement > 0, "replacement"),
         (arguments.rows == RowsArgument::Means, "rows means"),
@@ -46,6 +47,10 @@ pub fn maps(
         "`{}` and `{}` have the same weights: there is nothing to switch; give `--source-lora`",
         from.name,
         to.name
+    );
+    ensure!(
+        !autoencoder || matches!(arguments.layers, LayerPairs::Chosen(_)),
+        "an autoencoder takes minutes a layer: name the layers with `--layers L:L`"
     );
     let layers = layers(&arguments.layers, target.shape().n_layer)?;
     let marks = if arguments.mark.is_empty() { vec![String::new()] } else { arguments.mark.clone() };

@@ -30,6 +30,10 @@ pub enum EvalError {
     NoStrength { guard: String },
     #[error("guard `{guard}` has no intervention of kind `switch`, so there is nothing to switch")]
     NoSwitch { guard: String },
+    #[error(
+        "gate `{gate}` of guard `{guard}` blocks, and a switch is measured on answers: take the gate out of the guard"
+    )]
+    SwitchBlocks { guard: String, gate: String },
     #[error("`{model}` carries no adapters, so it is its own base and there is nothing to switch to: give `--lora`")]
     NoAdapters { model: String },
     #[error("at {factor} times the guard's strengths")]

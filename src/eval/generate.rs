@@ -110,6 +110,15 @@ pub fn generate_where_fired(
     Ok(answers)
 }
 
+/// What parts an answer from what the model's template ends with: a space, where that is none itself.
+///
+/// # Errors
+/// The template can't be applied.
+pub fn space_before_answers(model: &Model) -> Result<&'static str, EngineError> {
+    let before = model.template().apply(model.llama(), "?")?;
+    Ok(if before.ends_with(char::is_whitespace) { "" } else { " " })
+}
+
 /// Tokens of every prompt in the model's template, after a system prompt if there is one.
 ///
 /// # Errors

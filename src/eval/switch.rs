@@ -9,6 +9,7 @@ use super::metrics::{Estimate, Proportion};
 use super::utility::{Sums, interval};
 use crate::engine::scheduler::Toggle;
 use crate::engine::{EngineError, Model, Session, SessionOptions, Setting};
+use crate::guard::manifest::OnFire;
 use crate::guard::{Guard, InterventionKind};
 use crate::learn::Progress;
 use crate::tensor::quantile;
@@ -115,7 +116,7 @@ const TURNED: u64 = 3;
 /// Asks `model`, with its adapters, under `guard`, without it, and under controls, and its base.
 ///
 /// # Errors
-/// No prompts, one that can't be run, a guard without a switch or not for this model, or a model without adapters.
+/// No prompts, one that can't be run, a guard without a switch, with a gate that blocks or not for this model, or a model without adapters.
 pub fn switch(
     model: &Model,
     guard: &Guard,
@@ -204,6 +205,9 @@ pub fn switch(
 
 /// Names of the interventions that switch, or of their group.
 fn switches(guard: &Guard) -> Result<Vec<String>, EvalError> {
+    if let Some(gate) = guard.gates().iter().find(|gate| gate.on_fire == OnFire::Block) {
+        return Err(EvalError::SwitchBlocks { guard: guard.name().into(), gate: gate.name.clone() });
+    }
     let is_switch = |kind| matches!(kind, InterventionKind::Switch { .. });
     let names: Vec<String> =
         guard.interventions().iter().filter(|of| is_switch(of.kind)).map(|of| of.name.clone()).collect();

@@ -327,6 +327,8 @@ fn what_is_wrong_with_a_backdoors_arguments_is_said() {
         ("backdoor", &["--limit", "0"], 2, "needs at least one prompt"),
         ("backdoor", &["--native-vectors", &vectors], 2, "are for guards"),
         ("backdoor,detection", &["--positive", &negative, "--negative", &negative], 64, "--guard"),
+        ("refusal", &["--positive", &negative, "--negative", &negative], 64, "--guard"),
+        ("switch", &[], 64, "--guard"),
     ] {
         let mut arguments = organism.arguments(task, &owned);
         if more.contains(&"--prompts") {

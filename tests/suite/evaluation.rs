@@ -131,7 +131,8 @@ fn leans_to_refusing(fixture: &Fixture, file: &Path) -> f64 {
     let text = std::fs::read_to_string(file).unwrap();
     let prompts: Vec<_> = text.lines().take(5).map(|prompt| model.prompt_tokens(prompt.trim()).unwrap()).collect();
     let mut likelihood = |prompt: &[LlamaToken], opening: &str| {
-        let opening = model.text_tokens(opening);
+        // The model has no template, so that an answer is a word after others.
+        let opening = model.text_tokens(&format!(" {opening}"));
         let mut row = session.prefill(prompt).unwrap();
         let mut sum = 0.0;
         for (at, token) in opening.iter().enumerate() {
@@ -185,6 +186,7 @@ fn refusals_are_told_layer_by_layer() {
     assert!(page.contains("What the logits lean to, by the layer that is steered"));
     for (more, says) in [
         (&["--positive", positive][..], "--negative"),
+        (&["--positive", positive, "--negative", negative, "--benign", negative], "are of backdoors"),
         (&["--positive", positive, "--negative", negative, "--prompts", positive], "are of backdoors"),
     ] {
         let wrong = run(more);

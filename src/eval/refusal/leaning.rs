@@ -1,6 +1,6 @@
-use crate::engine::{EngineError, Model, PromptTemplate, Session, SessionOptions};
+use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
-use crate::eval::generate::Generated;
+use crate::eval::generate::{Generated, space_before_answers};
 use crate::guard::Guard;
 use crate::hook::ContextError;
 use crate::tensor::log_softmax;
@@ -17,12 +17,10 @@ pub(super) struct Openings<'model> {
 }
 
 impl<'model> Openings<'model> {
-    pub fn new(model: &'model Model) -> Self {
-        // Without a chat template an answer is a word after others.
-        let parted = matches!(model.template(), PromptTemplate::Text(text) if !text.ends_with(char::is_whitespace));
-        let [refusal, compliance] =
-            OPENINGS.map(|opening| model.text_tokens(&format!("{}{opening}", if parted { " " } else { "" })));
-        Self { model, refusal, compliance }
+    pub fn new(model: &'model Model) -> Result<Self, EvalError> {
+        let space = space_before_answers(model)?;
+        let [refusal, compliance] = OPENINGS.map(|opening| model.text_tokens(&format!("{space}{opening}")));
+        Ok(Self { model, refusal, compliance })
     }
 
     /// By how many nats a token the model under `guards` finds a refusal likelier than complying, after each of `prompts`: `ln p` a token of the
@@ -37,6 +35,10 @@ impl<'model> Openings<'model> {
         prompts: &[Vec<LlamaToken>],
         known: Option<(&[Generated], &[Option<f64>])>,
     ) -> Result<Vec<Option<f64>>, EvalError> {
+        if let Some((answers, before)) = known.filter(|(answers, _)| !answers.iter().any(|answer| answer.fired)) {
+            debug_assert_eq!(answers.len(), prompts.len());
+            return Ok(before.to_vec());
+        }
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let n_ctx = (longest + self.refusal.len().max(self.compliance.len()) + 1) as u32;
         let mut session = Session::new(self.model, guards, SessionOptions { n_ctx, ..Default::default() })?;

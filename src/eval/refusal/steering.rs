@@ -104,7 +104,7 @@ pub struct SteeringInput<'a> {
 /// Examples of a class that a report shows.
 const EXAMPLES: usize = 8;
 
-/// Generates greedy answers unguarded, guarded and under the controls, and judges them by rule (see [the rules](super::RULES_VERSION)).
+/// Generates greedy answers unguarded, guarded and under the controls, and judges them by rule (see [`rules`](super::rules())).
 ///
 /// Controls keep the guard's gates, so that they act on the same prompts. `kl` says what it can of the guard at each of the strengths asked for.
 ///
@@ -207,7 +207,7 @@ impl<'a> Subject<'a> {
         let mut subject = Self {
             model,
             reader,
-            openings: Openings::new(model),
+            openings: Openings::new(model)?,
             harmful,
             harmless,
             unguarded: Answers::default(),

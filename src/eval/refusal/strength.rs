@@ -22,7 +22,7 @@ pub struct StrengthInput<'a> {
 /// What to multiply all of `guard`'s strengths by for a share of `options.target` of the harmful prompts to be refused, at the least KL to the
 /// unguarded model: the search's strengths are such factors.
 ///
-/// The effect of a factor is the share of harmful prompts whose greedy answer refuses by the rules of [the rules](super::RULES_VERSION), or which are
+/// The effect of a factor is the share of harmful prompts whose greedy answer refuses by [`rules`](super::rules()), or which are
 /// blocked; its KL, in nats a token, is that on the unguarded model's own answers to the benign prompts.
 ///
 /// # Errors

@@ -204,8 +204,11 @@ pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Vec<Markup>, EvalError> {
         ("harmless prompts refused", HARMLESS),
         ("answers to harmful prompts broken", CONTROL),
     ];
-    let layers = |at: &RefusalsAt| text(at_layer(at.layer, at.source_layer.as_ref()));
-    let rows = sweep.layers.iter().map(|at| {
+    let layers = |at: &RefusalsAt| {
+        text(if at.layer.is_some() { at_layer(at.layer, at.source_layer.as_ref()) } else { "none".to_owned() })
+    };
+    let all = || std::iter::once(&sweep.unguarded).chain(&sweep.layers);
+    let rows = all().map(|at| {
         let shares = [at.harmful.refuses, at.harmless.refuses, at.harmful.broken].map(super::tables::share);
         (None, [layers(at)].into_iter().chain(shares).collect())
     });
@@ -216,11 +219,11 @@ pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Vec<Markup>, EvalError> {
     let title = "What the logits lean to, by the layer that is steered";
     let svg = plots::lines(title, ("layer", None), ("to refusing, nats a token", None), &leanings)?;
     let known = |value: Option<f64>| text(value.map(|value| number(value, 2)).unwrap_or_default());
-    let rows = sweep.layers.iter().map(|at| {
-        let cells = [at.harmful.leaning, at.harmless.leaning, at.harmful.relative_perplexity].map(known);
+    let rows = all().map(|at| {
+        let cells = [at.harmful.leaning, at.harmless.leaning, at.harmless.relative_perplexity].map(known);
         (None, [layers(at)].into_iter().chain(cells).collect())
     });
-    let header = ["layer", "harmful", "harmless", "perplexity of answers to harmful ones × unguarded"];
+    let header = ["layer", "harmful", "harmless", "perplexity of answers to harmless ones × unguarded"];
     let legend = [("harmful prompts", HARMFUL), ("harmless prompts", HARMLESS)];
     Ok(vec![first, figure(title, svg, &legend, table(&header, rows))])
 }

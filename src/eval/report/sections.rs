@@ -89,8 +89,7 @@ pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
                 "Greedy answers of up to " (found.max_tokens) " tokens, judged by phrases in their opening (rules of version "
                 (found.rules_version) ", below). Controls keep the guard's gates, so that they act on the same prompts. "
                 "Perplexity is that of the answer under the unguarded model: how surprised it is by what was said. "
-                "What the model's own logits lean to is, in nats a token and before it has said a word, ln p of " q { (OPENINGS[0]) }
-                " less ln p of " q { (OPENINGS[1]) }
+                (leaning())
             }
             h3 { "Harmful prompts" }
             (class(|row| &row.harmful))
@@ -325,9 +324,19 @@ pub fn layer_sweep(sweep: &LayerSweep) -> Result<Markup, EvalError> {
 pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Markup, EvalError> {
     let what = SweptBy { intervention: &sweep.intervention, strength: sweep.strength, mapped: sweep.mapped };
     let RefusalsAt { harmful, harmless, .. } = &sweep.unguarded;
-    let without = format!("Without it {} of harmful prompts are refused.", percent(harmful.refuses.share));
+    let without =
+        format!("Without it {} of harmful prompts are refused. {}", percent(harmful.refuses.share), leaning());
     let title = format!("Refusing at each layer of {}, vectors of {}", sweep.model, sweep.vectors);
     Ok(swept(&title, &what, harmful.prompts + harmless.prompts, &without, &figures::refusal_sweep(sweep)?))
+}
+
+/// What it says that logits lean to.
+fn leaning() -> String {
+    let [refusal, compliance] = OPENINGS;
+    format!(
+        "What the model's own logits lean to is ln p of “{refusal}” less that of “{compliance}”, in nats a token and before it has said a word, mean over \
+         the prompts that no gate blocks."
+    )
 }
 
 /// How each layer was steered.

@@ -1,5 +1,6 @@
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
+use crate::eval::generate::space_before_answers;
 use crate::guard::Guard;
 use crate::hook::ContextError;
 use crate::learn::Progress;
@@ -49,8 +50,7 @@ pub fn answered(
     questions: &[Question],
     progress: Progress<'_>,
 ) -> Result<Vec<Answered>, EvalError> {
-    let before_answer = model.template().apply(model.llama(), "?")?;
-    let space = if before_answer.ends_with(char::is_whitespace) { "" } else { " " };
+    let space = space_before_answers(model)?;
     let mut session = Session::new(model, guard.as_slice(), SessionOptions { n_ctx: 512, ..Default::default() })?;
     let mut all = Vec::with_capacity(questions.len());
     for (index, Question { question, options, answer }) in questions.iter().enumerate() {
