@@ -93,7 +93,7 @@ pub struct SteeringInput<'a> {
     pub max_tokens: usize,
     pub control_seeds: u64,
     pub system_prompt: &'a str,
-    /// The guard along the model's own vectors, as [`native_guard`](super::native_guard) makes it, for a control.
+    /// The guard along the model's own vectors, as [`native_guard`](crate::eval::native_guard) makes it, for a control.
     pub native: Option<&'a Guard>,
     /// Where the control acts that acts at a wrong layer; by default half of the depth away.
     pub wrong_layer: Option<LayerIndex>,

@@ -46,7 +46,7 @@ pub struct RefusalsAt {
 const BROKEN: f64 = 0.1;
 
 impl RefusalSweep {
-    /// The layer at which refusals of harmful prompts outnumber those of harmless ones most, of those that leave the model whole: at most [`BROKEN`] of
+    /// The layer at which refusals of harmful prompts outnumber those of harmless ones most, of those that leave the model whole: at most a tenth of
     /// its answers to harmful prompts are broken, and those to harmless ones are at most `perplexity` times as surprising to the unguarded model
     /// as its own. (A refusal surprises it, and should.) Of equals the one whose logits lean to refusing harmful prompts most.
     pub fn best(&self, perplexity: f64) -> Option<&RefusalsAt> {
