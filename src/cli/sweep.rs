@@ -116,7 +116,10 @@ fn candidates(model: &Model, file: &VectorFile, arguments: &SweepArguments) -> a
             Layers::Chosen(layers) => layers,
             Layers::Auto => {
                 let known = file.vectors.iter().map(|vector| vector.layer);
-                known.filter(|layer| layer.0 < last).collect()
+                let mut layers: Vec<LayerIndex> = known.filter(|layer| layer.0 < last).collect();
+                // A file has them by name, so that 10 comes before 2.
+                layers.sort_unstable();
+                layers
             }
         };
         let of = |layer: LayerIndex| {
