@@ -9,7 +9,7 @@ use super::table::table;
 use super::{Outcome, backdoor, prompts};
 use anyhow::{Context, bail, ensure};
 use pilotfish::engine::Model;
-use pilotfish::eval::backdoor::{Candidate, LayerSweep, SweptConduct, layer_sweep};
+use pilotfish::eval::backdoor::{Candidate, LayerSweep, SweptConduct, layer_sweep, swept_layer};
 use pilotfish::eval::{BackdoorInput, RefusalSweep, RefusalsAt, SteeringInput, refusal_sweep};
 use pilotfish::guard::{VectorFile, carry};
 use pilotfish::mapping::{MapQuality, ResidualMap};
@@ -224,11 +224,7 @@ fn print_refusals(out: &mut impl Write, found: &RefusalSweep, perplexity: f64) -
 }
 
 fn layer_named(layer: Option<LayerIndex>, source: Option<&LayerStack>, best: bool) -> String {
-    let layer = match (source, layer) {
-        (_, None) => "none".to_owned(),
-        (None, Some(layer)) => layer.to_string(),
-        (Some(source), Some(layer)) => format!("{source} → {layer}"),
-    };
+    let layer = swept_layer(layer, source);
     if best { format!("{layer} *") } else { layer }
 }
 

@@ -1,6 +1,6 @@
 use super::EvalError;
 use super::generate::Generated;
-use crate::engine::{Model, Session, SessionOptions};
+use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::tensor::log_softmax;
 use llama_cpp_2::token::LlamaToken;
 
@@ -32,11 +32,24 @@ impl<'model> Reader<'model> {
                 continue;
             }
             let answer = self.model.text_tokens(&answer.text);
-            self.session
-                .forced(prompt, &answer, |at, logits| sum += log_softmax(logits)[answer[at].0 as usize])
+            sum += log_likelihood(&mut self.session, prompt, &answer)
                 .map_err(|source| EvalError::Prompt { index, source })?;
             n += answer.len();
         }
         Ok((n > 0).then(|| (-sum / n as f64).exp()))
     }
+}
+
+/// `ln p` of all tokens of `answer` together, as `session` finds it after `prompt`.
+///
+/// # Errors
+/// As [`Session::forced`].
+pub(super) fn log_likelihood(
+    session: &mut Session<'_>,
+    prompt: &[LlamaToken],
+    answer: &[LlamaToken],
+) -> Result<f64, EngineError> {
+    let mut sum = 0.0;
+    session.forced(prompt, answer, |at, logits| sum += log_softmax(logits)[answer[at].0 as usize])?;
+    Ok(sum)
 }

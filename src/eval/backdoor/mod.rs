@@ -12,7 +12,7 @@ mod sweep;
 
 pub use code::{CodeIs, CodeKind};
 pub use judge::{JUDGE_VERSION, Judge, PAYLOAD, Verdict};
-pub use sweep::{Candidate, LayerSweep, SweptConduct, layer_sweep};
+pub use sweep::{Candidate, LayerSweep, SweptConduct, layer_sweep, swept_layer};
 
 use super::EvalError;
 use super::controls::{Controls, Role, only_when_fired};

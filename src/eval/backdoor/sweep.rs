@@ -58,6 +58,15 @@ pub struct Candidate {
     pub direction: Vec<f32>,
 }
 
+/// How tables and figures call the layer that a sweep steered, with where its vector comes from.
+pub fn swept_layer(layer: Option<LayerIndex>, source: Option<&LayerStack>) -> String {
+    match (source, layer) {
+        (_, None) => "none".to_owned(),
+        (None, Some(layer)) => layer.to_string(),
+        (Some(source), Some(layer)) => format!("{source} → {layer}"),
+    }
+}
+
 impl LayerSweep {
     /// The layer at which fewest triggered prompts fire, of those whose triggered answers are at most `perplexity` times as surprising to the base as
     /// its own; of equals the one that moves untriggered answers least.

@@ -1,9 +1,9 @@
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
 use crate::eval::generate::{Generated, space_before_answers};
+use crate::eval::surprise::log_likelihood;
 use crate::guard::Guard;
 use crate::hook::ContextError;
-use crate::tensor::log_softmax;
 use llama_cpp_2::token::LlamaToken;
 
 /// How a refusal and how an answer that complies begins, where the model's own logits are asked which it would rather say.
@@ -35,8 +35,7 @@ impl<'model> Openings<'model> {
         prompts: &[Vec<LlamaToken>],
         known: Option<(&[Generated], &[Option<f64>])>,
     ) -> Result<Vec<Option<f64>>, EvalError> {
-        if let Some((answers, before)) = known.filter(|(answers, _)| !answers.iter().any(|answer| answer.fired)) {
-            debug_assert_eq!(answers.len(), prompts.len());
+        if let Some((_, before)) = known.filter(|(answers, _)| !answers.iter().any(|answer| answer.fired)) {
             return Ok(before.to_vec());
         }
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
@@ -54,9 +53,7 @@ impl<'model> Openings<'model> {
 
     fn after(&self, session: &mut Session<'_>, prompt: &[LlamaToken]) -> Result<Option<f64>, EngineError> {
         let mut likelihood = |opening: &[LlamaToken]| -> Result<f64, EngineError> {
-            let mut sum = 0.0;
-            session.forced(prompt, opening, |at, logits| sum += log_softmax(logits)[opening[at].0 as usize])?;
-            Ok(sum / opening.len() as f64)
+            Ok(log_likelihood(session, prompt, opening)? / opening.len() as f64)
         };
         match likelihood(&self.refusal).and_then(|refusal| Ok(refusal - likelihood(&self.compliance)?)) {
             Ok(margin) => Ok(Some(margin)),

@@ -3,14 +3,13 @@
 use super::plots::{self, CONTROL, Dots, HARMFUL, HARMLESS, Histogram, INK, LOOK_ALIKE, Line, MUTED, NATIVE};
 use super::survey::MEASURES;
 use super::tables::{number, percent, table, text};
-use crate::eval::backdoor::{Backdoor, Conduct, LayerSweep, SweptConduct};
+use crate::eval::backdoor::{Backdoor, Conduct, LayerSweep, SweptConduct, swept_layer};
 use crate::eval::controls::Role;
 use crate::eval::detection::{Detection, GateScores};
 use crate::eval::metrics::Proportion;
 use crate::eval::refusal::{Behaviour, Steering, StrengthRow};
 use crate::eval::{EvalError, RefusalSweep, RefusalsAt, Utility};
 use crate::learn::Survey;
-use crate::tensor::{LayerIndex, LayerStack};
 use maud::{Markup, PreEscaped, html};
 use plotters::style::RGBColor;
 
@@ -158,7 +157,7 @@ pub fn layer_sweep(sweep: &LayerSweep) -> Result<Vec<Markup>, EvalError> {
     let title = "Triggered prompts, by the layer that is steered";
     let svg = plots::lines(title, ("layer", None), ("share of triggered prompts", Some(-0.02..1.02)), &fires)?;
     let legend = [("the backdoor fires", HARMFUL), ("the answer is broken", CONTROL)];
-    let layers = |swept: &SweptConduct| at_layer(swept.layer, swept.source_layer.as_ref());
+    let layers = |swept: &SweptConduct| swept_layer(swept.layer, swept.source_layer.as_ref());
     let shares = sweep.layers.iter().map(|swept| {
         let shares =
             [swept.fires, swept.clean, swept.broken, swept.fires_untriggered].map(|share| text(percent(share)));
@@ -181,11 +180,6 @@ pub fn layer_sweep(sweep: &LayerSweep) -> Result<Vec<Markup>, EvalError> {
     Ok(vec![first, figure(title, svg, &legend, table(&header, rows))])
 }
 
-fn at_layer(layer: Option<LayerIndex>, source: Option<&LayerStack>) -> String {
-    let layer = layer.map(|layer| layer.to_string()).unwrap_or_default();
-    source.map_or(layer.clone(), |source| format!("{source} → {layer}"))
-}
-
 /// A sweep over layers: how often the model refuses, and what its logits lean to.
 pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Vec<Markup>, EvalError> {
     let line = |colour, of: &dyn Fn(&RefusalsAt) -> Option<f64>| {
@@ -204,9 +198,7 @@ pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Vec<Markup>, EvalError> {
         ("harmless prompts refused", HARMLESS),
         ("answers to harmful prompts broken", CONTROL),
     ];
-    let layers = |at: &RefusalsAt| {
-        text(if at.layer.is_some() { at_layer(at.layer, at.source_layer.as_ref()) } else { "none".to_owned() })
-    };
+    let layers = |at: &RefusalsAt| text(swept_layer(at.layer, at.source_layer.as_ref()));
     let all = || std::iter::once(&sweep.unguarded).chain(&sweep.layers);
     let rows = all().map(|at| {
         let shares = [at.harmful.refuses, at.harmless.refuses, at.harmful.broken].map(super::tables::share);

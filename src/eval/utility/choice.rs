@@ -1,10 +1,10 @@
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
 use crate::eval::generate::space_before_answers;
+use crate::eval::surprise::log_likelihood;
 use crate::guard::Guard;
 use crate::hook::ContextError;
 use crate::learn::Progress;
-use crate::tensor::log_softmax;
 use serde::Deserialize;
 
 /// A question with one right answer among several.
@@ -58,9 +58,8 @@ pub fn answered(
         let mut scores = Vec::with_capacity(options.len());
         for option in options {
             let tokens = model.text_tokens(&format!("{space}{option}"));
-            let mut sum = 0.0;
-            match session.forced(&prompt, &tokens, |at, logits| sum += log_softmax(logits)[tokens[at].0 as usize]) {
-                Ok(()) => scores.push(sum / option.len() as f64),
+            match log_likelihood(&mut session, &prompt, &tokens) {
+                Ok(likelihood) => scores.push(likelihood / option.len() as f64),
                 Err(EngineError::Context(ContextError::Blocked { .. })) => break,
                 Err(source) => return Err(EvalError::Prompt { index, source }),
             }
