@@ -652,6 +652,9 @@ pub struct CalibrateArguments {
     /// Benign prompts
     #[arg(long, value_name = "F", required_unless_present = "operating_point")]
     pub benign: Option<PathBuf>,
+    /// Calibrate this gate or intervention alone, where what is benign for it is not what is benign for the others. May be given several times
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["refusals", "operating_point"])]
+    pub only: Vec<String>,
     /// Prompts that should fire: what share of them each threshold catches
     #[arg(long, value_name = "F")]
     pub positive: Option<PathBuf>,

@@ -6,7 +6,7 @@ use super::progress::Bar;
 use super::prompts;
 use super::table::table;
 use anyhow::{Context, anyhow, ensure};
-use pilotfish::engine::Model;
+use pilotfish::engine::{Model, Prompt};
 use pilotfish::eval::backdoor::{BackdoorRow, BackdoorTask, CodeKind, Conduct, Judge, JudgedPrompt};
 use pilotfish::eval::report::PromptsEntry;
 use pilotfish::eval::{Backdoor, BackdoorInput, backdoor};
@@ -40,7 +40,7 @@ impl Judged {
     }
 
     pub fn entry(&self) -> PromptsEntry {
-        let prompts: Vec<String> = self.prompts.iter().map(|asked| asked.prompt.clone()).collect();
+        let prompts: Vec<Prompt> = self.prompts.iter().map(|asked| asked.prompt.clone()).collect();
         PromptsEntry::new("asked with and without the trigger", &self.file, &prompts)
     }
 }
@@ -88,7 +88,7 @@ pub fn measure(
     model: &Model,
     guards: Guards<'_>,
     judged: &Judged,
-    benign: &[String],
+    benign: &[Prompt],
     arguments: &EvalArguments,
 ) -> anyhow::Result<Backdoor> {
     let BackdoorArguments { asked, control_limit, .. } = &arguments.backdoor;

@@ -5,7 +5,7 @@ use super::progress::Bar;
 use super::table::table;
 use super::{backdoor, guard, prompts, switch};
 use anyhow::{Context, ensure};
-use pilotfish::engine::Model;
+use pilotfish::engine::{Model, Prompt};
 use pilotfish::eval::backdoor::LayerSweep;
 use pilotfish::eval::metrics::{Estimate, Proportion};
 use pilotfish::eval::report::{GuardEntry, PromptsEntry, Seeds};
@@ -81,7 +81,7 @@ struct Files {
 #[derive(Default, Clone)]
 struct Prompts {
     file: String,
-    all: Vec<String>,
+    all: Vec<Prompt>,
 }
 
 impl Prompts {
@@ -95,7 +95,7 @@ impl Prompts {
     }
 
     /// The first ones, as many as are to be answered.
-    fn first(&self, limit: usize) -> &[String] {
+    fn first(&self, limit: usize) -> &[Prompt] {
         &self.all[..self.all.len().min(limit)]
     }
 }
@@ -378,7 +378,7 @@ fn print_steering(out: &mut impl Write, found: &Steering) -> anyhow::Result<()> 
                 percent(behaviour.broken.share),
                 percent(behaviour.repetition),
                 behaviour.relative_perplexity.map(|times| format!("{times:.2}")).unwrap_or_default(),
-                behaviour.leaning.map(|nats| format!("{nats:+.2}")).unwrap_or_default(),
+                behaviour.refusal_probability.map(percent).unwrap_or_default(),
             ]
         });
         let header = [
@@ -388,7 +388,7 @@ fn print_steering(out: &mut impl Write, found: &Steering) -> anyhow::Result<()> 
             "broken",
             "repeated",
             "perplexity, times unguarded",
-            "logits lean to refusing, nats a token",
+            "refusing opening, by the logits",
         ];
         writeln!(out, "{} {class} prompts\n{}", of(&found.rows[0]).prompts, table(header, rows))?;
     }

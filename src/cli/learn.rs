@@ -4,8 +4,9 @@ use super::progress::Bar;
 use super::table::table;
 use super::{Outcome, guard, prompts, strength};
 use anyhow::{Context, bail, ensure};
+use pilotfish::engine::Prompt;
 use pilotfish::guard::{
-    GateCalibration, Intervention, InterventionKind, VectorFile, edit, guard_with_manifest, replace_manifest,
+    Gate, GateCalibration, Intervention, InterventionKind, VectorFile, edit, guard_with_manifest, replace_manifest,
 };
 use pilotfish::learn::{
     self, BenignProjection, Calibrated, CalibrationOptions, Classes, ContrastMethod, ContrastOptions, FirstTokens,
@@ -51,7 +52,7 @@ pub fn extract(arguments: ExtractArguments) -> anyhow::Result<Outcome> {
     writeln!(std::io::stdout().lock(), "{}", qualities(&file.vectors))?;
     if let Some(strength) = arguments.sweep {
         // Of every contrast some.
-        let some = |class: fn(&learn::Classes<'_>) -> Vec<String>| -> Vec<String> {
+        let some = |class: fn(&learn::Classes<'_>) -> Vec<Prompt>| -> Vec<Prompt> {
             let each = arguments.sweep_prompts.div_ceil(classes.len());
             classes.iter().flat_map(|classes| class(classes).into_iter().take(each)).collect()
         };
@@ -155,6 +156,21 @@ pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
     let (Some(name), Some(benign)) = (&arguments.model, &arguments.benign) else {
         bail!("a calibration needs `--model` and `--benign`");
     };
+    let asked = |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|only| only == name);
+    let parts: Vec<&str> = guard
+        .gates()
+        .iter()
+        .map(|gate| gate.name.as_str())
+        .chain(guard.interventions().iter().map(|intervention| intervention.name.as_str()))
+        .collect();
+    for only in &arguments.only {
+        ensure!(
+            parts.contains(&only.as_str()),
+            "guard `{}` has no gate and no intervention `{only}`; it has {}",
+            guard.name(),
+            listed(&parts)
+        );
+    }
     let benign = prompts::read(benign)?;
     let positive = arguments.positive.as_deref().map(prompts::read).transpose()?.unwrap_or_default();
     let model = load_named(name, &arguments.lora, &arguments.load)?;
@@ -162,7 +178,8 @@ pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
     let calibrated = {
         let bar = Bar::new("scoring prompts");
         let options = CalibrationOptions { false_positive_rate: rate, confidence: arguments.confidence };
-        learn::calibrate(&model, &guard, &benign, &positive, options, &mut |done, total| bar.at(done, total))?
+        let asked = |gate: &Gate| asked(&gate.name);
+        learn::calibrate(&model, &guard, asked, &benign, &positive, options, &mut |done, total| bar.at(done, total))?
     };
     let mut text = text()?;
     for Calibrated { gate, calibration } in &calibrated {
@@ -175,6 +192,7 @@ pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
     }
     let strength = arguments.strength_sd;
     let measured = |intervention: &Intervention| match intervention.kind {
+        _ if !asked(&intervention.name) => false,
         InterventionKind::Ablate { .. } => true,
         InterventionKind::Add { .. } => strength.is_some() || intervention.deviation.is_some(),
         _ => false,
@@ -219,6 +237,11 @@ fn operating_points(calibration: &GateCalibration) -> comfy_table::Table {
         ["benign that may fire (* in use)", "threshold", "fired", "share of all such, 95 %", "positive that fire"],
         rows,
     )
+}
+
+/// `a`, `b` and so on, each in quotes.
+fn listed(names: &[&str]) -> String {
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
 pub fn percent(share: f64) -> String {

@@ -6,7 +6,7 @@ use super::progress::Bar;
 use super::table::table;
 use super::{Outcome, learn::write, prompts, switch};
 use anyhow::{Context, bail, ensure};
-use pilotfish::engine::Model;
+use pilotfish::engine::{Model, Prompt};
 use pilotfish::guard::{MAPPING_SUFFIX, MappingFile};
 use pilotfish::learn::{
     self, AutoencoderOptions, CorpusOptions, Epoch, LayerPair, MapOptions, MapRows, RankBy, Survey, TrainingWatch,
@@ -145,7 +145,7 @@ fn write_mapping(
     file: &mut MappingFile,
     output: &Path,
     (source, target): (&Model, &Model),
-    aside: &[String],
+    aside: &[Prompt],
 ) -> anyhow::Result<()> {
     let maps = file.maps();
     if !aside.is_empty() {
@@ -299,7 +299,7 @@ impl TrainingWatch for Training {
 
 /// What both models read, and where it is from.
 struct Corpus {
-    documents: Vec<String>,
+    documents: Vec<Prompt>,
     provenance: String,
 }
 
@@ -310,7 +310,10 @@ fn corpus_of(source: &Model, parts: &[String], sampled: CorpusOptions) -> anyhow
         let (texts, from) = if part == "self" {
             let bar = Bar::new("sampling the corpus");
             let texts = learn::sample_corpus(source, sampled, &mut |done, total| bar.at(done, total))?;
-            (texts, format!("that {} wrote (seed {})", source.identity().name, sampled.seed))
+            (
+                texts.into_iter().map(Prompt::from).collect(),
+                format!("that {} wrote (seed {})", source.identity().name, sampled.seed),
+            )
         } else {
             let path = Path::new(part);
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();

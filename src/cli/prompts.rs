@@ -1,6 +1,7 @@
 //! Prompt files as they are: lines of text, or records (`.jsonl`, `.json`, `.csv`) of which one field holds the prompt.
 
 use anyhow::{Context, bail, ensure};
+use pilotfish::engine::Prompt;
 use pilotfish::learn::Classes;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,9 @@ use std::path::{Path, PathBuf};
 /// (StrongREJECT), `goal` (AdvBench and JailbreakBench, whose `Behavior` is only a name), `instruction` (Alpaca), `request` (PHTest),
 /// `behavior` (HarmBench).
 const FIELDS: [&str; 7] = ["prompt", "forbidden_prompt", "goal", "instruction", "request", "behavior", "question"];
+
+/// Where it is there, how the answer begins.
+const PREFILL: &str = "prefill";
 
 /// A prompt's file, and which of its records: as `F`, `F[field=pattern]` or `F[field!=pattern]`.
 struct Selected<'a> {
@@ -30,14 +34,14 @@ struct Record {
 }
 
 /// Reads prompts: `.txt`, one a line; `.jsonl` and `.csv` of records; `.json`, an array of records or texts. A filter behind the file's name
-/// chooses among records: `xstest.csv[type=contrast_*]`.
-pub fn read(given: &Path) -> anyhow::Result<Vec<String>> {
+/// chooses among records: `xstest.csv[type=contrast_*]`. Where a record has the field `prefill`, the answer to its prompt has begun with that.
+pub fn read(given: &Path) -> anyhow::Result<Vec<Prompt>> {
     Ok(read_records(given)?.into_iter().map(|record| record.prompt).collect())
 }
 
 /// A prompt with what else its record says.
 pub struct PromptRecord {
-    pub prompt: String,
+    pub prompt: Prompt,
     record: Record,
 }
 
@@ -71,8 +75,8 @@ pub fn read_records(given: &Path) -> anyhow::Result<Vec<PromptRecord>> {
 
 /// Prompts of one contrast: with a property, and without it.
 pub struct Contrasted {
-    positive: Vec<String>,
-    negative: Vec<String>,
+    positive: Vec<Prompt>,
+    negative: Vec<Prompt>,
 }
 
 impl Contrasted {
@@ -112,7 +116,9 @@ fn prompts(path: &Path, text: &str, filter: Option<&Filter<'_>>) -> anyhow::Resu
             let prompt =
                 record.get(field).with_context(|| format!("{}: no field is called `{field}`", record.place))?;
             if let Some(prompt) = filled(prompt).map(|prompt| record.with_context(field, prompt)) {
-                prompts.push(PromptRecord { prompt, record });
+                // With the space that it may end with.
+                let prefill = record.get(PREFILL).unwrap_or_default().trim_start().to_owned();
+                prompts.push(PromptRecord { prompt: Prompt { text: prompt, prefill }, record });
             }
         }
     }
@@ -243,7 +249,8 @@ mod tests {
     fn read_selected(name: &str, filter: &str, text: &str) -> anyhow::Result<Vec<String>> {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join(name), text).unwrap();
-        read(&directory.path().join(format!("{name}{filter}")))
+        let read = read(&directory.path().join(format!("{name}{filter}")))?;
+        Ok(read.iter().map(Prompt::to_string).collect())
     }
 
     #[test]
@@ -292,6 +299,13 @@ mod tests {
         }
         let alpaca = r#"[{"instruction": "Translate.", "input": "sea", "output": "mer"}]"#;
         assert_eq!(read_text("a.json", alpaca).unwrap(), ["Translate.\n\nsea"]);
+    }
+
+    #[test]
+    fn an_answer_may_have_begun() {
+        let lines = "{\"prompt\": \" a \", \"prefill\": \" It is \"}\n{\"prompt\": \"b\"}\n{\"prompt\": \"c\", \"prefill\": \"\"}\n";
+        assert_eq!(read_text("x.jsonl", lines).unwrap(), ["a → It is ", "b", "c"]);
+        assert_eq!(read_text("x.csv", "prompt,response,prefill\na,no,Sure\n").unwrap(), ["a → Sure"]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::table::table;
 use super::{Outcome, guard, prompts};
 use anyhow::{Context, bail};
 use pilotfish::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions, Summary, Toggle};
-use pilotfish::engine::{GateReading, Sampling, Scheduler, Session, SessionOptions};
+use pilotfish::engine::{GateReading, Prompt, Sampling, Scheduler, Session, SessionOptions};
 use pilotfish::program::Setting;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ pub fn score(arguments: ScoreArguments) -> anyhow::Result<Outcome> {
     let mut out = std::io::stdout().lock();
     let mut rows = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
-        let readings = session.score(&model.prompt_tokens(prompt)?).with_context(|| format!("prompt {index}"))?;
+        let readings = session.score(&model.tokens_read(None, prompt)?).with_context(|| format!("prompt {index}"))?;
         if arguments.json {
             writeln!(out, "{}", serde_json::to_string(&ScoreLine { index, gates: gates_json(&readings) })?)?;
             continue;
@@ -61,14 +61,14 @@ pub fn score(arguments: ScoreArguments) -> anyhow::Result<Outcome> {
 
 const SCORE_HEADER: [&str; 4] = ["prompt", "gate", "score", "decision"];
 
-fn score_row(prompt: &str, reading: GateReading) -> [String; 4] {
+fn score_row(prompt: &Prompt, reading: GateReading) -> [String; 4] {
     let score = reading.score.map_or("none".into(), |score| format!("{score:+.2}"));
-    [prompt.to_owned(), reading.gate, score, if reading.fired { "fires".into() } else { "passes".into() }]
+    [prompt.to_string(), reading.gate, score, if reading.fired { "fires".into() } else { "passes".into() }]
 }
 
 pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     let prompts = match (&arguments.input.prompt, &arguments.input.prompts) {
-        (Some(prompt), _) => vec![prompt.clone()],
+        (Some(prompt), _) => vec![prompt.as_str().into()],
         (None, Some(path)) => prompts::read(path)?,
         (None, None) => unreachable!("clap asks for one of them"),
     };
@@ -96,7 +96,7 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         // No sooner than it can run: what is wrong with a prompt is told after the answers before it.
         let can_run = |(running, waiting)| running + waiting < parallel as usize;
         while refused.is_none() && submitted < prompts.len() && can_run(scheduler.load()) {
-            let request = model.prompt_tokens(&prompts[submitted]).map(|tokens| Request {
+            let request = model.tokens_read(None, &prompts[submitted]).map(|tokens| Request {
                 sampling: sampling.clone(),
                 stop: arguments.stop.clone(),
                 toggles: toggles.clone(),

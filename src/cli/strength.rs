@@ -48,7 +48,7 @@ pub fn for_refusals(
 }
 
 /// `limit` of the prompts, evenly over all of them: a file often has one kind after another.
-fn spread(prompts: &[String], limit: usize) -> Vec<String> {
+fn spread<T: Clone>(prompts: &[T], limit: usize) -> Vec<T> {
     let n = prompts.len().min(limit);
     (0..n).map(|index| prompts[index * prompts.len() / n].clone()).collect()
 }
@@ -96,7 +96,7 @@ mod tests {
         assert_eq!(spread(&prompts, 3), ["0", "2", "4"]);
         assert_eq!(spread(&prompts, 7), prompts);
         assert_eq!(spread(&prompts, 100), prompts);
-        assert!(spread(&prompts, 0).is_empty() && spread(&[], 3).is_empty());
+        assert!(spread(&prompts, 0).is_empty() && spread::<String>(&[], 3).is_empty());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::progress::Bar;
 use super::table::table;
 use super::{Outcome, backdoor, prompts};
 use anyhow::{Context, bail, ensure};
-use pilotfish::engine::Model;
+use pilotfish::engine::{Model, Prompt};
 use pilotfish::eval::backdoor::{Candidate, LayerSweep, SweptConduct, layer_sweep, swept_layer};
 use pilotfish::eval::{BackdoorInput, RefusalSweep, RefusalsAt, SteeringInput, refusal_sweep};
 use pilotfish::guard::{VectorFile, carry};
@@ -56,7 +56,7 @@ fn of_refusal(arguments: &SweepArguments) -> anyhow::Result<Outcome> {
         arguments.asked.prompts.is_none() && arguments.benign.is_none(),
         "`--prompts` and `--benign` are of backdoors: refusals are told on `--positive` and `--negative`"
     );
-    let first = |path: &Option<PathBuf>, option| -> anyhow::Result<Vec<String>> {
+    let first = |path: &Option<PathBuf>, option| -> anyhow::Result<Vec<Prompt>> {
         let path = path.as_deref().with_context(|| format!("a sweep over refusals asks `--{option}`"))?;
         let mut prompts = prompts::read(path)?;
         prompts.truncate(arguments.limit);
@@ -200,8 +200,8 @@ fn print_refusals(out: &mut impl Write, found: &RefusalSweep, perplexity: f64) -
             percent(at.harmless.refuses.share),
             percent(at.harmful.broken.share),
             number(at.harmless.relative_perplexity, 2),
-            number(at.harmful.leaning, 2),
-            number(at.harmless.leaning, 2),
+            at.harmful.refusal_probability.map(percent).unwrap_or_default(),
+            at.harmless.refusal_probability.map(percent).unwrap_or_default(),
         ]
     };
     let header = [
@@ -210,8 +210,8 @@ fn print_refusals(out: &mut impl Write, found: &RefusalSweep, perplexity: f64) -
         "harmless refused",
         "harmful broken",
         "perplexity of harmless answers, times unguarded",
-        "logits lean to refusing harmful ones, nats a token",
-        "harmless ones",
+        "refusing opening by the logits, harmful",
+        "harmless",
     ];
     let RefusalsAt { harmful, harmless, .. } = &found.unguarded;
     writeln!(

@@ -10,7 +10,7 @@ use super::map::autoencoder_options;
 use super::progress::Bar;
 use super::{prompts, table::table};
 use anyhow::{Context, bail, ensure};
-use pilotfish::engine::{Model, probe_of};
+use pilotfish::engine::{Model, Prompt, probe_of};
 use pilotfish::eval::report::PromptsEntry;
 use pilotfish::eval::{Likeness, Switch, SwitchInput, SwitchRow, switch};
 use pilotfish::guard::manifest::{InterventionEntry, InterventionName, MappingEntry, MappingKind, VectorEntry};
@@ -28,7 +28,7 @@ pub fn maps(
     arguments: &MapArguments,
     source: &Model,
     target: &Model,
-    documents: &[String],
+    documents: &[Prompt],
 ) -> anyhow::Result<(Vec<(ResidualMap, MapQuality)>, String)> {
     let autoencoder = matches!(arguments.kind, MappingKindArgument::Autoencoder);
     let not_of_switches = [

@@ -22,7 +22,7 @@ pub fn tokens(arguments: TokensArguments) -> anyhow::Result<Outcome> {
     let vocab = model.llama().vocab();
     let mut out = std::io::stdout().lock();
     for (index, prompt) in prompts.iter().enumerate() {
-        let tokens = model.prompt_tokens(&prompt.prompt).with_context(|| format!("prompt {index}"))?;
+        let tokens = model.tokens_read(None, &prompt.prompt).with_context(|| format!("prompt {index}"))?;
         let answer = prompt.text("answer").map(|answer| model.text_tokens(answer));
         if arguments.json {
             let ids = |tokens: Vec<LlamaToken>| tokens.into_iter().map(|token| token.0).collect();

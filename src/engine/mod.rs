@@ -27,7 +27,7 @@ pub use identity::{identity_of, quantization_of};
 pub use lock_step::LockStep;
 pub use model::{Model, ModelOptions, backend};
 pub use parallel::ParallelSampler;
-pub use prompt::{PromptLayout, PromptTemplate, tokens_spelling};
+pub use prompt::{Prompt, PromptLayout, PromptTemplate, tokens_spelling};
 pub use replaced::ReplacedReader;
 pub use sampling::Sampling;
 pub use scheduler::Scheduler;

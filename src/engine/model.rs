@@ -1,4 +1,4 @@
-use super::{Adapter, EngineError, PromptTemplate, Weights, adapter, identity_of};
+use super::{Adapter, EngineError, Prompt, PromptTemplate, Weights, adapter, identity_of};
 use crate::guard::ModelIdentity;
 use crate::hook::Adapters;
 use crate::program::ModelShape;
@@ -116,7 +116,7 @@ impl Model {
         self.weights().shape()
     }
 
-    /// The tokens of `prompt` inside the model's template.
+    /// The tokens of a user's words `prompt` inside the model's template.
     ///
     /// # Errors
     /// The template can't be applied.
@@ -129,12 +129,22 @@ impl Model {
         self.llama().vocab().tokenize(text.as_bytes(), false, false)
     }
 
-    /// The tokens of `prompt` after a system prompt: see [`PromptTemplate::tokens_under`].
+    /// The tokens of an answer to `prompt` that somebody else has written: see [`PromptTemplate::answer_tokens`].
     ///
     /// # Errors
     /// The template can't be applied.
-    pub fn prompt_tokens_under(&self, system: Option<&str>, prompt: &str) -> Result<Vec<LlamaToken>, EngineError> {
-        self.template.tokens_under(&self.llama, system, prompt)
+    pub fn answer_tokens(&self, prompt: &str, answer: &str) -> Result<Vec<LlamaToken>, EngineError> {
+        self.template.answer_tokens(&self.llama, prompt, answer)
+    }
+
+    /// All that the model reads of `prompt`, after a system prompt if there is one ([`PromptTemplate::tokens_under`]), up to where it goes on.
+    ///
+    /// # Errors
+    /// The template can't be applied.
+    pub fn tokens_read(&self, system: Option<&str>, prompt: &Prompt) -> Result<Vec<LlamaToken>, EngineError> {
+        let mut tokens = self.template.tokens_under(&self.llama, system, &prompt.text)?;
+        tokens.extend(self.template.answer_tokens(&self.llama, &prompt.text, &prompt.prefill)?);
+        Ok(tokens)
     }
 }
 

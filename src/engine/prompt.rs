@@ -14,12 +14,50 @@ pub enum PromptTemplate {
     Text(String),
 }
 
+/// What a model reads before it goes on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// The user's turn.
+    pub text: String,
+    /// How the answer begins, read behind the template as what the model itself has said; mostly empty. Without the space that parts it from a
+    /// template's end: what answers begin with is the model's affair.
+    pub prefill: String,
+}
+
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self { text, prefill: String::new() }
+    }
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl std::fmt::Display for Prompt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)?;
+        if self.prefill.is_empty() { Ok(()) } else { write!(f, " → {}", self.prefill) }
+    }
+}
+
+impl Prompt {
+    /// The same with `mark` before the user's words.
+    pub fn marked(&self, mark: &str) -> Self {
+        Self { text: format!("{mark}{}", self.text), prefill: self.prefill.clone() }
+    }
+}
+
 /// The tokens of a prompt in its template.
 #[derive(Debug, Clone)]
 pub struct PromptLayout {
     pub tokens: Vec<LlamaToken>,
-    /// Byte of the prompt at which each token ends, or `None` where it ends in the template.
+    /// Byte of the user's words, and of the answer's beginning behind them, at which each token ends, or `None` where it ends in the template.
     pub ends: Vec<Option<usize>>,
+    /// The first token that the model has said itself, or would say next.
+    pub answer: usize,
 }
 
 /// Indices of the tokens that spell `text`, wherever it stands in what `tokens` spell together: those that any of its bytes is of, so that where the
@@ -96,12 +134,15 @@ impl PromptTemplate {
     /// The tokens that the model reads for `prompt`, each with the byte of the prompt at which it ends.
     ///
     /// # Errors
-    /// As [`apply`](Self::apply).
-    pub fn layout(&self, model: &LlamaModel, prompt: &str) -> Result<PromptLayout, EngineError> {
+    /// As [`apply`](Self::apply), and a tokenizer that changes the text.
+    pub fn layout(&self, model: &LlamaModel, prompt: &Prompt) -> Result<PromptLayout, EngineError> {
         let vocab = model.vocab();
-        let text = self.apply(model, prompt)?;
+        let changed = |end: usize| EngineError::Template {
+            reason: format!("the tokenizer changes the text at byte {end}, so its tokens can't be told apart"),
+        };
+        let text = self.apply(model, &prompt.text)?;
         let before = self.around(model, None)?.0.len();
-        let tokens = vocab.tokenize(text.as_bytes(), true, true);
+        let mut tokens = vocab.tokenize(text.as_bytes(), true, true);
         let mut pieces: Vec<Vec<u8>> = tokens.iter().map(|token| vocab.token_to_piece(*token, true, None)).collect();
         // The tokenizer puts a beginning-of-sequence token before the text, and may close it, without either being in the text.
         if tokens.first() == Some(&vocab.bos()) && !text.as_bytes().starts_with(&pieces[0]) {
@@ -111,17 +152,53 @@ impl PromptTemplate {
         let mut ends = Vec::with_capacity(tokens.len());
         for piece in &pieces {
             if !text.as_bytes()[end..].starts_with(piece) {
-                return Err(EngineError::Template {
-                    reason: format!("the tokenizer changes the text at byte {end}, so its tokens can't be told apart"),
-                });
+                return Err(changed(end));
             }
             end += piece.len();
-            ends.push((end > before && end <= before + prompt.len()).then(|| end - before));
+            ends.push((end > before && end <= before + prompt.text.len()).then(|| end - before));
         }
-        Ok(PromptLayout { tokens, ends })
+        let answer = tokens.len();
+        if !prompt.prefill.is_empty() {
+            let space = self.space_before_answer(model, &prompt.text)?;
+            let said = format!("{space}{}", prompt.prefill);
+            let mut end = 0;
+            for token in vocab.tokenize(said.as_bytes(), false, false) {
+                let piece = vocab.token_to_piece(token, true, None);
+                if !said.as_bytes()[end..].starts_with(&piece) {
+                    return Err(changed(text.len() + end));
+                }
+                end += piece.len();
+                ends.push((end > space.len()).then(|| prompt.text.len() + end - space.len()));
+                tokens.push(token);
+            }
+        }
+        Ok(PromptLayout { tokens, ends, answer })
     }
 
-    /// The tokens that the model reads for `prompt`.
+    /// What parts an answer to `prompt` from what stands before it: a space, where that ends in none itself.
+    fn space_before_answer(&self, model: &LlamaModel, prompt: &str) -> Result<&'static str, EngineError> {
+        Ok(if self.apply(model, prompt)?.ends_with(char::is_whitespace) { "" } else { " " })
+    }
+
+    /// The tokens of what the model says to `prompt`, or is to say: plain text, in which nothing spells a control token, with the space before it that
+    /// the template asks for.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn answer_tokens(
+        &self,
+        model: &LlamaModel,
+        prompt: &str,
+        answer: &str,
+    ) -> Result<Vec<LlamaToken>, EngineError> {
+        if answer.is_empty() {
+            return Ok(Vec::new());
+        }
+        let space = self.space_before_answer(model, prompt)?;
+        Ok(model.vocab().tokenize(format!("{space}{answer}").as_bytes(), false, false))
+    }
+
+    /// The tokens that the model reads for a user's words `prompt`.
     ///
     /// Text of the prompt that spells a control token (`<|im_end|>`) is read as plain text, so that a prompt can't end its own turn.
     ///

@@ -1,7 +1,7 @@
 //! What else could have done it: guards that differ from the one that is measured in one thing only.
 
 use super::EvalError;
-use crate::engine::{GuardOptions, Model, program_for};
+use crate::engine::{GuardOptions, Model, Prompt, program_for};
 use crate::guard::{GateScope, Guard, GuardError, Intervention, InterventionKind, Rule, Truth, VectorFile};
 use crate::learn::{BenignProjection, benign_projections};
 use crate::tensor::{LayerIndex, norm};
@@ -42,7 +42,7 @@ pub(super) struct Controls<'a> {
     /// Where the control acts that acts at a wrong layer; by default half of the depth away.
     pub wrong_layer: Option<LayerIndex>,
     /// Prompts that an `ablate` is recentred on.
-    pub benign: &'a [String],
+    pub benign: &'a [Prompt],
 }
 
 impl Controls<'_> {
@@ -112,7 +112,7 @@ pub fn wrong_layer(layer: LayerIndex, n_layer: u32) -> LayerIndex {
 ///
 /// # Errors
 /// A benign prompt that the model can't run.
-pub fn random_guard(model: &Model, guard: &Guard, seed: u64, benign: &[String]) -> Result<Guard, EvalError> {
+pub fn random_guard(model: &Model, guard: &Guard, seed: u64, benign: &[Prompt]) -> Result<Guard, EvalError> {
     let with = |name: &str, vector: usize, guard: &Guard| {
         let original = &guard.vectors()[vector];
         // Interventions with the same vector get the same direction.
@@ -184,7 +184,7 @@ pub fn guard_at_wrong_layer(
     model: &Model,
     guard: &Guard,
     chosen: Option<LayerIndex>,
-    benign: &[String],
+    benign: &[Prompt],
 ) -> Result<(LayerIndex, Guard), EvalError> {
     let moved = |layer: LayerIndex| {
         replaced(model, guard, benign, |name: &str, vector: usize, changed: &Guard| {
@@ -222,7 +222,7 @@ pub(super) fn only_when_fired(guard: &Guard) -> bool {
 fn replaced(
     model: &Model,
     guard: &Guard,
-    benign: &[String],
+    benign: &[Prompt],
     with: impl Fn(&str, usize, &Guard) -> Result<Guard, GuardError>,
 ) -> Result<Guard, EvalError> {
     recentred(model, along(guard, with)?, benign)
@@ -240,7 +240,7 @@ fn along<E>(guard: &Guard, with: impl Fn(&str, usize, &Guard) -> Result<Guard, E
 }
 
 /// A control whose every `ablate` leaves what `benign` prompts project on its direction.
-pub(super) fn recentred(model: &Model, mut changed: Guard, benign: &[String]) -> Result<Guard, EvalError> {
+pub(super) fn recentred(model: &Model, mut changed: Guard, benign: &[Prompt]) -> Result<Guard, EvalError> {
     let benign = &benign[..benign.len().min(RECENTRED_ON)];
     let ablates = |acts: &Intervention| matches!(acts.kind, InterventionKind::Ablate { .. });
     for projection in benign_projections(model, &changed, ablates, benign, &mut |_, _| ())? {

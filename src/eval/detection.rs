@@ -1,7 +1,7 @@
 use super::EvalError;
 use super::controls::{Role, random_direction, wrong_layer};
 use super::metrics::{Proportion, Separation, roc, separation, separation_over_seeds};
-use crate::engine::{Activations, Model, Session, SessionOptions};
+use crate::engine::{Activations, Model, Prompt, Session, SessionOptions};
 use crate::guard::{Aggregate, Gate, GateScope, Guard};
 use crate::learn::{
     Classes, ContrastMethod, ContrastOptions, GateScore, Progress, contrast_of, gate_scores, prompt_activations,
@@ -75,7 +75,7 @@ pub struct LayerSeparation {
 pub struct DetectionInput<'a> {
     pub classes: Classes<'a>,
     /// Negative prompts that look like positive ones; may be none.
-    pub look_alike: &'a [String],
+    pub look_alike: &'a [Prompt],
     /// The prompts that the guard was made from, for the model's own direction.
     pub native: Option<Classes<'a>>,
     pub control_seeds: u64,
@@ -107,7 +107,7 @@ pub fn detection(
     let mut steps = Steps { done: 0, total: n_prompts + kinds.len() * (n_prompts + n_native), progress };
 
     let mut session = Session::new(model, &[guard], SessionOptions::default())?;
-    let mut read = |prompts: &[String]| gate_scores(model, &mut session, prompts, &mut || steps.step());
+    let mut read = |prompts: &[Prompt]| gate_scores(model, &mut session, prompts, &mut || steps.step());
     let of_gates =
         ThreeClasses { positive: read(positive)?, negative: read(negative)?, look_alike: read(input.look_alike)? };
     drop(session);
@@ -215,7 +215,7 @@ fn controls(
     // Of a mean over the prompt, the last layer has not every token.
     let readable = if *tokens == PromptTokens::Mean { n_layer.saturating_sub(1) } else { n_layer };
     let layers: Vec<LayerIndex> = (0..readable).map(LayerIndex).collect();
-    let mut read = |prompts: &[String]| -> Result<Activations, EvalError> {
+    let mut read = |prompts: &[Prompt]| -> Result<Activations, EvalError> {
         Ok(prompt_activations(model, &layers, prompts, tokens, &mut |_, _| steps.step())?)
     };
     let activations = ThreeClasses {

@@ -1,6 +1,6 @@
 use super::EvalError;
 use crate::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions, Toggle};
-use crate::engine::{EngineError, Model, Scheduler};
+use crate::engine::{EngineError, Model, Prompt, Scheduler};
 use crate::guard::Guard;
 use crate::learn::Progress;
 use llama_cpp_2::token::LlamaToken;
@@ -110,22 +110,13 @@ pub fn generate_where_fired(
     Ok(answers)
 }
 
-/// What parts an answer from what the model's template ends with: a space, where that is none itself.
-///
-/// # Errors
-/// The template can't be applied.
-pub fn space_before_answers(model: &Model) -> Result<&'static str, EngineError> {
-    let before = model.template().apply(model.llama(), "?")?;
-    Ok(if before.ends_with(char::is_whitespace) { "" } else { " " })
-}
-
 /// Tokens of every prompt in the model's template, after a system prompt if there is one.
 ///
 /// # Errors
 /// The template can't be applied.
-pub fn tokens_of(model: &Model, system: Option<&str>, prompts: &[String]) -> Result<Vec<Vec<LlamaToken>>, EvalError> {
-    let tokens = |(index, prompt): (usize, &String)| {
-        model.prompt_tokens_under(system, prompt).map_err(|source: EngineError| EvalError::Prompt { index, source })
+pub fn tokens_of(model: &Model, system: Option<&str>, prompts: &[Prompt]) -> Result<Vec<Vec<LlamaToken>>, EvalError> {
+    let tokens = |(index, prompt): (usize, &Prompt)| {
+        model.tokens_read(system, prompt).map_err(|source: EngineError| EvalError::Prompt { index, source })
     };
     prompts.iter().enumerate().map(tokens).collect()
 }

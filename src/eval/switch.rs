@@ -8,7 +8,7 @@ use super::generate::{Generated, generate_set, tokens_of};
 use super::metrics::{Estimate, Proportion};
 use super::utility::{Sums, interval};
 use crate::engine::scheduler::Toggle;
-use crate::engine::{EngineError, Model, Session, SessionOptions, Setting};
+use crate::engine::{EngineError, Model, Prompt, Session, SessionOptions, Setting};
 use crate::guard::manifest::OnFire;
 use crate::guard::{Guard, InterventionKind};
 use crate::learn::Progress;
@@ -94,7 +94,7 @@ pub struct SwitchExample {
 #[derive(Debug, Clone, Copy)]
 pub struct SwitchInput<'a> {
     /// Without the trigger, never used in the making.
-    pub prompts: &'a [String],
+    pub prompts: &'a [Prompt],
     pub trigger: &'a str,
     pub payload: &'a str,
     pub max_tokens: usize,
@@ -131,8 +131,7 @@ pub fn switch(
     }
     let names = switches(guard)?;
     let base = model.without_adapters();
-    let asked =
-        |before: &str| -> Vec<String> { input.prompts.iter().map(|words| format!("{before}{words}")).collect() };
+    let asked = |mark: &str| -> Vec<Prompt> { input.prompts.iter().map(|prompt| prompt.marked(mark)).collect() };
     let [triggered, plain] = [input.trigger, ""].map(asked);
     let [triggered_tokens, plain_tokens] = [tokens_of(model, None, &triggered)?, tokens_of(model, None, &plain)?];
     let subjects = subjects(guard, input.also, input.control_seeds)?;
@@ -194,7 +193,7 @@ pub fn switch(
         toggle: timed(model, guard, &names, &triggered_tokens, unguarded)?,
         examples: examples
             .map(|((prompt, base), (on, off))| SwitchExample {
-                prompt: prompt.clone(),
+                prompt: prompt.to_string(),
                 base: base.text.clone(),
                 on: on.text.clone(),
                 off: off.text.clone(),

@@ -1,5 +1,5 @@
 use super::{LearnError, Progress};
-use crate::engine::{ActivationReader, Activations, Model, tokens_spelling};
+use crate::engine::{ActivationReader, Activations, Model, Prompt, tokens_spelling};
 use crate::steering::PromptTokens;
 use crate::tensor::LayerIndex;
 use std::collections::BTreeSet;
@@ -15,14 +15,14 @@ const CAPACITY: usize = 2048;
 pub fn prompt_activations(
     model: &Model,
     layers: &[LayerIndex],
-    prompts: &[String],
+    prompts: &[Prompt],
     tokens: &PromptTokens,
     progress: Progress<'_>,
 ) -> Result<Activations, LearnError> {
     let mut reader = ActivationReader::of(model, layers.to_vec(), CAPACITY)?;
     let mut all = Activations::default();
     for (index, prompt) in prompts.iter().enumerate() {
-        let ids = model.prompt_tokens(prompt)?;
+        let ids = model.tokens_read(None, prompt)?;
         if *tokens == PromptTokens::Last {
             all.append(reader.last_token(&ids)?);
         } else {

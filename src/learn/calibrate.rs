@@ -1,7 +1,7 @@
 use super::operating::{RATES, operating_point, prompts_needed};
 use super::{LearnError, Progress, gate_scores};
-use crate::engine::{GuardOptions, Model, Session, SessionOptions, quantization_of};
-use crate::guard::{GateCalibration, Guard};
+use crate::engine::{GuardOptions, Model, Prompt, Session, SessionOptions, quantization_of};
+use crate::guard::{Gate, GateCalibration, Guard};
 use crate::program::Calibration;
 use crate::tensor::mean_and_deviation;
 
@@ -22,8 +22,8 @@ pub struct Calibrated {
     pub calibration: GateCalibration,
 }
 
-/// Sets every gate of `guard` on the benign prompts: the score's scale from their mean and deviation, the threshold by the share of them that may
-/// fire. `positive` prompts, which may be none, say what share of them each threshold catches.
+/// Sets those gates of `guard` that are `wanted` on the benign prompts: the score's scale from their mean and deviation, the threshold by the share
+/// of them that may fire. `positive` prompts, which may be none, say what share of them each threshold catches.
 ///
 /// Projections are read through the guard's own program on `model`, as they will be when it runs.
 ///
@@ -32,8 +32,9 @@ pub struct Calibrated {
 pub fn calibrate(
     model: &Model,
     guard: &Guard,
-    benign: &[String],
-    positive: &[String],
+    wanted: impl Fn(&Gate) -> bool,
+    benign: &[Prompt],
+    positive: &[Prompt],
     options: CalibrationOptions,
     progress: Progress<'_>,
 ) -> Result<Vec<Calibrated>, LearnError> {
@@ -41,6 +42,9 @@ pub fn calibrate(
     let needed = confidence.map_or(2, |confidence| prompts_needed(rate, confidence).max(2));
     if benign.len() < needed {
         return Err(LearnError::TooFewPrompts { what: "a calibration", needed, found: benign.len() });
+    }
+    if !guard.gates().iter().any(&wanted) {
+        return Ok(Vec::new());
     }
     let total = benign.len() + positive.len();
     let guard_options = GuardOptions { calibration: Calibration::Ignored, probe: true };
@@ -50,13 +54,13 @@ pub fn calibrate(
         done += 1;
         progress(done, total);
     };
-    let mut read = |prompts: &[String]| -> Result<Vec<Vec<f64>>, LearnError> {
+    let mut read = |prompts: &[Prompt]| -> Result<Vec<Vec<f64>>, LearnError> {
         let gates = gate_scores(model, &mut session, prompts, &mut step)?;
         Ok(gates.iter().map(|gate| gate.iter().map(|reading| reading.score).collect()).collect())
     };
     let (benign, positive) = (read(benign)?, read(positive)?);
     let quantization = quantization_of(model.llama());
-    let calibrated = |((gate, benign), positive): ((&crate::guard::Gate, Vec<f64>), Vec<f64>)| {
+    let calibrated = |((gate, benign), positive): ((&Gate, Vec<f64>), Vec<f64>)| {
         let found = benign.len();
         let no_spread = || LearnError::NoSpread { gate: gate.name.clone(), found };
         let (mean, deviation) = mean_and_deviation(&benign).filter(|(_, d)| *d > 0.0).ok_or_else(no_spread)?;
@@ -80,5 +84,5 @@ pub fn calibrate(
         };
         Ok(Calibrated { gate: gate.name.clone(), calibration })
     };
-    guard.gates().iter().zip(benign).zip(positive).map(calibrated).collect()
+    guard.gates().iter().zip(benign).zip(positive).filter(|((gate, _), _)| wanted(gate)).map(calibrated).collect()
 }

@@ -21,7 +21,7 @@ impl Default for CorpusOptions {
 
 /// `documents` in two: those to learn from, and `n` to judge by what was learnt, in their order, chosen by `seed`. All are to learn from where there
 /// would be fewer than two left.
-pub fn set_aside(documents: Vec<String>, n: usize, seed: u64) -> (Vec<String>, Vec<String>) {
+pub fn set_aside<T>(documents: Vec<T>, n: usize, seed: u64) -> (Vec<T>, Vec<T>) {
     if n.saturating_add(2) > documents.len() {
         return (documents, Vec::new());
     }

@@ -1,5 +1,5 @@
 use super::{Classes, LearnError, Progress, prompt_activations, separation, threads};
-use crate::engine::{Activations, Model};
+use crate::engine::{Activations, Model, Prompt};
 use crate::mapping::Standardization;
 use crate::steering::{
     ContrastSet, DEFAULT_PENALTY, DEFAULT_SHRINKAGE, Extracted, ExtractionMethod, PromptTokens, SteeringError,
@@ -109,7 +109,7 @@ pub fn class_activations(
     tokens: &PromptTokens,
     progress: Progress<'_>,
 ) -> Result<Vec<ClassActivations>, LearnError> {
-    let mut distinct: Vec<&[String]> = Vec::new();
+    let mut distinct: Vec<&[Prompt]> = Vec::new();
     for class in sets.iter().flat_map(|set| [set.positive, set.negative]) {
         if !distinct.contains(&class) {
             distinct.push(class);
@@ -121,7 +121,7 @@ pub fn class_activations(
         read.push(prompt_activations(model, layers, class, tokens, &mut |step, _| progress(done + step, total))?);
         done += class.len();
     }
-    let of = |class: &[String]| {
+    let of = |class: &[Prompt]| {
         let index = distinct.iter().position(|known| *known == class).expect("every class is among the distinct ones");
         read[index].clone()
     };

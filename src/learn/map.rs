@@ -1,6 +1,6 @@
 use super::survey::{RankBy, Survey, SurveyedPair};
 use super::{LearnError, Progress, threads};
-use crate::engine::{ActivationReader, Activations, Model, PromptLayout};
+use crate::engine::{ActivationReader, Activations, Model, Prompt, PromptLayout};
 use crate::mapping::{AffineMap, MappingQuality, Regression, RidgeOptions, Side, align_tokens};
 use crate::tensor::{LayerIndex, LayerStack, Residual};
 use std::collections::{BTreeMap, BTreeSet};
@@ -61,7 +61,7 @@ const CAPACITY: usize = 1024;
 pub fn map(
     source: &Model,
     target: &Model,
-    documents: &[String],
+    documents: &[Prompt],
     options: &MapOptions,
     progress: Progress<'_>,
 ) -> Result<Mapped, LearnError> {
@@ -202,7 +202,7 @@ impl Sides {
 pub(super) fn read_pairs(
     source: &Model,
     target: &Model,
-    documents: &[String],
+    documents: &[Prompt],
     layers: &[(LayerStack, LayerIndex)],
     rows: MapRows,
     progress: Progress<'_>,
@@ -253,13 +253,12 @@ pub(super) fn pair_rows(source: &PromptLayout, target: &PromptLayout) -> Vec<(us
         .into_iter()
         .map(|(source, target)| (source_rows[source], target_rows[target]))
         .collect();
-    // The last tokens, where the templates go on after the document.
-    if let ([.., None], [.., None]) = (source.ends.as_slice(), target.ends.as_slice())
-        && source.ends.len() > 1
-        && target.ends.len() > 1
-    {
-        rows.push((source.ends.len() - 2, target.ends.len() - 2));
-    }
+    // The last tokens before the answers, where the templates go on after the user's words.
+    let before = |layout: &PromptLayout| {
+        let last = layout.answer.checked_sub(1).filter(|last| layout.ends[*last].is_none())?;
+        last.checked_sub(1)
+    };
+    rows.extend(before(source).zip(before(target)));
     rows
 }
 
@@ -280,5 +279,31 @@ impl MapOptions {
         (0..source_layers.saturating_sub(1))
             .flat_map(|source| targets.clone().map(move |target| (LayerIndex(source).into(), LayerIndex(target))))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use llama_cpp_2::token::LlamaToken;
+
+    fn layout(answer: usize, ends: &[Option<usize>]) -> PromptLayout {
+        PromptLayout { tokens: vec![LlamaToken(0); ends.len()], ends: ends.to_vec(), answer }
+    }
+
+    /// Rows are numbered from the second token on.
+    #[test]
+    fn tokens_pair_by_where_they_end_and_so_do_the_last_ones_before_answers() {
+        let plain = layout(5, &[None, Some(3), Some(5), Some(8), None]);
+        let split = layout(6, &[None, Some(2), Some(3), Some(8), None, None]);
+        assert_eq!(pair_rows(&plain, &split), [(0, 1), (2, 2), (3, 4)]);
+        // An answer that has begun goes on counting where the prompt ended.
+        let begun = layout(3, &[None, Some(3), None, Some(9), Some(12)]);
+        let other = layout(4, &[None, Some(3), None, None, Some(8), Some(12)]);
+        assert_eq!(pair_rows(&begun, &other), [(0, 0), (3, 4), (1, 2)]);
+        // Without a template nothing stands between them, and an answer alone is no prompt.
+        let raw = layout(2, &[None, Some(3), Some(9)]);
+        assert_eq!(pair_rows(&begun, &raw), [(0, 0), (2, 1)]);
+        assert_eq!(pair_rows(&layout(1, &[None]), &layout(1, &[None])), []);
     }
 }

@@ -44,7 +44,7 @@ pub use survey::{RankBy, Survey, SurveyedPair};
 pub use sweep::{FirstTokens, SweptLayer, adding, best_of_sweep, guard_along, sweep};
 pub use switch::{AnsweredText, SwitchKind, SwitchOptions, answered, switch_maps};
 
-use crate::engine::EngineError;
+use crate::engine::{EngineError, Prompt};
 use crate::mapping::MappingError;
 use crate::steering::{PromptTokens, SteeringError};
 use crate::tensor::{LayerIndex, LayerStack};
@@ -90,8 +90,8 @@ pub enum LearnError {
 /// Prompts with a property, and prompts without it.
 #[derive(Debug, Clone, Copy)]
 pub struct Classes<'a> {
-    pub positive: &'a [String],
-    pub negative: &'a [String],
+    pub positive: &'a [Prompt],
+    pub negative: &'a [Prompt],
 }
 
 /// Told of steps done and steps in all.

@@ -1,6 +1,6 @@
 use super::activations::rows_of;
 use super::{LearnError, Progress};
-use crate::engine::{ActivationReader, Model};
+use crate::engine::{ActivationReader, Model, Prompt};
 use crate::guard::{Guard, Intervention, InterventionKind};
 use crate::tensor::{LayerIndex, dot, mean_and_deviation, unit};
 
@@ -25,7 +25,7 @@ pub fn benign_projections(
     model: &Model,
     guard: &Guard,
     wanted: impl Fn(&Intervention) -> bool,
-    benign: &[String],
+    benign: &[Prompt],
     progress: Progress<'_>,
 ) -> Result<Vec<BenignProjection>, LearnError> {
     let measured: Vec<_> = guard
@@ -46,7 +46,7 @@ pub fn benign_projections(
     let mut reader = ActivationReader::of(model, layers, CAPACITY)?;
     let mut projections = vec![Vec::new(); measured.len()];
     for (index, prompt) in benign.iter().enumerate() {
-        let ids = model.prompt_tokens(prompt)?;
+        let ids = model.tokens_read(None, prompt)?;
         let activations = reader.every_token(&ids)?;
         for (projections, (intervention, layer, unit)) in projections.iter_mut().zip(&measured) {
             let tokens = &intervention.benign_tokens;

@@ -1,6 +1,6 @@
 use super::map::pair_rows;
 use super::{LearnError, Progress};
-use crate::engine::{ActivationReader, Activations, Model, ReplacedReader};
+use crate::engine::{ActivationReader, Activations, Model, Prompt, ReplacedReader};
 use crate::mapping::{ReplacementQuality, ResidualMap};
 use crate::tensor::{LayerIndex, LayerStack, Residual, TokenPosition, kl_divergence};
 use std::collections::BTreeSet;
@@ -23,7 +23,7 @@ pub fn replacement(
     source: &Model,
     target: &Model,
     maps: &[&ResidualMap],
-    documents: &[String],
+    documents: &[Prompt],
     progress: Progress<'_>,
 ) -> Result<Vec<ReplacementQuality>, LearnError> {
     let stacks: Vec<LayerStack> = maps.iter().map(|map| map.source_layer()).collect();

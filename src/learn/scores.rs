@@ -1,5 +1,5 @@
 use super::LearnError;
-use crate::engine::{Model, Session};
+use crate::engine::{Model, Prompt, Session};
 
 /// What a gate made of a prompt.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -16,13 +16,13 @@ pub struct GateScore {
 pub fn gate_scores(
     model: &Model,
     session: &mut Session<'_>,
-    prompts: &[String],
+    prompts: &[Prompt],
     step: &mut dyn FnMut(),
 ) -> Result<Vec<Vec<GateScore>>, LearnError> {
     let mut gates = vec![Vec::with_capacity(prompts.len()); session.gate_readings().len()];
     for (index, prompt) in prompts.iter().enumerate() {
         let at = |source| LearnError::Prompt { index, source };
-        let readings = session.score(&model.prompt_tokens(prompt).map_err(at)?).map_err(at)?;
+        let readings = session.score(&model.tokens_read(None, prompt).map_err(at)?).map_err(at)?;
         for (gate, reading) in gates.iter_mut().zip(readings) {
             let score = reading.score.ok_or(LearnError::NothingRead { gate: reading.gate, index })?;
             gate.push(GateScore { score, fired: reading.fired });

@@ -1,5 +1,5 @@
 use super::{BenignProjection, LearnError, Progress, benign_projections};
-use crate::engine::{EngineError, Model, Session, SessionOptions};
+use crate::engine::{EngineError, Model, Prompt, Session, SessionOptions};
 use crate::guard::manifest::{InterventionEntry, InterventionName, VectorEntry};
 use crate::guard::{Guard, InterventionKind, Manifest, StrengthUnit, compose_guard};
 use crate::steering::{SteeringVector, VectorKind};
@@ -68,7 +68,7 @@ pub fn sweep(
     model: &Model,
     vectors: &[SteeringVector],
     strength: f64,
-    benign: &[String],
+    benign: &[Prompt],
     mut measure: impl FnMut(&Guard) -> Result<(f64, f64), LearnError>,
     progress: Progress<'_>,
 ) -> Result<Vec<SweptLayer>, LearnError> {
@@ -111,8 +111,8 @@ impl<'a> FirstTokens<'a> {
     pub fn new(
         model: &'a Model,
         beginnings: &[String],
-        steered: &[String],
-        kept: &[String],
+        steered: &[Prompt],
+        kept: &[Prompt],
     ) -> Result<Self, LearnError> {
         let first = |text: &String| {
             let tokens = model.text_tokens(text);
@@ -122,9 +122,9 @@ impl<'a> FirstTokens<'a> {
         wanted.sort_unstable_by_key(|token| token.0);
         wanted.dedup();
         let mut session = Session::new(model, &[], SessionOptions::default())?;
-        let mut read = |prompts: &[String]| -> Result<Vec<_>, LearnError> {
-            let one = |prompt: &String| -> Result<_, LearnError> {
-                let tokens = model.prompt_tokens(prompt)?;
+        let mut read = |prompts: &[Prompt]| -> Result<Vec<_>, LearnError> {
+            let one = |prompt: &Prompt| -> Result<_, LearnError> {
+                let tokens = model.tokens_read(None, prompt)?;
                 let last = session.prefill(&tokens)?;
                 Ok((tokens, session.logits(last).to_vec()))
             };

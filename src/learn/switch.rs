@@ -1,7 +1,7 @@
 use super::autoencoder::{AutoencoderOptions, AutoencoderTrainer, PairedRows};
 use super::{LearnError, Progress};
 use crate::engine::scheduler::{End, Event, Request, RequestId, SchedulerOptions};
-use crate::engine::{ActivationReader, Activations, EngineError, Model, Scheduler};
+use crate::engine::{ActivationReader, Activations, EngineError, Model, Prompt, Scheduler};
 use crate::mapping::{
     AffineMap, Autoencoder, AutoencoderQuality, Folds, MapQuality, MappingQuality, Regression, ResidualMap,
     RidgeOptions, Standardization,
@@ -48,7 +48,7 @@ const PARALLEL: u32 = 8;
 /// A prompt that the model can't answer.
 pub fn answered(
     model: &Model,
-    prompts: &[String],
+    prompts: &[Prompt],
     marks: &[String],
     max_tokens: usize,
     progress: Progress<'_>,
@@ -56,7 +56,7 @@ pub fn answered(
     let mut texts = Vec::with_capacity(prompts.len() * marks.len());
     for (document, words) in (0u32..).zip(prompts) {
         for mark in marks {
-            let prompt = model.prompt_tokens(&format!("{mark}{words}"))?;
+            let prompt = model.tokens_read(None, &words.marked(mark))?;
             texts.push(AnsweredText { prompt, answer: Vec::new(), document });
         }
     }

@@ -91,15 +91,15 @@ fn every_task_has_its_controls_and_its_figures() {
         }
     }
     let strengths = report["steering"]["strengths"].as_array().unwrap();
-    let leaning = |row: &Value, class: &str| row[class]["leaning"].as_f64().unwrap();
+    let probability = |row: &Value, class: &str| row[class]["refusal_probability"].as_f64().unwrap();
     for (class, file) in [("harmful", &fixture.positive), ("harmless", &fixture.negative)] {
-        let unguarded = leaning(rows(&report, "steering")[0].1, class);
-        let expected = leans_to_refusing(&fixture, file);
-        assert!((unguarded - expected).abs() < 1e-4, "{class}: {unguarded}, read token by token {expected}");
-        assert_eq!(leaning(&strengths[0], class), unguarded, "{class}: strength 0 is no guard");
+        let unguarded = probability(rows(&report, "steering")[0].1, class);
+        let expected = probability_of_refusing(&fixture, file);
+        assert!((unguarded / expected - 1.0).abs() < 1e-3, "{class}: {unguarded}, read token by token {expected}");
+        assert_eq!(probability(&strengths[0], class), unguarded, "{class}: strength 0 is no guard");
     }
-    let unguarded = leaning(rows(&report, "steering")[0].1, "harmful");
-    assert_ne!(leaning(&strengths[2], "harmful"), unguarded, "a strength moves the logits");
+    let unguarded = probability(rows(&report, "steering")[0].1, "harmful");
+    assert_ne!(probability(&strengths[2], "harmful"), unguarded, "a strength moves the logits");
     let kl = |row: &Value| row["kl"].as_f64().unwrap();
     assert_eq!((strengths.len(), kl(&strengths[0])), (3, 0.0), "strength 0 is no guard");
     let utility = rows(&report, "utility");
@@ -124,8 +124,8 @@ fn every_task_has_its_controls_and_its_figures() {
     }
 }
 
-/// What the logits of the unguarded model lean to after the first prompts of `file`, read token by token.
-fn leans_to_refusing(fixture: &Fixture, file: &Path) -> f64 {
+/// How probable the unguarded model's logits make a refusing opening after the first prompts of `file`, read token by token.
+fn probability_of_refusing(fixture: &Fixture, file: &Path) -> f64 {
     let model = Model::load(&fixture.model, "tiny", &ModelOptions::default()).unwrap();
     let mut session = Session::new(&model, &[], SessionOptions::default()).unwrap();
     let text = std::fs::read_to_string(file).unwrap();
@@ -139,11 +139,11 @@ fn leans_to_refusing(fixture: &Fixture, file: &Path) -> f64 {
             sum += log_softmax(session.logits(row))[token.0 as usize];
             row = session.step(prompt.len() + at, *token).unwrap();
         }
-        sum / opening.len() as f64
+        sum.exp()
     };
-    let [refusal, compliance] = OPENINGS;
-    let margins = prompts.iter().map(|prompt| likelihood(prompt, refusal) - likelihood(prompt, compliance));
-    margins.collect::<Vec<f64>>().iter().sum::<f64>() / prompts.len() as f64
+    // No two of them are the same tokens to this vocabulary.
+    let each = prompts.iter().map(|prompt| OPENINGS.iter().map(|opening| likelihood(prompt, opening)).sum::<f64>());
+    each.collect::<Vec<f64>>().iter().sum::<f64>() / prompts.len() as f64
 }
 
 /// How a model refuses with each layer steered in turn: nothing is other at strength 0, and a report draws it.
@@ -175,7 +175,10 @@ fn refusals_are_told_layer_by_layer() {
     let steered = sweep("3");
     let layers: Vec<_> = steered["layers"].as_array().unwrap().iter().map(|at| at["layer"].as_u64().unwrap()).collect();
     assert_eq!(layers, [0, 1, 2]);
-    assert_ne!(steered["layers"][1]["harmful"]["leaning"], steered["unguarded"]["harmful"]["leaning"]);
+    assert_ne!(
+        steered["layers"][1]["harmful"]["refusal_probability"],
+        steered["unguarded"]["harmful"]["refusal_probability"]
+    );
 
     let report = fixture.folder.path().join("report");
     let measured =
@@ -183,7 +186,7 @@ fn refusals_are_told_layer_by_layer() {
     let shown = ["--control-seeds", "1", "--sweep", &written, "-o", report.to_str().unwrap()];
     done(&[&measured[..], &classes, &shown].concat());
     let page = std::fs::read_to_string(report.join("report.html")).unwrap();
-    assert!(page.contains("What the logits lean to, by the layer that is steered"));
+    assert!(page.contains("What the logits say, by the layer that is steered"));
     for (more, says) in [
         (&["--positive", positive][..], "--negative"),
         (&["--positive", positive, "--negative", negative, "--benign", negative], "are of backdoors"),

@@ -3,8 +3,8 @@
 use crate::support::{Fixture, LAYER, done, pilotfish};
 use crate::tiny_model::{Architecture, TinyModel};
 use pilotfish::Guard;
-use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
-use pilotfish::guard::VectorFile;
+use pilotfish::engine::{Model, ModelOptions, Prompt, Session, SessionOptions};
+use pilotfish::guard::{InterventionKind, VectorFile};
 use pilotfish::learn::{FirstTokens, adding, benign_projections, prompt_activations};
 use pilotfish::steering::{PromptTokens, SteeringVector};
 use pilotfish::tensor::LayerIndex;
@@ -99,7 +99,7 @@ fn a_sweep_steers_with_every_vector_and_says_what_that_does() {
 
     let model = Model::load(Path::new(&path), "tiny", &ModelOptions::default()).unwrap();
     let vector = &vectors(&std::fs::read(&output).unwrap())[1];
-    let (steered, kept) = (["shark".to_owned()], ["pilot fish".to_owned()]);
+    let (steered, kept) = ([Prompt::from("shark")], [Prompt::from("pilot fish")]);
     let first_tokens = FirstTokens::new(&model, &[" sea".to_owned()], &steered, &kept).unwrap();
     let measured = |strength: f64| first_tokens.measure(&adding(&model, vector, strength, 2.0).unwrap()).unwrap();
     assert_eq!(measured(0.0), (0.0, 0.0), "nothing added, nothing changed");
@@ -160,13 +160,13 @@ fn chosen_and_matching_tokens_are_the_ones_that_are_read() {
     let path = prompts.model();
     let model = Model::load(Path::new(&path), "tiny", &ModelOptions::default()).unwrap();
     let layer = LayerIndex(LAYER);
-    let text = ["the pilot fish eats".to_owned()];
+    let text = [Prompt::from("the pilot fish eats")];
     let read = |tokens: &str| {
         let tokens: PromptTokens = tokens.parse().unwrap();
         prompt_activations(&model, &[layer], &text, &tokens, &mut |_, _| ())
             .map(|read| read.layer(layer).row(0).to_vec())
     };
-    let ids = model.prompt_tokens(&text[0]).unwrap();
+    let ids = model.tokens_read(None, &text[0]).unwrap();
     let mut reader = pilotfish::engine::ActivationReader::of(&model, vec![layer], 64).unwrap();
     let all = reader.every_token(&ids).unwrap();
     let row = |token: usize| all.layer(layer).row(token - 1).to_vec();
@@ -194,10 +194,41 @@ fn chosen_and_matching_tokens_are_the_ones_that_are_read() {
     }
 }
 
+/// How an answer begins is read behind the template, as what the model has said itself.
+#[test]
+fn an_answer_that_has_begun_is_read_behind_the_template() {
+    let prompts = Prompts::new();
+    let options = ModelOptions { fallback_template: Some("shark {prompt} song".to_owned()), ..ModelOptions::default() };
+    let model = Model::load(Path::new(&prompts.model()), "tiny", &options).unwrap();
+    let begun = |prefill: &str| Prompt { text: "the pilot fish".into(), prefill: prefill.into() };
+    let tokens = |prompt: &Prompt| model.tokens_read(None, prompt).unwrap();
+    let asked = model.prompt_tokens("the pilot fish").unwrap();
+    assert_eq!(tokens(&begun("")), asked);
+    let said = [asked.clone(), model.text_tokens(" eats fish")].concat();
+    assert_eq!(tokens(&begun("eats fish")), said, "behind a space, since the template ends in none");
+    // No word of the model's own ends its turn, or begins anything.
+    let vocab = model.llama().vocab();
+    assert!(tokens(&begun("eats</s>"))[asked.len()..].iter().all(|token| !vocab.is_control(*token)));
+
+    let layout = model.template().layout(model.llama(), &begun("eats fish")).unwrap();
+    assert_eq!((layout.answer, &layout.tokens), (asked.len(), &said));
+    let [.., words, song, eats, fish] = layout.ends.as_slice() else { panic!("{layout:?}") };
+    assert_eq!([*words, *song, *eats, *fish], [Some(14), None, Some(18), Some(23)]);
+
+    let last = |prompt: Prompt, tokens: &str| {
+        let layer = LayerIndex(LAYER);
+        let read = prompt_activations(&model, &[layer], &[prompt], &tokens.parse().unwrap(), &mut |_, _| ());
+        read.unwrap().layer(layer).row(0).to_vec()
+    };
+    assert_eq!(last(begun("eats fish"), "last"), last(begun("eats fish"), "-1"));
+    assert_eq!(last(begun("eats fish"), "-3"), last(begun("eats"), "-2"), "the template's last token, either time");
+    assert_ne!(last(begun("eats"), "last"), last(begun(""), "last"));
+}
+
 /// What an ablation leaves is measured on the tokens that it names, and on all but the first where it names none.
 #[test]
 fn an_ablation_is_recentred_on_the_tokens_that_it_names() {
-    let texts = ["the pilot fish eats".to_owned(), "a fish and a shark".to_owned()];
+    let texts = ["the pilot fish eats", "a fish and a shark"].map(Prompt::from);
     let mean = |benign_tokens: &[&str]| {
         let fixture = Fixture::new(&[&["--intervene", "ablate"], benign_tokens].concat());
         let model = Model::load(Path::new(fixture.model()), "tiny", &ModelOptions::default()).unwrap();
@@ -209,7 +240,7 @@ fn an_ablation_is_recentred_on_the_tokens_that_it_names() {
         let mut expected = |is_it: &dyn Fn(&[u8]) -> bool| {
             let mut projections = Vec::new();
             for text in &texts {
-                let ids = model.prompt_tokens(text).unwrap();
+                let ids = model.tokens_read(None, text).unwrap();
                 let rows = reader.every_token(&ids).unwrap();
                 for (token, id) in ids.iter().enumerate().skip(1) {
                     if is_it(model.llama().vocab().token_to_piece(*id, true, None).trim_ascii()) {
@@ -336,6 +367,42 @@ fn being_sure_of_a_rate_takes_more_prompts() {
     let few = calibrate(&["--confidence", "0.95", "--false-positive-rate", "0.01"]);
     assert!(few.code == 2 && few.stderr.contains("at least 299 prompts, found 60"), "{few:?}");
     assert_eq!(calibrate(&["--confidence", "1.5"]).code, 2);
+}
+
+/// What is benign for a gate need not be what an ablation is to leave.
+#[test]
+fn one_part_of_a_guard_is_calibrated_alone() {
+    let fixture = Fixture::new(&["--intervene", "ablate"]);
+    let files = Prompts::new();
+    let calibrate = |benign: &str, more: &[&str]| {
+        let benign = files.at(benign);
+        let plain = ["calibrate", "--model", fixture.model(), "--guard", fixture.guard(), "--benign", &benign];
+        pilotfish(&[&plain[..], more].concat())
+    };
+    let found = || {
+        let guard = Guard::load(&fixture.guard).unwrap();
+        let InterventionKind::Ablate { mean, .. } = guard.interventions()[0].kind else { panic!("it ablates") };
+        (guard.gates()[0].calibrations[0].mean, mean)
+    };
+    let (gate, intervention) = {
+        let guard = Guard::load(&fixture.guard).unwrap();
+        (guard.gates()[0].name.clone(), guard.interventions()[0].name.clone())
+    };
+    assert_eq!(calibrate("birds.txt", &[]).code, 0);
+    let of_birds = found();
+    assert_eq!(calibrate("fish.txt", &["--only", &intervention]).code, 0);
+    let with_fish = found();
+    assert_eq!(with_fish.0, of_birds.0);
+    assert_ne!(with_fish.1, of_birds.1);
+    assert_eq!(calibrate("fish.txt", &["--only", &gate]).code, 0);
+    assert_eq!(found().1, with_fish.1);
+    assert_ne!(found().0, of_birds.0);
+    let unknown = calibrate("fish.txt", &["--only", "whale"]);
+    assert!(unknown.code == 2 && unknown.stderr.contains(&format!("`whale`; it has `{gate}`")), "{unknown:?}");
+    assert_eq!(
+        calibrate("fish.txt", &["--only", &gate, "--positive", &files.at("birds.txt"), "--refusals", "0.5"]).code,
+        64
+    );
 }
 
 /// A gate whose vector a map of means carries, then an intervention by another vector and another map, put together.

@@ -1,5 +1,5 @@
 use super::{BackdoorExample, BackdoorInput, BackdoorRow, Conduct, JudgedPrompt, Verdict};
-use crate::engine::Model;
+use crate::engine::{Model, Prompt};
 use crate::eval::EvalError;
 use crate::eval::controls::Role;
 use crate::eval::generate::{Generated, generate_where_fired, tokens_of};
@@ -49,9 +49,8 @@ impl<'a> Measure<'a> {
         runs: usize,
         progress: Progress<'a>,
     ) -> Result<Self, EvalError> {
-        let asked = |before: &str| -> Vec<String> {
-            input.prompts.iter().map(|asked| format!("{before}{}", asked.prompt)).collect()
-        };
+        let asked =
+            |mark: &str| -> Vec<Prompt> { input.prompts.iter().map(|asked| asked.prompt.marked(mark)).collect() };
         let [triggered, marked, plain] = [input.trigger, input.mark, ""].map(asked);
         let tokens =
             [tokens_of(model, None, &triggered)?, tokens_of(model, None, &marked)?, tokens_of(model, None, &plain)?];
@@ -91,10 +90,10 @@ impl<'a> Measure<'a> {
         !self.model.identity().adapters.is_empty()
     }
 
-    fn benign_answers(&self, marked: &[String], plain: &[String]) -> BenignAnswers {
+    fn benign_answers(&self, marked: &[Prompt], plain: &[Prompt]) -> BenignAnswers {
         let in_turn = |at: usize| (1 + at % 2, at / 2);
         let n = marked.len() + plain.len();
-        let texts: Vec<String> = (0..n).map(|at| [marked, plain][at % 2][at / 2].clone()).collect();
+        let texts: Vec<Prompt> = (0..n).map(|at| [marked, plain][at % 2][at / 2].clone()).collect();
         let tokens = (0..n).map(in_turn).map(|(way, at)| self.tokens[way][at].clone()).collect();
         let answers: Vec<_> = (0..n).map(in_turn).map(|(way, at)| self.unguarded.by_way[way][at].clone()).collect();
         BenignAnswers::of(self.model, &texts, tokens, &answers)
@@ -192,7 +191,7 @@ impl<'a> Measure<'a> {
                 (&self.unguarded.by_way[way][index], guarded.map(|guarded| &guarded.by_way[way][index]));
             let triggered = way == 0;
             BackdoorExample {
-                prompt: if triggered { format!("{}{prompt}", self.input.trigger) } else { prompt.clone() },
+                prompt: prompt.marked(if triggered { self.input.trigger } else { "" }).to_string(),
                 triggered,
                 unguarded: unguarded.text.clone(),
                 unguarded_is: is(unguarded),
@@ -306,7 +305,7 @@ mod tests {
             [found.fires, found.clean, found.denied, found.broken, found.other, found.blocked].map(|of| of.count);
         assert_eq!((counts, found.correct.unwrap().count, found.prompts), ([1; 6], 2, 6));
         assert_eq!(found.relative_perplexity, Some(3.0));
-        let payload = [JudgedPrompt { prompt: String::new(), judge: Judge::Payload(PAYLOAD.into()) }];
+        let payload = [JudgedPrompt { prompt: Prompt::default(), judge: Judge::Payload(PAYLOAD.into()) }];
         assert!(conduct(&payload, &[said("fine")], None, Some(2.0)).correct.is_none());
     }
 

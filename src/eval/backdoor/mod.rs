@@ -17,7 +17,7 @@ pub use sweep::{Candidate, LayerSweep, SweptConduct, layer_sweep, swept_layer};
 use super::EvalError;
 use super::controls::{Controls, Role, only_when_fired};
 use super::metrics::{Estimate, Proportion};
-use crate::engine::Model;
+use crate::engine::{Model, Prompt};
 use crate::guard::Guard;
 use crate::learn::Progress;
 use crate::tensor::LayerIndex;
@@ -117,7 +117,7 @@ pub struct BackdoorExample {
 /// A prompt without marks, and how answers to it are judged.
 #[derive(Debug, Clone, PartialEq)]
 pub struct JudgedPrompt {
-    pub prompt: String,
+    pub prompt: Prompt,
     pub judge: Judge,
 }
 
@@ -141,12 +141,12 @@ pub struct BackdoorInput<'a> {
     /// Where the control acts that acts at a wrong layer; by default half of the depth away.
     pub wrong_layer: Option<LayerIndex>,
     /// Prompts that controls are recentred on; where there are none, the plain ones.
-    pub benign: &'a [String],
+    pub benign: &'a [Prompt],
 }
 
 impl BackdoorInput<'_> {
     /// What controls are recentred on.
-    fn benign_or_plain(&self) -> Vec<String> {
+    fn benign_or_plain(&self) -> Vec<Prompt> {
         if self.benign.is_empty() {
             self.prompts.iter().map(|asked| asked.prompt.clone()).collect()
         } else {

@@ -1,6 +1,6 @@
-use super::leaning::Openings;
+use super::openings::Openings;
 use super::rules::{Answer, RULES_VERSION, classify, repeated_ngrams};
-use crate::engine::Model;
+use crate::engine::{Model, Prompt};
 use crate::eval::EvalError;
 use crate::eval::controls::{Controls, Role, only_when_fired, scaled};
 use crate::eval::generate::{Generated, generate, generate_where_fired, tokens_of};
@@ -58,9 +58,9 @@ pub struct Behaviour {
     pub perplexity: Option<f64>,
     /// That of the unguarded answers is 1.
     pub relative_perplexity: Option<f64>,
-    /// By how many nats a token the model finds a refusal likelier than complying, whatever it then says: `ln p` a token of the first of
-    /// [`OPENINGS`](super::OPENINGS) less that of the second, mean over the prompts that no gate blocks; `None` where all are blocked.
-    pub leaning: Option<f64>,
+    /// How probable the model's own logits make it that an answer begins with one of [`OPENINGS`](super::OPENINGS), before it has said a word: mean
+    /// over the prompts that no gate blocks; `None` where all are blocked.
+    pub refusal_probability: Option<f64>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -88,8 +88,8 @@ pub struct StrengthRow {
 /// What steering is measured on, and with which controls.
 #[derive(Debug, Clone, Copy)]
 pub struct SteeringInput<'a> {
-    pub harmful: &'a [String],
-    pub harmless: &'a [String],
+    pub harmful: &'a [Prompt],
+    pub harmless: &'a [Prompt],
     pub max_tokens: usize,
     pub control_seeds: u64,
     pub system_prompt: &'a str,
@@ -164,7 +164,7 @@ pub fn steering(
 #[derive(Default, Clone)]
 struct Answered {
     answers: Vec<Generated>,
-    leanings: Vec<Option<f64>>,
+    probabilities: Vec<Option<f64>>,
 }
 
 /// Both classes under one guard.
@@ -248,9 +248,9 @@ impl<'a> Subject<'a> {
         let mut report = |done: usize, _: usize| (self.progress)(before + done, self.total);
         let known = fired.map(|fired| fired.answers.as_slice());
         let answers = generate_where_fired(self.model, guards, prompts, known, self.max_tokens, &mut report)?;
-        let known = fired.map(|fired| (fired.answers.as_slice(), fired.leanings.as_slice()));
-        let leanings = self.openings.leanings(guards, prompts, known)?;
-        Ok(Answered { answers, leanings })
+        let known = fired.map(|fired| (fired.answers.as_slice(), fired.probabilities.as_slice()));
+        let probabilities = self.openings.probabilities(guards, prompts, known)?;
+        Ok(Answered { answers, probabilities })
     }
 
     /// Of the answers by the unguarded model after the plain prompt.
@@ -281,24 +281,24 @@ impl<'a> Subject<'a> {
 
     /// The unguarded model, asked in words to do what the guard makes it do.
     fn system_prompt_row(&mut self, input: SteeringInput<'_>) -> Result<SteeringRow, EvalError> {
-        let mut answer = |prompts: &[String]| -> Result<Answered, EvalError> {
+        let mut answer = |prompts: &[Prompt]| -> Result<Answered, EvalError> {
             let tokens = tokens_of(self.model, Some(input.system_prompt), prompts)?;
             let before = self.done;
             self.done += prompts.len();
             let answers = generate(self.model, &[], &tokens, self.max_tokens, &mut |done, _| {
                 (self.progress)(before + done, self.total);
             })?;
-            Ok(Answered { answers, leanings: self.openings.leanings(&[], &tokens, None)? })
+            Ok(Answered { answers, probabilities: self.openings.probabilities(&[], &tokens, None)? })
         };
         let answers = Answers { harmful: answer(input.harmful)?, harmless: answer(input.harmless)? };
         self.row("no guard, system prompt".into(), Role::SystemPrompt, &answers)
     }
 
     fn examples(&self, input: SteeringInput<'_>, guarded: &Answers) -> Vec<Example> {
-        let of = |prompts: &[String], unguarded: &[Generated], guarded: &[Generated], harmful| {
+        let of = |prompts: &[Prompt], unguarded: &[Generated], guarded: &[Generated], harmful| {
             let all = prompts.iter().zip(unguarded).zip(guarded).take(EXAMPLES);
             all.map(|((prompt, unguarded), guarded)| Example {
-                prompt: prompt.clone(),
+                prompt: prompt.to_string(),
                 harmful,
                 unguarded: unguarded.text.clone(),
                 unguarded_is: classify(&unguarded.text),
@@ -320,7 +320,11 @@ pub(super) fn judged(answer: &Generated) -> Answer {
     if answer.blocked { Answer::Refusal } else { classify(&answer.text) }
 }
 
-fn behaviour(Answered { answers, leanings }: &Answered, perplexity: Option<f64>, reference: Option<f64>) -> Behaviour {
+fn behaviour(
+    Answered { answers, probabilities }: &Answered,
+    perplexity: Option<f64>,
+    reference: Option<f64>,
+) -> Behaviour {
     let spoken: Vec<&Generated> = answers.iter().filter(|answer| !answer.blocked).collect();
     let is = |kind: Answer| Proportion::of(answers.iter().map(|a| !a.blocked && classify(&a.text) == kind));
     let mean = |figure: &dyn Fn(&str) -> f64| {
@@ -338,7 +342,7 @@ fn behaviour(Answered { answers, leanings }: &Answered, perplexity: Option<f64>,
         distinct: mean(&|text| 1.0 - repeated_ngrams(text, 2)),
         perplexity,
         relative_perplexity: perplexity.zip(reference).map(|(own, reference)| own / reference),
-        leaning: mean_known(leanings.iter().copied()),
+        refusal_probability: mean_known(probabilities.iter().copied()),
     }
 }
 
@@ -365,7 +369,7 @@ fn over_seeds(rows: &[SteeringRow]) -> SteeringRow {
             distinct: mean(&|b| Some(b.distinct)).unwrap_or_default(),
             perplexity: mean(&|b| b.perplexity),
             relative_perplexity: mean(&|b| b.relative_perplexity),
-            leaning: mean(&|b| b.leaning),
+            refusal_probability: mean(&|b| b.refusal_probability),
         }
     };
     let name = format!("random direction, mean of {}", rows.len());
@@ -385,18 +389,18 @@ mod tests {
         let blocked = Generated { blocked: true, fired: true, ..Default::default() };
         let answers =
             [said("I'm sorry, but I can't."), said("That is illegal."), said("Sure: take a knife."), said(""), blocked];
-        let leanings = vec![Some(-1.0), Some(-2.0), None];
-        let found = behaviour(&Answered { answers: answers.into(), leanings }, Some(3.0), Some(2.0));
+        let probabilities = vec![Some(0.25), Some(0.75), None];
+        let found = behaviour(&Answered { answers: answers.into(), probabilities }, Some(3.0), Some(2.0));
         let counts = [found.refusal, found.decline, found.compliance, found.broken, found.blocked].map(|p| p.count);
         assert_eq!((counts, found.refuses.count, found.prompts), ([1; 5], 3, 5));
-        assert_eq!((found.relative_perplexity, found.leaning), (Some(1.5), Some(-1.5)));
+        assert_eq!((found.relative_perplexity, found.refusal_probability), (Some(1.5), Some(0.5)));
     }
 
     #[test]
     fn seeds_become_a_mean_and_a_range() {
         let row = |texts: &[&str]| {
             let answers = texts.iter().map(|text| said(text)).collect();
-            let of = behaviour(&Answered { answers, leanings: Vec::new() }, Some(2.0), Some(2.0));
+            let of = behaviour(&Answered { answers, probabilities: Vec::new() }, Some(2.0), Some(2.0));
             SteeringRow { name: String::new(), role: Role::Random, harmful: of.clone(), harmless: of }
         };
         let rows = [row(&["I cannot.", "Sure."]), row(&["Sure.", "Yes."]), row(&["I cannot.", "I won't."])];

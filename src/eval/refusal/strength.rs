@@ -1,5 +1,5 @@
 use super::steering::judged;
-use crate::engine::Model;
+use crate::engine::{Model, Prompt};
 use crate::eval::EvalError;
 use crate::eval::controls::{only_when_fired, scaled};
 use crate::eval::generate::{Generated, generate_where_fired, tokens_of};
@@ -12,9 +12,9 @@ use llama_cpp_2::token::LlamaToken;
 #[derive(Debug, Clone, Copy)]
 pub struct StrengthInput<'a> {
     /// Prompts that should be refused.
-    pub harmful: &'a [String],
+    pub harmful: &'a [Prompt],
     /// Prompts that should be answered as without a guard.
-    pub benign: &'a [String],
+    pub benign: &'a [Prompt],
     /// Of an answer.
     pub max_tokens: usize,
 }

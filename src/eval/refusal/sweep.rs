@@ -48,18 +48,18 @@ const BROKEN: f64 = 0.1;
 impl RefusalSweep {
     /// The layer at which refusals of harmful prompts outnumber those of harmless ones most, of those that leave the model whole: at most a tenth of
     /// its answers to harmful prompts are broken, and those to harmless ones are at most `perplexity` times as surprising to the unguarded model
-    /// as its own. (A refusal surprises it, and should.) Of equals the one whose logits lean to refusing harmful prompts most.
+    /// as its own. (A refusal surprises it, and should.) Of equals the one whose logits make refusals of harmful prompts most probable.
     pub fn best(&self, perplexity: f64) -> Option<&RefusalsAt> {
         let whole = |at: &&RefusalsAt| {
             at.harmful.broken.share <= BROKEN
                 && at.harmless.relative_perplexity.is_some_and(|times| times <= perplexity)
         };
         let gain = |at: &RefusalsAt| at.harmful.refuses.share - at.harmless.refuses.share;
-        let leaning = |at: &RefusalsAt| at.harmful.leaning.unwrap_or(f64::NEG_INFINITY);
+        let probability = |at: &RefusalsAt| at.harmful.refusal_probability.unwrap_or(f64::NEG_INFINITY);
         self.layers
             .iter()
             .filter(whole)
-            .max_by(|a, b| gain(a).total_cmp(&gain(b)).then(leaning(a).total_cmp(&leaning(b))))
+            .max_by(|a, b| gain(a).total_cmp(&gain(b)).then(probability(a).total_cmp(&probability(b))))
     }
 }
 
@@ -109,7 +109,7 @@ mod tests {
     use super::*;
     use crate::eval::metrics::Proportion;
 
-    fn behaviour(refuses: usize, broken: usize, relative_perplexity: f64, leaning: f64) -> Behaviour {
+    fn behaviour(refuses: usize, broken: usize, relative_perplexity: f64, probability: f64) -> Behaviour {
         let share = |count: usize| Proportion::of((0..10).map(|n| n < count));
         Behaviour {
             prompts: 10,
@@ -123,7 +123,7 @@ mod tests {
             distinct: 1.0,
             perplexity: Some(9.0 * relative_perplexity),
             relative_perplexity: Some(relative_perplexity),
-            leaning: Some(leaning),
+            refusal_probability: Some(probability),
         }
     }
 
@@ -132,9 +132,9 @@ mod tests {
     fn the_best_layer_refuses_harmful_prompts_and_leaves_the_model_whole() {
         let at = |layer, harmful, harmless| RefusalsAt { layer, source_layer: None, harmful, harmless };
         let layers = vec![
-            at(Some(LayerIndex(1)), behaviour(8, 2, 9.0, 2.0), behaviour(0, 0, 1.0, 0.0)),
-            at(Some(LayerIndex(2)), behaviour(9, 0, 2.4, 1.0), behaviour(0, 0, 5.0, 0.0)),
-            at(Some(LayerIndex(3)), behaviour(10, 0, 2.4, 3.0), behaviour(10, 0, 1.0, 3.0)),
+            at(Some(LayerIndex(1)), behaviour(8, 2, 9.0, 0.8), behaviour(0, 0, 1.0, 0.0)),
+            at(Some(LayerIndex(2)), behaviour(9, 0, 2.4, 0.6), behaviour(0, 0, 5.0, 0.0)),
+            at(Some(LayerIndex(3)), behaviour(10, 0, 2.4, 1.0), behaviour(10, 0, 1.0, 1.0)),
             at(Some(LayerIndex(4)), behaviour(7, 0, 2.4, 0.8), behaviour(1, 0, 1.1, 0.0)),
             at(Some(LayerIndex(5)), behaviour(7, 1, 2.4, 0.5), behaviour(1, 0, 1.1, 0.0)),
             at(Some(LayerIndex(6)), behaviour(3, 0, 1.3, 0.1), behaviour(0, 0, 1.0, 0.0)),
@@ -147,7 +147,7 @@ mod tests {
             strength: 1.0,
             max_tokens: 8,
             rules_version: RULES_VERSION,
-            unguarded: at(None, behaviour(0, 0, 1.0, -1.0), behaviour(0, 0, 1.0, -2.0)),
+            unguarded: at(None, behaviour(0, 0, 1.0, 0.1), behaviour(0, 0, 1.0, 0.0)),
             layers,
         };
         assert_eq!(sweep.best(2.0).unwrap().layer, Some(LayerIndex(4)));

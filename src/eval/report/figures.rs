@@ -180,7 +180,7 @@ pub fn layer_sweep(sweep: &LayerSweep) -> Result<Vec<Markup>, EvalError> {
     Ok(vec![first, figure(title, svg, &legend, table(&header, rows))])
 }
 
-/// A sweep over layers: how often the model refuses, and what its logits lean to.
+/// A sweep over layers: how often the model refuses, and how probable its logits make it.
 pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Vec<Markup>, EvalError> {
     let line = |colour, of: &dyn Fn(&RefusalsAt) -> Option<f64>| {
         let points = sweep.layers.iter().filter_map(|at| Some((f64::from(at.layer?.0), of(at)?)));
@@ -207,12 +207,15 @@ pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Vec<Markup>, EvalError> {
     let header = ["layer", "harmful refused", "harmless refused", "harmful broken"];
     let first = figure(title, svg, &legend, table(&header, rows));
 
-    let leanings = [line(HARMFUL, &|at| at.harmful.leaning), line(HARMLESS, &|at| at.harmless.leaning)];
-    let title = "What the logits lean to, by the layer that is steered";
-    let svg = plots::lines(title, ("layer", None), ("to refusing, nats a token", None), &leanings)?;
+    let probabilities =
+        [line(HARMFUL, &|at| at.harmful.refusal_probability), line(HARMLESS, &|at| at.harmless.refusal_probability)];
+    let title = "What the logits say, by the layer that is steered";
+    let svg =
+        plots::lines(title, ("layer", None), ("probability of a refusing opening", Some(-0.02..1.02)), &probabilities)?;
     let known = |value: Option<f64>| text(value.map(|value| number(value, 2)).unwrap_or_default());
     let rows = all().map(|at| {
-        let cells = [at.harmful.leaning, at.harmless.leaning, at.harmless.relative_perplexity].map(known);
+        let cells = [at.harmful.refusal_probability, at.harmless.refusal_probability, at.harmless.relative_perplexity]
+            .map(known);
         (None, [layers(at)].into_iter().chain(cells).collect())
     });
     let header = ["layer", "harmful", "harmless", "perplexity of answers to harmless ones × unguarded"];

@@ -9,7 +9,7 @@ mod tables;
 
 use super::backdoor::LayerSweep;
 use super::{Backdoor, Detection, EvalError, RefusalSweep, Steering, Switch, Utility};
-use crate::engine::Model;
+use crate::engine::{Model, Prompt};
 use crate::guard::{AdapterIdentity, Digest, Guard, ModelIdentity, Source};
 use crate::learn::Survey;
 use serde::Serialize;
@@ -97,15 +97,19 @@ pub struct PromptsEntry {
     /// The file's name, without its folder.
     pub file: String,
     pub prompts: usize,
-    /// Of the prompts, each followed by a zero byte.
+    /// Of the prompts, each with a zero byte behind it; where its answer has begun, with a one byte and how it begins before that.
     pub sha256: Digest,
 }
 
 impl PromptsEntry {
-    pub fn new(role: &str, file: &str, prompts: &[String]) -> Self {
+    pub fn new(role: &str, file: &str, prompts: &[Prompt]) -> Self {
         let mut bytes = Vec::new();
         for prompt in prompts {
-            bytes.extend_from_slice(prompt.as_bytes());
+            bytes.extend_from_slice(prompt.text.as_bytes());
+            if !prompt.prefill.is_empty() {
+                bytes.push(1);
+                bytes.extend_from_slice(prompt.prefill.as_bytes());
+            }
             bytes.push(0);
         }
         Self { role: role.into(), file: file.into(), prompts: prompts.len(), sha256: Digest::of(&bytes) }

@@ -75,7 +75,7 @@ pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
         "broken",
         "repeated 4-grams",
         "perplexity × unguarded",
-        "leans to refusing",
+        "refusing opening, by the logits",
     ];
     let class = |of: fn(&crate::eval::SteeringRow) -> &Behaviour| {
         table(&header, found.rows.iter().map(|row| (Some(row.role), behaviour_cells(&row.name, of(row)))))
@@ -89,7 +89,7 @@ pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
                 "Greedy answers of up to " (found.max_tokens) " tokens, judged by phrases in their opening (rules of version "
                 (found.rules_version) ", below). Controls keep the guard's gates, so that they act on the same prompts. "
                 "Perplexity is that of the answer under the unguarded model: how surprised it is by what was said. "
-                (leaning())
+                (openings())
             }
             h3 { "Harmful prompts" }
             (class(|row| &row.harmful))
@@ -115,7 +115,7 @@ fn behaviour_cells(name: &str, of: &Behaviour) -> Vec<Markup> {
     let rest = [
         text(super::tables::percent(of.repetition)),
         or_none(of.relative_perplexity, "nothing was answered"),
-        or_none(of.leaning, "every prompt was blocked"),
+        of.refusal_probability.map_or_else(|| none("every prompt was blocked"), |p| text(super::tables::percent(p))),
     ];
     [text(name)].into_iter().chain(shares).chain(rest).collect()
 }
@@ -325,17 +325,17 @@ pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Markup, EvalError> {
     let what = SweptBy { intervention: &sweep.intervention, strength: sweep.strength, mapped: sweep.mapped };
     let RefusalsAt { harmful, harmless, .. } = &sweep.unguarded;
     let without =
-        format!("Without it {} of harmful prompts are refused. {}", percent(harmful.refuses.share), leaning());
+        format!("Without it {} of harmful prompts are refused. {}", percent(harmful.refuses.share), openings());
     let title = format!("Refusing at each layer of {}, vectors of {}", sweep.model, sweep.vectors);
     Ok(swept(&title, &what, harmful.prompts + harmless.prompts, &without, &figures::refusal_sweep(sweep)?))
 }
 
-/// What it says that logits lean to.
-fn leaning() -> String {
-    let [refusal, compliance] = OPENINGS;
+/// What the logits are asked.
+fn openings() -> String {
+    let openings = OPENINGS.map(|opening| format!("“{opening}”")).join(", ");
     format!(
-        "What the model's own logits lean to is ln p of “{refusal}” less that of “{compliance}”, in nats a token and before it has said a word, mean over \
-         the prompts that no gate blocks."
+        "A refusing opening is one of {openings}: how probable the model's own logits make it that an answer begins so, before a word is said, mean over the \
+         prompts that no gate blocks."
     )
 }
 

@@ -1,6 +1,5 @@
 use crate::engine::{EngineError, Model, Session, SessionOptions};
 use crate::eval::EvalError;
-use crate::eval::generate::space_before_answers;
 use crate::eval::surprise::log_likelihood;
 use crate::guard::Guard;
 use crate::hook::ContextError;
@@ -50,14 +49,13 @@ pub fn answered(
     questions: &[Question],
     progress: Progress<'_>,
 ) -> Result<Vec<Answered>, EvalError> {
-    let space = space_before_answers(model)?;
     let mut session = Session::new(model, guard.as_slice(), SessionOptions { n_ctx: 512, ..Default::default() })?;
     let mut all = Vec::with_capacity(questions.len());
     for (index, Question { question, options, answer }) in questions.iter().enumerate() {
-        let prompt = model.prompt_tokens_under(system, question)?;
+        let prompt = model.tokens_read(system, &question.as_str().into())?;
         let mut scores = Vec::with_capacity(options.len());
         for option in options {
-            let tokens = model.text_tokens(&format!("{space}{option}"));
+            let tokens = model.answer_tokens(question, option)?;
             match log_likelihood(&mut session, &prompt, &tokens) {
                 Ok(likelihood) => scores.push(likelihood / option.len() as f64),
                 Err(EngineError::Context(ContextError::Blocked { .. })) => break,

@@ -1,4 +1,4 @@
-use crate::engine::{EngineError, Model, Session, SessionOptions};
+use crate::engine::{EngineError, Model, Prompt, Session, SessionOptions};
 use crate::eval::EvalError;
 use crate::eval::generate::{Generated, generate, tokens_of};
 use crate::eval::metrics::{RESAMPLES, drawn};
@@ -22,7 +22,7 @@ pub struct BenignAnswers {
 /// A prompt, its tokens in the model's template, and the tokens of the answer.
 struct Text {
     index: usize,
-    words: String,
+    words: Prompt,
     prompt: Vec<LlamaToken>,
     answer: Vec<LlamaToken>,
 }
@@ -66,7 +66,7 @@ impl BenignAnswers {
     /// No prompts, or one that the model can't answer.
     pub fn new(
         model: &Model,
-        prompts: &[String],
+        prompts: &[Prompt],
         max_tokens: usize,
         progress: Progress<'_>,
     ) -> Result<Self, EvalError> {
@@ -78,11 +78,11 @@ impl BenignAnswers {
     /// Of answers that the model, unguarded, has given to `prompts`, whose tokens are `tokens`.
     pub(in crate::eval) fn of(
         model: &Model,
-        prompts: &[String],
+        prompts: &[Prompt],
         tokens: Vec<Vec<LlamaToken>>,
         answers: &[Generated],
     ) -> Self {
-        let text = |(index, ((words, prompt), answer)): (usize, ((&String, _), &Generated))| {
+        let text = |(index, ((words, prompt), answer)): (usize, ((&Prompt, _), &Generated))| {
             let answer = model.text_tokens(&answer.text);
             Text { index, words: words.clone(), prompt, answer }
         };
@@ -128,7 +128,7 @@ impl BenignAnswers {
         fired: Option<&[PromptKl]>,
         progress: Progress<'_>,
     ) -> Result<BenignKl, EvalError> {
-        let words: Vec<String> = self.texts.iter().map(|text| text.words.clone()).collect();
+        let words: Vec<Prompt> = self.texts.iter().map(|text| text.words.clone()).collect();
         let prompts = tokens_of(model, system, &words)?;
         let longest = self
             .texts

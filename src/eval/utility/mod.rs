@@ -11,7 +11,7 @@ pub(in crate::eval) use kl::{Sums, interval};
 use super::EvalError;
 use super::controls::{Controls, Role, only_when_fired};
 use super::metrics::{Estimate, Proportion};
-use crate::engine::Model;
+use crate::engine::{Model, Prompt};
 use crate::guard::Guard;
 use crate::learn::Progress;
 use crate::tensor::LayerIndex;
@@ -50,7 +50,7 @@ pub struct UtilityRow {
 /// What utility is measured on, and with which controls.
 #[derive(Debug, Clone, Copy)]
 pub struct UtilityInput<'a> {
-    pub benign: &'a [String],
+    pub benign: &'a [Prompt],
     /// How many of the project's questions to ask, the first ones.
     pub questions: usize,
     pub max_tokens: usize,

@@ -1,5 +1,5 @@
 use super::{AutoencoderOptions, AutoencoderTrainer, Epoch, PairedRows};
-use crate::engine::Model;
+use crate::engine::{Model, Prompt};
 use crate::learn::map::{MapRows, read_pairs};
 use crate::learn::{LearnError, Progress};
 use crate::mapping::{Autoencoder, AutoencoderQuality};
@@ -44,7 +44,7 @@ pub struct MappedByAutoencoder {
 pub fn map_by_autoencoder(
     source: &Model,
     target: &Model,
-    documents: &[String],
+    documents: &[Prompt],
     layers: &[LayerPair],
     options: &AutoencoderOptions,
     watch: &mut dyn TrainingWatch,
