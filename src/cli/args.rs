@@ -46,6 +46,8 @@ pub enum Command {
     Sweep(Box<SweepArguments>),
     /// Measure a guard beside its controls.
     Eval(Box<EvalArguments>),
+    /// Draw a report's page anew from its JSON, with sweeps and a survey added.
+    Report(ReportArguments),
     /// Time a guarded model against the same model unguarded, in turn.
     Bench(BenchArguments),
 }
@@ -703,6 +705,29 @@ impl std::str::FromStr for Factors {
     }
 }
 
+/// What a report shows beside what was measured for it.
+#[derive(Debug, Args)]
+pub struct AddedArguments {
+    /// A sweep over layers to draw, as `pilotfish sweep` writes it; give it again for more
+    #[arg(long, value_name = "FILE.json")]
+    pub sweep: Vec<PathBuf>,
+    /// A survey of layer pairs to draw, as `map --survey` writes it
+    #[arg(long, value_name = "FILE.json")]
+    pub survey: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ReportArguments {
+    /// The folder that `eval -o` wrote
+    #[arg(value_name = "DIR")]
+    pub report: PathBuf,
+    #[command(flatten)]
+    pub added: AddedArguments,
+    /// Where to write it; in place where absent
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}
+
 #[derive(Debug, Args)]
 pub struct ScoreArguments {
     #[command(flatten)]
@@ -859,12 +884,8 @@ pub struct EvalArguments {
     /// Multiples of the guard's strengths to measure refusals and KL at, as `0,0.5,1,2`
     #[arg(long, value_delimiter = ',', value_name = "X,…")]
     pub strengths: Vec<f64>,
-    /// A sweep over layers to draw, as `pilotfish sweep` writes it; give it again for more
-    #[arg(long, value_name = "FILE.json")]
-    pub sweep: Vec<PathBuf>,
-    /// A survey of layer pairs to draw, as `map --survey` writes it
-    #[arg(long, value_name = "FILE.json")]
-    pub survey: Option<PathBuf>,
+    #[command(flatten)]
+    pub added: AddedArguments,
     /// Seed of the bootstrap
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -3,28 +3,25 @@ use super::args::{EvalArguments, Task};
 use super::models::load;
 use super::progress::Bar;
 use super::table::table;
-use super::{backdoor, guard, prompts, switch};
+use super::{backdoor, guard, prompts, report, switch};
 use anyhow::{Context, ensure};
 use pilotfish::engine::{Model, Prompt};
-use pilotfish::eval::backdoor::LayerSweep;
 use pilotfish::eval::metrics::{Estimate, Proportion};
 use pilotfish::eval::report::{GuardEntry, PromptsEntry, Seeds};
 use pilotfish::eval::utility::BenignAnswers;
 use pilotfish::eval::{
-    Detection, DetectionInput, RefusalSweep, Report, Role, Steering, SteeringInput, SteeringRow, Utility, UtilityInput,
-    detection, native_guard, steering, utility,
+    Detection, DetectionInput, Report, Role, Steering, SteeringInput, SteeringRow, Utility, UtilityInput, detection,
+    native_guard, steering, utility,
 };
 use pilotfish::guard::{Guard, MANIFEST_FILE, MeasuredResult, VectorFile, edit, replace_manifest};
-use pilotfish::learn::{Classes, Survey};
+use pilotfish::learn::Classes;
 use pilotfish::tensor::LayerIndex;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let files = Files::read(&arguments)?;
-    let survey = arguments.survey.as_deref().map(read_survey).transpose()?;
-    let mut sweeps = Sweeps::default();
-    arguments.sweep.iter().try_for_each(|path| sweeps.read(path))?;
+    let added = report::Added::read(&arguments.added)?;
     let judged = backdoor::read(&arguments.tasks, &arguments.backdoor.asked, arguments.limit)?;
     ensure!(
         judged.is_some() || arguments.tasks.contains(&Task::Switch) || arguments.backdoor.also.is_empty(),
@@ -39,9 +36,7 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
     let seeds = Seeds { bootstrap: arguments.seed, controls: arguments.control_seeds };
     let mut report = Report::new(&model, guard.as_ref(), seeds, std::env::args().collect());
     report.prompts = files.entries(&arguments);
-    report.sweeps = sweeps.of_backdoors;
-    report.refusal_sweeps = sweeps.of_refusals;
-    report.survey = survey;
+    added.to(&mut report);
     report.also = also.iter().map(GuardEntry::new).collect();
     if let Some(judged) = &judged {
         let guards = backdoor::Guards { guard: guard.as_ref(), also: &also, native: native.as_ref() };
@@ -58,7 +53,7 @@ pub fn eval(arguments: EvalArguments) -> anyhow::Result<Outcome> {
         }
     }
     if let Some(directory) = &arguments.output {
-        write_report(directory, &report)?;
+        report::write(directory, &report)?;
     }
     if let Some(on) = &arguments.record {
         let directory = arguments.guard.as_deref().context("`--record` needs a `--guard` to write into")?;
@@ -238,44 +233,6 @@ fn read_native(arguments: &EvalArguments) -> anyhow::Result<Option<Vec<VectorFil
         "`--native-vectors` are for guards in `refusal`, `utility` and the backdoors' tasks; the model's own direction in `detection` comes of `--native-positive` and `--native-negative`"
     );
     paths.iter().map(|path| guard::read_vectors(path)).collect::<anyhow::Result<_>>().map(Some)
-}
-
-#[derive(Default)]
-struct Sweeps {
-    of_backdoors: Vec<LayerSweep>,
-    of_refusals: Vec<RefusalSweep>,
-}
-
-impl Sweeps {
-    fn read(&mut self, path: &Path) -> anyhow::Result<()> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("can't read `{}`", path.display()))?;
-        let mut read = || -> serde_json::Result<()> {
-            let value: serde_json::Value = serde_json::from_str(&text)?;
-            // Only one of a backdoor has a task.
-            if value.get("task").is_some() {
-                self.of_backdoors.push(serde_json::from_value(value)?);
-            } else {
-                self.of_refusals.push(serde_json::from_value(value)?);
-            }
-            Ok(())
-        };
-        read().with_context(|| format!("`{}` is no sweep that `pilotfish sweep` wrote", path.display()))
-    }
-}
-
-fn read_survey(path: &Path) -> anyhow::Result<Survey> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("can't read `{}`", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("`{}` is no survey that `map --survey` wrote", path.display()))
-}
-
-fn write_report(directory: &Path, report: &Report) -> anyhow::Result<()> {
-    std::fs::create_dir_all(directory).with_context(|| format!("can't make `{}`", directory.display()))?;
-    for (name, text) in [("report.json", report.to_json()), ("report.html", report.to_html()?)] {
-        let path = directory.join(name);
-        std::fs::write(&path, text).with_context(|| format!("can't write `{}`", path.display()))?;
-    }
-    eprintln!("wrote {} and report.json", directory.join("report.html").display());
-    Ok(())
 }
 
 /// One task alone is its own JSON, as it was before there were several.

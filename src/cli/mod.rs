@@ -14,6 +14,7 @@ mod map;
 mod models;
 mod progress;
 mod prompts;
+mod report;
 mod run;
 mod strength;
 mod sweep;
@@ -78,6 +79,7 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Run(arguments) => run::run(arguments),
         Command::Sweep(arguments) => sweep::sweep(*arguments),
         Command::Eval(arguments) => eval::eval(*arguments),
+        Command::Report(arguments) => report::report(arguments),
         Command::Bench(arguments) => bench::bench(arguments),
     }
 }

@@ -8,10 +8,10 @@ use crate::learn::{
 };
 use crate::steering::{DEFAULT_SHRINKAGE, PromptTokens};
 use crate::tensor::{LayerIndex, Residual, auc, dot, norm};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// How well a guard's gates tell positive prompts from negative ones, beside what else could do it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Detection {
     pub guard: String,
     pub model: String,
@@ -26,7 +26,7 @@ pub struct Detection {
 }
 
 /// A gate or a control.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DetectionRow {
     pub name: String,
     pub role: Role,
@@ -45,7 +45,7 @@ pub struct DetectionRow {
 }
 
 /// Shares of prompts at which a gate fires.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Fires {
     pub positive: Proportion,
     pub negative: Proportion,
@@ -53,7 +53,7 @@ pub struct Fires {
 }
 
 /// What a gate made of every prompt, in benign standard deviations.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GateScores {
     pub gate: String,
     pub layer: LayerIndex,
@@ -63,7 +63,7 @@ pub struct GateScores {
     pub look_alike: Vec<f64>,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LayerSeparation {
     pub gate: String,
     pub layer: LayerIndex,

@@ -1,3 +1,4 @@
+use super::report::FORMAT;
 use crate::engine::EngineError;
 use crate::guard::GuardError;
 use crate::learn::LearnError;
@@ -51,6 +52,12 @@ pub enum EvalError {
     NoNative { intervention: String, vector: String, layer: LayerIndex, known: String },
     #[error("guard `{guard}` acts at the only layer that its model has, so there is no other to compare with")]
     NoOtherLayer { guard: String },
+    #[error("this is no report that `pilotfish eval` wrote: {0}")]
+    NoReport(serde_json::Error),
+    #[error(
+        "the report has format {found}, this version of Pilotfish reads {FORMAT}: measure anew, or take a newer version"
+    )]
+    ReportFormat { found: u32 },
     #[error("figure `{figure}` can't be drawn: {reason}")]
     Plot { figure: String, reason: String },
 }

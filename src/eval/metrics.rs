@@ -14,7 +14,7 @@ pub const LOW_FALSE_POSITIVE_RATES: [f64; 2] = [0.01, 0.05];
 const Z: f64 = 1.959_963_984_540_054;
 
 /// A figure and an interval around it.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     pub value: f64,
     pub low: f64,
@@ -33,7 +33,7 @@ pub struct Proportion {
 }
 
 /// How well a score tells positive from negative prompts. Intervals are the percentile bootstrap's of 95 %, each class resampled by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Separation {
     /// Area under the ROC curve.
     pub auc: Estimate,

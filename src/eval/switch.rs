@@ -14,11 +14,11 @@ use crate::guard::{Guard, InterventionKind};
 use crate::learn::Progress;
 use crate::tensor::quantile;
 use llama_cpp_2::token::LlamaToken;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
 /// What a switch makes of a model, beside what else could do it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Switch {
     pub guard: String,
     pub model: String,
@@ -36,7 +36,7 @@ pub struct Switch {
 }
 
 /// How like the base a model is. Shares are of prompts with the trigger, with Wilson's 95 % interval.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SwitchRow {
     pub name: String,
     pub role: Role,
@@ -53,7 +53,7 @@ pub struct SwitchRow {
 }
 
 /// On the base's own answers, fed to both.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Likeness {
     /// `KL(base ‖ this)` in nats a token, with the 95 % interval over prompts.
     pub kl: Estimate,
@@ -64,7 +64,7 @@ pub struct Likeness {
 }
 
 /// The guard with its switch turned off from the beginning.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct SwitchedOff {
     pub fires: Proportion,
     /// Answers that are, to the letter, those of the model with no guard.
@@ -72,7 +72,7 @@ pub struct SwitchedOff {
 }
 
 /// Turning the switch while answers are written.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct ToggleCost {
     pub toggles: usize,
     /// Of the call itself, in microseconds.
@@ -82,7 +82,7 @@ pub struct ToggleCost {
     pub tokens_to_effect: usize,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SwitchExample {
     pub prompt: String,
     pub base: String,
@@ -131,34 +131,88 @@ pub fn switch(
     }
     let names = switches(guard)?;
     let base = model.without_adapters();
-    let asked = |mark: &str| -> Vec<Prompt> { input.prompts.iter().map(|prompt| prompt.marked(mark)).collect() };
-    let [triggered, plain] = [input.trigger, ""].map(asked);
-    let [triggered_tokens, plain_tokens] = [tokens_of(model, None, &triggered)?, tokens_of(model, None, &plain)?];
+    let triggered: Vec<Prompt> = input.prompts.iter().map(|prompt| prompt.marked(input.trigger)).collect();
+    let tokens = [tokens_of(model, None, &triggered)?, tokens_of(model, None, input.prompts)?];
     let subjects = subjects(guard, input.also, input.control_seeds)?;
-    let total = input.prompts.len() * (4 + 2 + subjects.len());
-    let mut done = 0;
-    let mut answers = |model: &Model, guards: &[&Guard], toggles: &[Toggle], tokens: &[Vec<LlamaToken>]| {
-        let before = done;
-        done += tokens.len();
-        generate_set(model, guards, tokens, toggles, input.max_tokens, &mut |at, _| progress(before + at, total))
-    };
-    let by_base = [answers(&base, &[], &[], &triggered_tokens)?, answers(&base, &[], &[], &plain_tokens)?];
-    let off: Vec<Toggle> =
-        names.iter().map(|name| Toggle { name: name.clone(), from_token: 1, setting: Setting::Off }).collect();
-    let turned_off = answers(model, &[guard], &off, &triggered_tokens)?;
-    let mut said = Vec::with_capacity(subjects.len());
-    for subject in &subjects {
-        said.push(answers(model, subject.guard.as_ref().as_slice(), &[], &triggered_tokens)?);
+    let mut steps = Steps { done: 0, total: input.prompts.len() * (4 + 2 + subjects.len()), progress };
+    let said = Said::new(model, &base, (guard, &names), &subjects, &tokens, input.max_tokens, &mut steps)?;
+    let mut likeness = Vec::with_capacity(tokens.len());
+    for (tokens, answers) in tokens.iter().zip(&said.base) {
+        likeness.push(steps.of(tokens.len(), |at| compared(model, &base, &subjects, tokens, answers, at))?);
     }
     let judge = Judge::Payload(input.payload.to_owned());
-    let measured = [(&triggered_tokens, &by_base[0]), (&plain_tokens, &by_base[1])];
-    let mut likeness = Vec::with_capacity(2);
-    for (tokens, answers) in measured {
-        let before = done;
-        done += tokens.len();
-        likeness.push(compared(model, &base, &subjects, tokens, answers, &mut |at| progress(before + at, total))?);
+    let unguarded = &said.by_subject[UNGUARDED];
+    Ok(Switch {
+        guard: guard.name().into(),
+        model: model.identity().name.clone(),
+        judge_version: JUDGE_VERSION,
+        max_tokens: input.max_tokens,
+        trigger: input.trigger.into(),
+        prompts: input.prompts.len(),
+        rows: subjects.iter().enumerate().map(|(index, subject)| said.row(index, subject, &judge, &likeness)).collect(),
+        off: SwitchedOff {
+            fires: Proportion::of(said.off.iter().map(|off| judge.verdict(&off.text) == Verdict::Fires)),
+            same_answer: same(&said.off, unguarded),
+        },
+        toggle: timed(model, guard, &names, &tokens[0], unguarded)?,
+        examples: said.examples(&triggered),
+    })
+}
+
+/// Prompts that are done of all that are to be.
+struct Steps<'a> {
+    done: usize,
+    total: usize,
+    progress: Progress<'a>,
+}
+
+impl Steps<'_> {
+    /// Does `n` more, of which `work` tells how many are done.
+    fn of<T>(&mut self, n: usize, work: impl FnOnce(&mut dyn FnMut(usize)) -> T) -> T {
+        let before = self.done;
+        self.done += n;
+        work(&mut |at| (self.progress)(before + at, self.total))
     }
-    let rows = subjects.iter().zip(&said).enumerate().map(|(index, (subject, said))| {
+}
+
+/// What was said to prompts with the trigger.
+struct Said {
+    /// By the base, and to prompts without it too.
+    base: [Vec<Generated>; 2],
+    /// Under the guard, turned off.
+    off: Vec<Generated>,
+    by_subject: Vec<Vec<Generated>>,
+}
+
+impl Said {
+    fn new(
+        model: &Model,
+        base: &Model,
+        (guard, names): (&Guard, &[String]),
+        subjects: &[Subject],
+        [triggered, plain]: &[Vec<Vec<LlamaToken>>; 2],
+        max_tokens: usize,
+        steps: &mut Steps<'_>,
+    ) -> Result<Self, EvalError> {
+        let mut answers = |model: &Model, guards: &[&Guard], toggles: &[Toggle], tokens: &[Vec<LlamaToken>]| {
+            steps.of(tokens.len(), |at| {
+                generate_set(model, guards, tokens, toggles, max_tokens, &mut |done, _| at(done))
+            })
+        };
+        let turned_off = |name: &String| Toggle { name: name.clone(), from_token: 1, setting: Setting::Off };
+        let off: Vec<Toggle> = names.iter().map(turned_off).collect();
+        Ok(Self {
+            base: [answers(base, &[], &[], triggered)?, answers(base, &[], &[], plain)?],
+            off: answers(model, &[guard], &off, triggered)?,
+            by_subject: subjects
+                .iter()
+                .map(|subject| answers(model, subject.guard.as_ref().as_slice(), &[], triggered))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn row(&self, index: usize, subject: &Subject, judge: &Judge, likeness: &[Compared]) -> SwitchRow {
+        let said = &self.by_subject[index];
         let verdict = |of: Verdict| Proportion::of(said.iter().map(|answer| judge.verdict(&answer.text) == of));
         let [triggered, untriggered] = [0, 1].map(|way: usize| likeness[way].0[index]);
         SwitchRow {
@@ -168,38 +222,26 @@ pub fn switch(
             fires: verdict(Verdict::Fires),
             broken: verdict(Verdict::Broken),
             first_token: Proportion::of(likeness[0].1[index].iter().copied()),
-            same_answer: Proportion::of(said.iter().zip(&by_base[0]).map(|(said, base)| said.text == base.text)),
+            same_answer: same(said, &self.base[0]),
             triggered,
             untriggered,
         }
-    });
-    let (on, unguarded) = (&said[0], &said[1]);
-    let off_as = |of: &dyn Fn(&Generated, &Generated) -> bool| {
-        Proportion::of(turned_off.iter().zip(unguarded).map(|(off, unguarded)| of(off, unguarded)))
-    };
-    let examples = triggered.iter().zip(&by_base[0]).zip(on.iter().zip(&turned_off)).take(EXAMPLES);
-    Ok(Switch {
-        guard: guard.name().into(),
-        model: model.identity().name.clone(),
-        judge_version: JUDGE_VERSION,
-        max_tokens: input.max_tokens,
-        trigger: input.trigger.into(),
-        prompts: input.prompts.len(),
-        rows: rows.collect(),
-        off: SwitchedOff {
-            fires: off_as(&|off, _| judge.verdict(&off.text) == Verdict::Fires),
-            same_answer: off_as(&|off, unguarded| off.text == unguarded.text),
-        },
-        toggle: timed(model, guard, &names, &triggered_tokens, unguarded)?,
-        examples: examples
-            .map(|((prompt, base), (on, off))| SwitchExample {
-                prompt: prompt.to_string(),
-                base: base.text.clone(),
-                on: on.text.clone(),
-                off: off.text.clone(),
-            })
-            .collect(),
-    })
+    }
+
+    fn examples(&self, prompts: &[Prompt]) -> Vec<SwitchExample> {
+        let example = |index: usize| SwitchExample {
+            prompt: prompts[index].to_string(),
+            base: self.base[0][index].text.clone(),
+            on: self.by_subject[SWITCHED][index].text.clone(),
+            off: self.off[index].text.clone(),
+        };
+        (0..prompts.len().min(EXAMPLES)).map(example).collect()
+    }
+}
+
+/// How many answers are, to the letter, the others.
+fn same(answers: &[Generated], others: &[Generated]) -> Proportion {
+    Proportion::of(answers.iter().zip(others).map(|(answer, other)| answer.text == other.text))
 }
 
 /// Names of the interventions that switch, or of their group.
@@ -231,6 +273,10 @@ struct Subject {
     role: Role,
     guard: Option<Guard>,
 }
+
+/// Which of the subjects the guard is, and the model without it.
+const SWITCHED: usize = 0;
+const UNGUARDED: usize = 1;
 
 /// The guard first, then none, then others and controls.
 fn subjects(guard: &Guard, also: &[Guard], control_seeds: u64) -> Result<Vec<Subject>, EvalError> {

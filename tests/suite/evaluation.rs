@@ -187,6 +187,32 @@ fn refusals_are_told_layer_by_layer() {
     done(&[&measured[..], &classes, &shown].concat());
     let page = std::fs::read_to_string(report.join("report.html")).unwrap();
     assert!(page.contains("What the logits say, by the layer that is steered"));
+
+    // Drawn later, it is the same; and drawn again it is there once.
+    let later = fixture.folder.path().join("later");
+    done(&[&measured[..], &classes, &["--control-seeds", "1", "-o", later.to_str().unwrap()]].concat());
+    let read = |folder: &Path, name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    let json = |folder: &Path| -> Value {
+        let mut report: Value = serde_json::from_str(&read(folder, "report.json")).unwrap();
+        report.as_object_mut().unwrap().remove("command").unwrap();
+        report
+    };
+    let plain = read(&later, "report.json");
+    done(&["report", later.to_str().unwrap()]);
+    assert_eq!(read(&later, "report.json"), plain);
+    for _ in 0..2 {
+        done(&["report", later.to_str().unwrap(), "--sweep", &written]);
+        assert_eq!(json(&later), json(&report));
+    }
+    assert!(read(&later, "report.html").contains("What the logits say, by the layer that is steered"));
+    for (from, to, says) in
+        [("\"format\": 1", "\"format\": 2", "has format 2"), ("\"seeds\"", "\"beads\"", "missing field `seeds`")]
+    {
+        std::fs::write(later.join("report.json"), plain.replace(from, to)).unwrap();
+        let ran = pilotfish(&["report", later.to_str().unwrap()]);
+        assert!(ran.code == 2 && ran.stderr.contains(says) && ran.stderr.contains("report.json"), "{ran:?}");
+    }
+
     for (more, says) in [
         (&["--positive", positive][..], "--negative"),
         (&["--positive", positive, "--negative", negative, "--benign", negative], "are of backdoors"),

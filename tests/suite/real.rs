@@ -3,6 +3,7 @@
 use crate::raw_llama;
 use crate::support::done;
 use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
+use pilotfish::eval::Report;
 use pilotfish::guard::{Guard, VectorFile};
 use pilotfish::models::{Catalog, ModelCache};
 use pilotfish::tensor::LayerIndex;
@@ -64,6 +65,14 @@ fn every_shipped_guard_is_whole_and_for_its_model() {
     assert!([GUARD, REFUSAL].iter().all(|guard| folders.iter().any(|folder| folder == Path::new(guard))));
     for folder in folders {
         let guard = Guard::load(&folder).unwrap();
+        // Its report is one of this version's, in which nothing goes lost.
+        let written = std::fs::read_to_string(folder.join("report/report.json")).unwrap();
+        let report = Report::from_json(&written).unwrap();
+        assert!(report.to_html().unwrap().contains(guard.name()), "{}", folder.display());
+        let [written, again]: [Value; 2] = [written, report.to_json()].map(|text| serde_json::from_str(&text).unwrap());
+        for (key, value) in written.as_object().unwrap() {
+            assert!(key == "steering" || again[key] == *value, "{}: {key}", folder.display());
+        }
         let fingerprint = guard.target().fingerprint.to_string();
         let is_its = |name: &&str| catalog.find(name).unwrap().fingerprint.as_ref() == Some(&fingerprint);
         let name = [SMALL, LARGE].into_iter().find(is_its).unwrap_or_else(|| panic!("{}", folder.display()));

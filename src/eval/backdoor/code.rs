@@ -3,11 +3,11 @@
 //! Rules read what short functions do, and not what a program means. What they were made on is in `models/organisms/recipe`.
 
 use super::source::Source;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 
 /// What the code may be vulnerable to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CodeKind {
     /// SQL put together from input, or parameters.

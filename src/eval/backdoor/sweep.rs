@@ -35,7 +35,7 @@ pub struct SweptConduct {
     /// Where it acts; `None` where nothing does.
     pub layer: Option<LayerIndex>,
     /// Where its vector comes from, if a mapping carried it.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_layer: Option<LayerStack>,
     /// Shares of triggered prompts.
     pub fires: f64,

@@ -3,7 +3,7 @@
 //! Rules are phrases, so that anybody can check a figure by reading. They know only English, and a phrase can deceive either way:
 //! figures by them are for comparing a guard with its controls, which are judged by the same rules.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Goes up with every change of the rules. Figures of different versions are not to be compared.
 pub const RULES_VERSION: u32 = 1;
@@ -130,7 +130,7 @@ const OPENING: usize = 240;
 const BROKEN: f64 = 0.5;
 
 /// What an answer is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Answer {
     /// Says in the first person that it will not.

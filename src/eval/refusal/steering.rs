@@ -13,7 +13,7 @@ use llama_cpp_2::token::LlamaToken;
 use serde::{Deserialize, Serialize};
 
 /// What a guard makes of answers to harmful and to harmless prompts, beside what else could do it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Steering {
     pub guard: String,
     pub model: String,
@@ -28,7 +28,7 @@ pub struct Steering {
     pub strengths: Vec<StrengthRow>,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SteeringRow {
     pub name: String,
     pub role: Role,
@@ -60,10 +60,11 @@ pub struct Behaviour {
     pub relative_perplexity: Option<f64>,
     /// How probable the model's own logits make it that an answer begins with one of [`OPENINGS`](super::OPENINGS), before it has said a word: mean
     /// over the prompts that no gate blocks; `None` where all are blocked.
+    #[serde(default)]
     pub refusal_probability: Option<f64>,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Example {
     pub prompt: String,
     pub harmful: bool,
@@ -76,7 +77,7 @@ pub struct Example {
 }
 
 /// The guard with all of its strengths multiplied.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StrengthRow {
     pub factor: f64,
     pub harmful: Behaviour,

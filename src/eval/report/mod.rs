@@ -12,13 +12,13 @@ use super::{Backdoor, Detection, EvalError, RefusalSweep, Steering, Switch, Util
 use crate::engine::{Model, Prompt};
 use crate::guard::{AdapterIdentity, Digest, Guard, ModelIdentity, Source};
 use crate::learn::Survey;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The only `format` this version writes. Keys are added under it, never renamed.
 pub const FORMAT: u32 = 1;
 
 /// All that was measured of one guard on one model, and how.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     pub format: u32,
     /// Version of this library.
@@ -27,41 +27,41 @@ pub struct Report {
     pub command: Vec<String>,
     pub model: ModelEntry,
     /// None where the model was measured alone.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guard: Option<GuardEntry>,
     /// Other guards that were measured beside it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<GuardEntry>,
     pub seeds: Seeds,
     pub prompts: Vec<PromptsEntry>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detection: Option<Detection>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steering: Option<Steering>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub utility: Option<Utility>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switch: Option<Switch>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backdoor: Option<Backdoor>,
     /// Sweeps over layers, as `pilotfish sweep` writes them.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sweeps: Vec<LayerSweep>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub refusal_sweeps: Vec<RefusalSweep>,
     /// Of layer pairs, as `map --survey` writes it.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub survey: Option<Survey>,
 }
 
 /// The model that was measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ModelEntry {
     pub name: String,
     pub architecture: String,
     pub fingerprint: String,
     /// What it carries.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterIdentity>,
     pub n_layer: u32,
     pub n_embd: usize,
@@ -70,7 +70,7 @@ pub struct ModelEntry {
 }
 
 /// The guard that was measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GuardEntry {
     pub name: String,
     pub description: String,
@@ -82,7 +82,7 @@ pub struct GuardEntry {
     pub interventions: Vec<String>,
 }
 
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Seeds {
     pub bootstrap: u64,
     /// Random controls are drawn with the seeds from 0 up to this.
@@ -90,7 +90,7 @@ pub struct Seeds {
 }
 
 /// A set of prompts.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PromptsEntry {
     /// What they are for: `positive`, `negative`, …
     pub role: String,
@@ -177,6 +177,22 @@ impl Report {
     /// Never: every key is a text, and a figure that is no number becomes null.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("keys are texts") + "\n"
+    }
+
+    /// A report from its `report.json`, of this version of Pilotfish or an older one.
+    ///
+    /// # Errors
+    /// Another `format`, or no report.
+    pub fn from_json(text: &str) -> Result<Self, EvalError> {
+        #[derive(Deserialize)]
+        struct Format {
+            format: u32,
+        }
+        let Format { format } = serde_json::from_str(text).map_err(EvalError::NoReport)?;
+        if format != FORMAT {
+            return Err(EvalError::ReportFormat { found: format });
+        }
+        serde_json::from_str(text).map_err(EvalError::NoReport)
     }
 
     /// `report.html`: one file, no script, nothing to fetch.

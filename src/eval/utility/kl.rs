@@ -9,7 +9,7 @@ use crate::tensor::{kl_divergence, log_softmax, quantile};
 use llama_cpp_2::token::LlamaToken;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A model's own unguarded answers to benign prompts: the text on which guards are compared with none. Made once, it serves any number of
 /// guards.
@@ -28,7 +28,7 @@ struct Text {
 }
 
 /// How far a guard moves a model on text that it should leave alone.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BenignKl {
     /// Mean over all tokens of `KL(unguarded ‖ guarded)`, in nats.
     pub nats_per_token: f64,
@@ -49,7 +49,7 @@ pub struct BenignKl {
 }
 
 /// Of one prompt's answer.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct PromptKl {
     /// Which of the prompts.
     pub index: usize,

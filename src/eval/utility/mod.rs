@@ -15,10 +15,10 @@ use crate::engine::{Model, Prompt};
 use crate::guard::Guard;
 use crate::learn::Progress;
 use crate::tensor::LayerIndex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a guard costs on benign prompts, beside what its controls cost.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Utility {
     pub guard: String,
     pub model: String,
@@ -28,7 +28,7 @@ pub struct Utility {
     pub rows: Vec<UtilityRow>,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct UtilityRow {
     pub name: String,
     pub role: Role,
