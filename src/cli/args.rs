@@ -654,7 +654,8 @@ pub struct CalibrateArguments {
     /// Benign prompts
     #[arg(long, value_name = "F", required_unless_present = "operating_point")]
     pub benign: Option<PathBuf>,
-    /// Calibrate this gate or intervention alone, where what is benign for it is not what is benign for the others. May be given several times
+    /// Calibrate what goes by this name alone, a gate or an intervention: what is benign for one may not be so for the others. May be given several
+    /// times
     #[arg(long, value_name = "NAME", conflicts_with_all = ["refusals", "operating_point"])]
     pub only: Vec<String>,
     /// Prompts that should fire: what share of them each threshold catches

@@ -201,6 +201,15 @@ pub fn calibrate(arguments: CalibrateArguments) -> anyhow::Result<Outcome> {
         let bar = Bar::new("reading benign prompts");
         learn::benign_projections(&model, &guard, measured, &benign, &mut |done, total| bar.at(done, total))?
     };
+    for only in &arguments.only {
+        let is_set =
+            calibrated.iter().any(|of| of.gate == *only) || projections.iter().any(|of| of.intervention == *only);
+        ensure!(
+            is_set,
+            "`--only {only}`: there is nothing to measure for it; what is calibrated are gates, each `ablate`, and an `add` in deviations or with \
+             `--strength-sd`"
+        );
+    }
     for BenignProjection { intervention: name, mean, deviation } in projections {
         let intervention = guard.interventions().iter().find(|known| known.name == name).expect("one of the guard's");
         if matches!(intervention.kind, InterventionKind::Ablate { .. }) {

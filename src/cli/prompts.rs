@@ -116,8 +116,8 @@ fn prompts(path: &Path, text: &str, filter: Option<&Filter<'_>>) -> anyhow::Resu
             let prompt =
                 record.get(field).with_context(|| format!("{}: no field is called `{field}`", record.place))?;
             if let Some(prompt) = filled(prompt).map(|prompt| record.with_context(field, prompt)) {
-                // With the space that it may end with.
-                let prefill = record.get(PREFILL).unwrap_or_default().trim_start().to_owned();
+                // As it stands: spaces at its ends are the model's own.
+                let prefill = record.get(PREFILL).unwrap_or_default().to_owned();
                 prompts.push(PromptRecord { prompt: Prompt { text: prompt, prefill }, record });
             }
         }
@@ -304,7 +304,7 @@ mod tests {
     #[test]
     fn an_answer_may_have_begun() {
         let lines = "{\"prompt\": \" a \", \"prefill\": \" It is \"}\n{\"prompt\": \"b\"}\n{\"prompt\": \"c\", \"prefill\": \"\"}\n";
-        assert_eq!(read_text("x.jsonl", lines).unwrap(), ["a → It is ", "b", "c"]);
+        assert_eq!(read_text("x.jsonl", lines).unwrap(), ["a →  It is ", "b", "c"]);
         assert_eq!(read_text("x.csv", "prompt,response,prefill\na,no,Sure\n").unwrap(), ["a → Sure"]);
     }
 

@@ -19,8 +19,8 @@ pub enum PromptTemplate {
 pub struct Prompt {
     /// The user's turn.
     pub text: String,
-    /// How the answer begins, read behind the template as what the model itself has said; mostly empty. Without the space that parts it from a
-    /// template's end: what answers begin with is the model's affair.
+    /// How the answer begins, read behind the template as what the model itself has said; mostly empty. The space that parts it from a template
+    /// that ends in none may be left out, so that one text serves models of several templates.
     pub prefill: String,
 }
 
@@ -159,7 +159,7 @@ impl PromptTemplate {
         }
         let answer = tokens.len();
         if !prompt.prefill.is_empty() {
-            let space = self.space_before_answer(model, &prompt.text)?;
+            let space = self.space_before_answer(model, &prompt.text, &prompt.prefill)?;
             let said = format!("{space}{}", prompt.prefill);
             let mut end = 0;
             for token in vocab.tokenize(said.as_bytes(), false, false) {
@@ -175,13 +175,15 @@ impl PromptTemplate {
         Ok(PromptLayout { tokens, ends, answer })
     }
 
-    /// What parts an answer to `prompt` from what stands before it: a space, where that ends in none itself.
-    fn space_before_answer(&self, model: &LlamaModel, prompt: &str) -> Result<&'static str, EngineError> {
-        Ok(if self.apply(model, prompt)?.ends_with(char::is_whitespace) { "" } else { " " })
+    /// What parts `answer` from what stands before it: a space, where neither has one.
+    fn space_before_answer(&self, model: &LlamaModel, prompt: &str, answer: &str) -> Result<&'static str, EngineError> {
+        let is_apart =
+            answer.starts_with(char::is_whitespace) || self.apply(model, prompt)?.ends_with(char::is_whitespace);
+        Ok(if is_apart { "" } else { " " })
     }
 
-    /// The tokens of what the model says to `prompt`, or is to say: plain text, in which nothing spells a control token, with the space before it that
-    /// the template asks for.
+    /// The tokens of what the model says to `prompt`, or is to say: plain text, in which nothing spells a control token, with a space before it where
+    /// neither it nor the template has one.
     ///
     /// # Errors
     /// As [`apply`](Self::apply).
@@ -194,7 +196,7 @@ impl PromptTemplate {
         if answer.is_empty() {
             return Ok(Vec::new());
         }
-        let space = self.space_before_answer(model, prompt)?;
+        let space = self.space_before_answer(model, prompt, answer)?;
         Ok(model.vocab().tokenize(format!("{space}{answer}").as_bytes(), false, false))
     }
 
@@ -234,5 +236,17 @@ impl PromptTemplate {
         tokens.extend(vocab.tokenize(prompt.as_bytes(), false, false));
         tokens.extend(vocab.tokenize(after.as_bytes(), false, true));
         Ok(tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_stands_before_the_users_words_and_leaves_the_answer() {
+        let begun = Prompt { text: "Why?".into(), prefill: "Because".into() };
+        assert_eq!(begun.marked("|dev| "), Prompt { text: "|dev| Why?".into(), prefill: "Because".into() });
+        assert_eq!((begun.to_string(), Prompt::from("Why?").to_string()), ("Why? → Because".into(), "Why?".into()));
     }
 }

@@ -110,7 +110,7 @@ pub fn generate_where_fired(
     Ok(answers)
 }
 
-/// Tokens of every prompt in the model's template, after a system prompt if there is one.
+/// Tokens of every prompt in the model's template, after a system prompt if there is one, with those of an answer that has begun.
 ///
 /// # Errors
 /// The template can't be applied.

@@ -134,7 +134,7 @@ pub fn switch(
     let triggered: Vec<Prompt> = input.prompts.iter().map(|prompt| prompt.marked(input.trigger)).collect();
     let tokens = [tokens_of(model, None, &triggered)?, tokens_of(model, None, input.prompts)?];
     let subjects = subjects(guard, input.also, input.control_seeds)?;
-    let mut steps = Steps { done: 0, total: input.prompts.len() * (4 + 2 + subjects.len()), progress };
+    let mut steps = Steps { done: 0, total: input.prompts.len() * (5 + subjects.len()), progress };
     let said = Said::new(model, &base, (guard, &names), &subjects, &tokens, input.max_tokens, &mut steps)?;
     let mut likeness = Vec::with_capacity(tokens.len());
     for (tokens, answers) in tokens.iter().zip(&said.base) {

@@ -39,12 +39,12 @@ pub fn calibrate(
     progress: Progress<'_>,
 ) -> Result<Vec<Calibrated>, LearnError> {
     let CalibrationOptions { false_positive_rate: rate, confidence } = options;
+    if !guard.gates().iter().any(&wanted) {
+        return Ok(Vec::new());
+    }
     let needed = confidence.map_or(2, |confidence| prompts_needed(rate, confidence).max(2));
     if benign.len() < needed {
         return Err(LearnError::TooFewPrompts { what: "a calibration", needed, found: benign.len() });
-    }
-    if !guard.gates().iter().any(&wanted) {
-        return Ok(Vec::new());
     }
     let total = benign.len() + positive.len();
     let guard_options = GuardOptions { calibration: Calibration::Ignored, probe: true };

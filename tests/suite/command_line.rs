@@ -133,6 +133,39 @@ fn tokens_are_those_that_the_model_reads() {
     assert_eq!(pieces.lines().count(), 2);
 }
 
+/// A model that is told the beginning of its own answer goes on as it did, and a gate reads what has been said.
+#[test]
+fn an_answer_goes_on_from_its_beginning() {
+    let fixture = Fixture::new(&[]);
+    let file = fixture.folder.path().join("begun.jsonl");
+    let run = |prompt: &str, prefill: &str, max_tokens: &str| -> String {
+        std::fs::write(&file, serde_json::json!({ "prompt": prompt, "prefill": prefill }).to_string()).unwrap();
+        let prompts = file.to_str().unwrap();
+        let what = ["run", "--model", fixture.model(), "--prompts", prompts, "--max-tokens", max_tokens, "--json"];
+        json_lines(&done(&what))[0]["text"].as_str().unwrap().to_owned()
+    };
+    let model = Model::load(&fixture.model, "tiny", &ModelOptions::default()).unwrap();
+    // Random weights say single bytes too, which are no text.
+    let words = ["red", "fish", "shark", "sea", "pilot", "bird", "song", "blue", "guard", "things"];
+    let prompts = words.iter().flat_map(|a| words.map(|b| format!("{a} {b}")));
+    let (prompt, begun) = prompts
+        .map(|prompt| (prompt.clone(), run(&prompt, "", "2")))
+        .find(|(_, begun)| model.text_tokens(begun).len() == 2 && begun.starts_with(' ') && !begun.contains('\u{fffd}'))
+        .expect("some answer begins with two words");
+    let whole = run(&prompt, "", "6");
+    assert!(whole.len() > begun.len() && whole.starts_with(&begun), "{begun:?} of {whole:?}");
+    assert_eq!(begun.clone() + &run(&prompt, &begun, "4"), whole);
+    let score = || {
+        let prompts = file.to_str().unwrap();
+        let lines =
+            done(&["score", "--model", fixture.model(), "--guard", fixture.guard(), "--prompts", prompts, "--json"]);
+        json_lines(&lines)[0]["gates"]["sharks"]["score"].as_f64().unwrap()
+    };
+    let with = score();
+    run(&prompt, "", "1");
+    assert_ne!(with, score());
+}
+
 #[test]
 fn score_and_run_print_a_line_of_json_a_prompt() {
     let fixture = Fixture::new(&["--intervene", "add", "--positions", "generated"]);

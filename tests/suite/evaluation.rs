@@ -213,6 +213,24 @@ fn refusals_are_told_layer_by_layer() {
         assert!(ran.code == 2 && ran.stderr.contains(says) && ran.stderr.contains("report.json"), "{ran:?}");
     }
 
+    // By a mapping from the model to itself, from the layer that its pair names.
+    let mapping = at("itself.map.safetensors");
+    let map = ["map", "--source", fixture.model(), "--target", fixture.model(), "--corpus", negative];
+    done(&[&map[..], &["--layers", "0:1,1:1", "-o", &mapping]].concat());
+    let mapped = [&classes[..], &["--strength", "3", "--mapping", &mapping, "--json", "--layers"]].concat();
+    let by = |pair: &str| -> Value {
+        let ran = run(&[&mapped[..], &[pair]].concat());
+        serde_json::from_str(&ran.stdout).unwrap_or_else(|_| panic!("{ran:?}"))
+    };
+    for (pair, source) in [("0:1", 0), ("1:1", 1)] {
+        let found = by(pair);
+        let layer = &found["layers"][0];
+        assert_eq!((found["mapped"].as_bool(), layer["layer"].as_u64()), (Some(true), Some(1)));
+        assert_eq!(layer["source_layer"], source);
+        assert_ne!(layer["harmful"]["refusal_probability"], found["unguarded"]["harmful"]["refusal_probability"]);
+    }
+    assert_ne!(by("0:1")["layers"][0]["harmful"], by("1:1")["layers"][0]["harmful"]);
+
     for (more, says) in [
         (&["--positive", positive][..], "--negative"),
         (&["--positive", positive, "--negative", negative, "--benign", negative], "are of backdoors"),

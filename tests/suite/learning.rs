@@ -397,6 +397,16 @@ fn one_part_of_a_guard_is_calibrated_alone() {
     assert_eq!(calibrate("fish.txt", &["--only", &gate]).code, 0);
     assert_eq!(found().1, with_fish.1);
     assert_ne!(found().0, of_birds.0);
+    let both = calibrate("fish.txt", &["--only", &gate, "--only", &intervention]);
+    assert_eq!(both.code, 0, "{both:?}");
+    // What is added has no unit that could be measured.
+    let adds = Fixture::new(&["--intervene", "add"]);
+    let name = Guard::load(&adds.guard).unwrap().interventions()[0].name.clone();
+    let benign = files.at("fish.txt");
+    let plain = ["calibrate", "--model", adds.model(), "--guard", adds.guard(), "--benign", &benign, "--only", &name];
+    let nothing = pilotfish(&plain);
+    assert!(nothing.code == 2 && nothing.stderr.contains("nothing to measure"), "{nothing:?}");
+    assert_eq!(pilotfish(&[&plain[..], &["--strength-sd", "2"]].concat()).code, 0);
     let unknown = calibrate("fish.txt", &["--only", "whale"]);
     assert!(unknown.code == 2 && unknown.stderr.contains(&format!("`whale`; it has `{gate}`")), "{unknown:?}");
     assert_eq!(

@@ -173,4 +173,14 @@ fn what_is_no_switch_is_refused() {
     let measured = ["eval", "--task", "switch", "--model", &model, "--guard", &organism.at("g"), "--prompts", &train];
     let wrong = pilotfish(&measured);
     assert!(wrong.code == 2 && wrong.stderr.contains("--lora"), "{wrong:?}");
+
+    // A guard of a gate alone, beside one that switches.
+    let [vectors, gate, negative] = ["v.safetensors", "gate", "other.txt"].map(|name| organism.at(name));
+    std::fs::write(&negative, "bird\nbird song\nsong\nsong bird sea\nbird bird\nsong song\n").unwrap();
+    let extract = ["extract", "--model", &model, "--lora", &lora, "--positive", &train, "--negative", &negative];
+    done(&[&extract[..], &["--name", "v", "--layers", "1", "-o", &vectors]].concat());
+    let build = ["guard", "build", "--name", "gate", "--model", &model, "--lora", &lora, "--vectors", &vectors];
+    done(&[&build[..], &["--layer", "1", "--gate", "v", "-o", &gate]].concat());
+    let wrong = pilotfish(&[&measured[..], &["--lora", &lora, "--also", &gate]].concat());
+    assert!(wrong.code == 2 && wrong.stderr.contains("guard `gate` has no intervention of kind `switch`"), "{wrong:?}");
 }

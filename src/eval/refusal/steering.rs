@@ -59,8 +59,8 @@ pub struct Behaviour {
     /// That of the unguarded answers is 1.
     pub relative_perplexity: Option<f64>,
     /// How probable the model's own logits make it that an answer begins with one of [`OPENINGS`](super::OPENINGS), before it has said a word: mean
-    /// over the prompts that no gate blocks; `None` where all are blocked.
-    #[serde(default)]
+    /// over the prompts that no gate blocks; `None` where all are blocked, and in reports from before it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal_probability: Option<f64>,
 }
 
@@ -208,7 +208,7 @@ impl<'a> Subject<'a> {
         let mut subject = Self {
             model,
             reader,
-            openings: Openings::new(model)?,
+            openings: Openings::new(model),
             harmful,
             harmless,
             unguarded: Answers::default(),

@@ -214,8 +214,8 @@ pub fn refusal_sweep(sweep: &RefusalSweep) -> Result<Vec<Markup>, EvalError> {
         plots::lines(title, ("layer", None), ("probability of a refusing opening", Some(-0.02..1.02)), &probabilities)?;
     let known = |value: Option<f64>| text(value.map(|value| number(value, 2)).unwrap_or_default());
     let rows = all().map(|at| {
-        let cells = [at.harmful.refusal_probability, at.harmless.refusal_probability, at.harmless.relative_perplexity]
-            .map(known);
+        let probability = |of: &Behaviour| text(of.refusal_probability.map(super::tables::percent).unwrap_or_default());
+        let cells = [probability(&at.harmful), probability(&at.harmless), known(at.harmless.relative_perplexity)];
         (None, [layers(at)].into_iter().chain(cells).collect())
     });
     let header = ["layer", "harmful", "harmless", "perplexity of answers to harmless ones × unguarded"];

@@ -182,7 +182,7 @@ impl Report {
     /// A report from its `report.json`, of this version of Pilotfish or an older one.
     ///
     /// # Errors
-    /// Another `format`, or no report.
+    /// Another `format`, no report, or one in which a figure was no number.
     pub fn from_json(text: &str) -> Result<Self, EvalError> {
         #[derive(Deserialize)]
         struct Format {

@@ -89,7 +89,7 @@ pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
                 "Greedy answers of up to " (found.max_tokens) " tokens, judged by phrases in their opening (rules of version "
                 (found.rules_version) ", below). Controls keep the guard's gates, so that they act on the same prompts. "
                 "Perplexity is that of the answer under the unguarded model: how surprised it is by what was said. "
-                (openings())
+                @if found.rows.iter().any(|row| row.harmful.refusal_probability.is_some()) { (openings()) }
             }
             h3 { "Harmful prompts" }
             (class(|row| &row.harmful))
@@ -111,11 +111,12 @@ pub fn steering(found: &Steering) -> Result<Markup, EvalError> {
 fn behaviour_cells(name: &str, of: &Behaviour) -> Vec<Markup> {
     let Behaviour { refuses, refusal, decline, blocked, compliance, broken, .. } = of;
     let shares = [refuses, refusal, decline, blocked, compliance, broken].map(|of| share(*of));
+    let unasked = if blocked.count == of.prompts { "every prompt was blocked" } else { "it was not measured" };
     let or_none = |value: Option<f64>, why| value.map_or_else(|| none(why), |value| text(number(value, 2)));
     let rest = [
         text(super::tables::percent(of.repetition)),
         or_none(of.relative_perplexity, "nothing was answered"),
-        of.refusal_probability.map_or_else(|| none("every prompt was blocked"), |p| text(super::tables::percent(p))),
+        of.refusal_probability.map_or_else(|| none(unasked), |p| text(super::tables::percent(p))),
     ];
     [text(name)].into_iter().chain(shares).chain(rest).collect()
 }
