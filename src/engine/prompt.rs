@@ -2,6 +2,7 @@ use super::EngineError;
 use crate::program;
 use llama_cpp_2::model::{LlamaChatMessage, LlamaChatTemplate, LlamaModel};
 use llama_cpp_2::token::LlamaToken;
+use std::borrow::Cow;
 
 /// What is put around a prompt before the model reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +66,21 @@ pub struct PromptLayout {
 pub fn tokens_spelling(model: &LlamaModel, tokens: &[LlamaToken], text: &str) -> Vec<usize> {
     let vocab = model.vocab();
     program::tokens_spelling(tokens.iter().map(|token| vocab.token_to_piece(*token, true, None)), text)
+}
+
+/// Byte of `text` at which each of the `pieces` that spell it ends.
+fn byte_ends(pieces: &[Vec<u8>], text: &str) -> Result<Vec<usize>, EngineError> {
+    let mut end = 0;
+    let next = |piece: &Vec<u8>| {
+        if !text.as_bytes()[end..].starts_with(piece) {
+            return Err(EngineError::Template {
+                reason: format!("the tokenizer changes the text at byte {end}, so its tokens can't be told apart"),
+            });
+        }
+        end += piece.len();
+        Ok(end)
+    };
+    pieces.iter().map(next).collect()
 }
 
 /// Where the prompt stands in a [`PromptTemplate::Text`].
@@ -137,9 +153,6 @@ impl PromptTemplate {
     /// As [`apply`](Self::apply), and a tokenizer that changes the text.
     pub fn layout(&self, model: &LlamaModel, prompt: &Prompt) -> Result<PromptLayout, EngineError> {
         let vocab = model.vocab();
-        let changed = |end: usize| EngineError::Template {
-            reason: format!("the tokenizer changes the text at byte {end}, so its tokens can't be told apart"),
-        };
         let text = self.apply(model, &prompt.text)?;
         let before = self.around(model, None)?.0.len();
         let mut tokens = vocab.tokenize(text.as_bytes(), true, true);
@@ -148,38 +161,24 @@ impl PromptTemplate {
         if tokens.first() == Some(&vocab.bos()) && !text.as_bytes().starts_with(&pieces[0]) {
             pieces[0].clear();
         }
-        let mut end = 0;
-        let mut ends = Vec::with_capacity(tokens.len());
-        for piece in &pieces {
-            if !text.as_bytes()[end..].starts_with(piece) {
-                return Err(changed(end));
-            }
-            end += piece.len();
-            ends.push((end > before && end <= before + prompt.text.len()).then(|| end - before));
-        }
+        let of_prompt = |end: usize| (end > before && end <= before + prompt.text.len()).then(|| end - before);
+        let mut ends: Vec<Option<usize>> = byte_ends(&pieces, &text)?.into_iter().map(of_prompt).collect();
         let answer = tokens.len();
-        if !prompt.prefill.is_empty() {
-            let space = self.space_before_answer(model, &prompt.text, &prompt.prefill)?;
-            let said = format!("{space}{}", prompt.prefill);
-            let mut end = 0;
-            for token in vocab.tokenize(said.as_bytes(), false, false) {
-                let piece = vocab.token_to_piece(token, true, None);
-                if !said.as_bytes()[end..].starts_with(&piece) {
-                    return Err(changed(text.len() + end));
-                }
-                end += piece.len();
-                ends.push((end > space.len()).then(|| prompt.text.len() + end - space.len()));
-                tokens.push(token);
-            }
-        }
+        let said = self.apart(model, &prompt.text, &prompt.prefill)?;
+        let space = said.len() - prompt.prefill.len();
+        tokens.extend(vocab.tokenize(said.as_bytes(), false, false));
+        let pieces: Vec<_> = tokens[answer..].iter().map(|token| vocab.token_to_piece(*token, true, None)).collect();
+        let of_answer = |end: usize| (end > space).then(|| prompt.text.len() + end - space);
+        ends.extend(byte_ends(&pieces, &said)?.into_iter().map(of_answer));
         Ok(PromptLayout { tokens, ends, answer })
     }
 
-    /// What parts `answer` from what stands before it: a space, where neither has one.
-    fn space_before_answer(&self, model: &LlamaModel, prompt: &str, answer: &str) -> Result<&'static str, EngineError> {
-        let is_apart =
-            answer.starts_with(char::is_whitespace) || self.apply(model, prompt)?.ends_with(char::is_whitespace);
-        Ok(if is_apart { "" } else { " " })
+    /// `answer` with a space before it where neither it nor what stands before it has one.
+    fn apart<'a>(&self, model: &LlamaModel, prompt: &str, answer: &'a str) -> Result<Cow<'a, str>, EngineError> {
+        let is_apart = answer.is_empty()
+            || answer.starts_with(char::is_whitespace)
+            || self.apply(model, prompt)?.ends_with(char::is_whitespace);
+        Ok(if is_apart { answer.into() } else { format!(" {answer}").into() })
     }
 
     /// The tokens of what the model says to `prompt`, or is to say: plain text, in which nothing spells a control token, with a space before it where
@@ -193,11 +192,7 @@ impl PromptTemplate {
         prompt: &str,
         answer: &str,
     ) -> Result<Vec<LlamaToken>, EngineError> {
-        if answer.is_empty() {
-            return Ok(Vec::new());
-        }
-        let space = self.space_before_answer(model, prompt, answer)?;
-        Ok(model.vocab().tokenize(format!("{space}{answer}").as_bytes(), false, false))
+        Ok(model.vocab().tokenize(self.apart(model, prompt, answer)?.as_bytes(), false, false))
     }
 
     /// The tokens that the model reads for a user's words `prompt`.
