@@ -23,6 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // An app would take new requests between steps.
     let on_event = |event| match event {
         Event::Text { request, text } => println!("{request} says {text:?}"),
+        Event::Token { .. } => {}
         Event::Ended { request, summary } => match summary.end {
             End::Blocked(reason) => println!("{request} is blocked: {reason}"),
             End::Failed(error) => println!("{request} failed: {error}"),

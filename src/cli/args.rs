@@ -7,6 +7,7 @@ use pilotfish::learn::AutoencoderOptions;
 use pilotfish::steering::PromptTokens;
 use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
 use pilotfish::tensor::{LayerIndex, LayerStack};
+use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
@@ -50,6 +51,57 @@ pub enum Command {
     Report(ReportArguments),
     /// Time a guarded model against the same model unguarded, in turn.
     Bench(BenchArguments),
+    /// Serve a model and its guards to apps that speak the OpenAI API; guards reload while it serves.
+    Serve(ServeArguments),
+    /// Check that nothing in an audit log was changed, taken out or put in.
+    Audit(AuditArguments),
+}
+
+#[derive(Debug, Args)]
+pub struct AuditArguments {
+    /// The log, as `serve --audit` was given it; its full files beside it are checked too
+    pub log: PathBuf,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Set here, else in the environment (`PILOTFISH_SERVE__LIMITS__QUEUE=8`), else in the configuration's file.
+#[derive(Debug, Args)]
+pub struct ServeArguments {
+    /// A configuration (docs/server.md)
+    #[arg(long, value_name = "F")]
+    pub config: Option<PathBuf>,
+    /// A GGUF file, or a name from `pilotfish models list`
+    #[arg(long, value_name = "M")]
+    pub model: Option<String>,
+    /// A LoRA adapter that the model carries; may be given several times
+    #[arg(long, value_name = "F[=SCALE]")]
+    pub lora: Vec<LoraArgument>,
+    /// A directory with a folder for each guard
+    #[arg(long, value_name = "DIR")]
+    pub guards: Option<PathBuf>,
+    /// Where to listen (127.0.0.1:8080)
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<SocketAddr>,
+    /// A file of keys; without one the server listens to this machine alone
+    #[arg(long, value_name = "F")]
+    pub keys: Option<PathBuf>,
+    /// Requests that are answered at once
+    #[arg(long, value_name = "N")]
+    pub parallel: Option<u32>,
+    /// Tokens that each has room for, prompt and answer
+    #[arg(long, value_name = "N")]
+    pub context: Option<u32>,
+    /// Layers to put on a GPU
+    #[arg(long, value_name = "N")]
+    pub gpu_layers: Option<u32>,
+    /// A log of every decision of a gate
+    #[arg(long, value_name = "F")]
+    pub audit: Option<PathBuf>,
+    /// Print the configuration that comes of it all, and do nothing
+    #[arg(long)]
+    pub print_config: bool,
 }
 
 /// Which model, and how to load it.

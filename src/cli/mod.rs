@@ -16,6 +16,7 @@ mod progress;
 mod prompts;
 mod report;
 mod run;
+mod serve;
 mod strength;
 mod sweep;
 mod switch;
@@ -81,6 +82,8 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Eval(arguments) => eval::eval(*arguments),
         Command::Report(arguments) => report::report(arguments),
         Command::Bench(arguments) => bench::bench(arguments),
+        Command::Serve(arguments) => serve::serve(&arguments),
+        Command::Audit(arguments) => serve::audit(&arguments),
     }
 }
 

@@ -139,11 +139,12 @@ struct Answers {
 
 impl Answers {
     fn take(&mut self, event: Event) -> anyhow::Result<()> {
-        let (Event::Text { request, .. } | Event::Ended { request, .. }) = &event;
+        let (Event::Text { request, .. } | Event::Token { request, .. } | Event::Ended { request, .. }) = &event;
         let index = self.indices[request];
         let answer = self.pending.entry(index).or_default();
         match event {
             Event::Text { text, .. } => answer.0 += &text,
+            Event::Token { .. } => {}
             Event::Ended { summary, .. } => answer.1 = Some(summary),
         }
         let mut out = std::io::stdout().lock();
@@ -175,7 +176,8 @@ fn run_line(index: usize, text: String, summary: Summary) -> anyhow::Result<RunL
     let (finish, reason) = match summary.end {
         End::Stop | End::StopString(_) => ("stop", None),
         End::Length | End::ContextFull => ("length", None),
-        End::Blocked(reason) => ("blocked", Some(reason)),
+        End::Blocked(block) => ("blocked", Some(block.to_string())),
+        End::OutOfForm(reason) => bail!("prompt {index}: {reason}"),
         End::Failed(error) => return Err(error).with_context(|| format!("prompt {index}")),
         End::Cancelled => bail!("prompt {index} was cancelled"),
     };

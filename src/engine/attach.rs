@@ -1,9 +1,9 @@
 //! From a guard and a model to a context that is guarded: identity, compilation, probe, dry run.
 
-use super::activations::ActivationReader;
+use super::activations::{ActivationReader, Activations};
 use super::model::Model;
 use super::{EngineError, PromptTemplate, Weights, identity_of, quantization_of};
-use crate::guard::{Guard, Probe};
+use crate::guard::{Guard, ModelIdentity, Probe};
 use crate::hook::GuardedContext;
 use crate::program::{Calibration, Program};
 use crate::tensor::{self, LayerIndex};
@@ -49,6 +49,17 @@ pub fn guard_context<'model>(
 /// Another fingerprint, another answer to a probe, or guards that do not compile for this model.
 pub fn program_for(weights: Weights<'_>, guards: &[&Guard], options: GuardOptions) -> Result<Program, EngineError> {
     let identity = identity_of("", weights.llama())?;
+    compile(weights, &identity, guards, options, &mut |probe| probe_activations(weights, &probe.prompt, probe.layer))
+}
+
+/// [`program_for`] a model of that identity, with the activations of a probe's prompt from `activations`.
+pub(super) fn compile(
+    weights: Weights<'_>,
+    identity: &ModelIdentity,
+    guards: &[&Guard],
+    options: GuardOptions,
+    activations: &mut dyn FnMut(&Probe) -> Result<Arc<Activations>, EngineError>,
+) -> Result<Program, EngineError> {
     for guard in guards {
         let target = guard.target();
         if target.architecture != identity.architecture || target.fingerprint != identity.fingerprint {
@@ -65,7 +76,7 @@ pub fn program_for(weights: Weights<'_>, guards: &[&Guard], options: GuardOption
     let program = Program::stack(&calibrated, weights.shape(), options.calibration)?;
     for guard in guards.iter().filter(|_| options.probe) {
         if let Some(probe) = &guard.target().probe {
-            check_probe(weights, guard, probe)?;
+            check_probe(guard, probe, &*activations(probe)?)?;
         }
     }
     // Of the right model only: what is another one has its error.
@@ -82,7 +93,7 @@ pub fn program_for(weights: Weights<'_>, guards: &[&Guard], options: GuardOption
     Ok(program)
 }
 
-fn check_probe(weights: Weights<'_>, guard: &Guard, probe: &Probe) -> Result<(), EngineError> {
+fn check_probe(guard: &Guard, probe: &Probe, activations: &Activations) -> Result<(), EngineError> {
     let vector =
         guard.vectors().iter().find(|vector| vector.name == probe.vector && vector.layer == probe.layer).ok_or_else(
             || EngineError::ProbeVector {
@@ -91,7 +102,7 @@ fn check_probe(weights: Weights<'_>, guard: &Guard, probe: &Probe) -> Result<(),
                 layer: probe.layer,
             },
         )?;
-    let found = measure_probe(weights, &probe.prompt, &probe.vector, probe.layer, &vector.direction)?;
+    let found = probe_in(activations, &probe.prompt, &probe.vector, probe.layer, &vector.direction)?;
     let mismatch = |quantity, expected: f64, found: f64, margin: f64| {
         // A NaN is within no margin.
         if (found - expected).abs() <= margin {
@@ -130,9 +141,27 @@ pub fn measure_probe(
     layer: LayerIndex,
     direction: &[f32],
 ) -> Result<Probe, EngineError> {
+    probe_in(&*probe_activations(weights, prompt, layer)?, prompt, vector, layer, direction)
+}
+
+/// Residuals of `prompt` at `layer`, of all tokens but the first.
+pub(super) fn probe_activations(
+    weights: Weights<'_>,
+    prompt: &str,
+    layer: LayerIndex,
+) -> Result<Arc<Activations>, EngineError> {
     let tokens = PromptTemplate::Raw.tokens(weights.llama(), prompt)?;
     let mut reader = ActivationReader::new(weights, vec![layer], tokens.len())?;
-    let activations = reader.every_token(&tokens)?;
+    Ok(Arc::new(reader.every_token(&tokens)?))
+}
+
+fn probe_in(
+    activations: &Activations,
+    prompt: &str,
+    vector: &str,
+    layer: LayerIndex,
+    direction: &[f32],
+) -> Result<Probe, EngineError> {
     let unit = tensor::unit(direction).unwrap_or_default();
     let residual = activations.layer(layer);
     let projections: Vec<f64> = residual.rows().map(|row| f64::from(tensor::dot(row, &unit))).collect();

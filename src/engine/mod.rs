@@ -7,6 +7,11 @@
 mod activations;
 mod adapter;
 mod attach;
+#[cfg(feature = "server")]
+mod chat;
+mod compiler;
+#[cfg(feature = "server")]
+mod form;
 mod identity;
 mod lock_step;
 mod maybe_guarded;
@@ -23,6 +28,11 @@ pub use crate::program::Setting;
 pub use activations::{ActivationReader, Activations};
 pub use adapter::Adapter;
 pub use attach::{GuardOptions, guard_context, measure_probe, probe_of, program_for};
+#[cfg(feature = "server")]
+pub use chat::{ChatMessage, ChatTemplate};
+pub use compiler::GuardCompiler;
+#[cfg(feature = "server")]
+pub use form::Forms;
 pub use identity::{identity_of, quantization_of};
 pub use lock_step::LockStep;
 pub use model::{Model, ModelOptions, backend};
@@ -64,6 +74,8 @@ pub enum EngineError {
     Backend(String),
     #[error("the model's metadata lacks `{key}`")]
     Metadata { key: &'static str },
+    #[error("answers can't be given this form: {reason}")]
+    Form { reason: String },
     #[error("the model's chat template can't be applied: {reason}")]
     Template { reason: String },
     #[error("guard `{guard}` is for another model: it expects {expected}, this one is {found}")]

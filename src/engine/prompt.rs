@@ -84,7 +84,7 @@ fn byte_ends(pieces: &[Vec<u8>], text: &str) -> Result<Vec<usize>, EngineError> 
 }
 
 /// Where the prompt stands in a [`PromptTemplate::Text`].
-const PLACEHOLDER: &str = "{prompt}";
+pub(super) const PLACEHOLDER: &str = "{prompt}";
 
 impl PromptTemplate {
     /// The model's chat template if it has one, else `fallback`, else nothing.

@@ -66,6 +66,7 @@ pub fn generate_set(
     let (mut done, mut failed) = (0, None);
     while scheduler.step(|event| match event {
         Event::Text { request, text } => answers[index_of[&request]].text += &text,
+        Event::Token { .. } => {}
         Event::Ended { request, summary } => {
             let answer = &mut answers[index_of[&request]];
             answer.fired = summary.gates.iter().any(|gate| gate.fired);

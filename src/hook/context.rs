@@ -218,6 +218,16 @@ impl<'model> GuardedContext<'model> {
         self.hook.as_mut().set_program(program);
     }
 
+    /// Ends all sequences, takes `program` for those to come, and proves with a dry run of one token that every hook point of it fires.
+    ///
+    /// # Errors
+    /// The model's graph lacks a residual that the program needs, or the program fails.
+    pub fn prove(&mut self, program: Arc<Program>) -> Result<(), ContextError> {
+        self.clear();
+        self.set_program(program);
+        self.dry_run()
+    }
+
     /// Starts `sequence`, which has no tokens yet, with a program of its own.
     pub fn assign(&mut self, sequence: SequenceId, program: Arc<Program>) {
         self.prepare_for(&program);

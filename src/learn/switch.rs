@@ -80,6 +80,7 @@ pub fn answered(
     while failed.is_none()
         && scheduler.step(|event| match event {
             Event::Text { request, text } => said[index_of[&request]] += &text,
+            Event::Token { .. } => {}
             Event::Ended { request, summary } => {
                 if let End::Failed(error) = summary.end {
                     failed = Some((index_of[&request], error));

@@ -14,6 +14,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("engine", &["tensor", "guard", "program", "hook"]),
     ("learn", &["tensor", "steering", "mapping", "guard", "program", "engine"]),
     ("eval", &["tensor", "guard", "hook", "engine", "learn", "steering"]),
+    ("store", &["guard"]),
+    ("server", &["guard", "program", "hook", "engine", "store"]),
     ("models", &[]),
     ("synthetic", &[]),
     // A crate of its own, the binary: it sees the library's public face.
@@ -30,6 +32,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "learn",
             "eval",
             "models",
+            "server",
             "synthetic",
         ],
     ),

@@ -15,6 +15,7 @@ mod learning;
 mod raw_llama;
 mod real;
 mod reference;
+mod server;
 mod support;
 mod switches;
 mod synthetic;

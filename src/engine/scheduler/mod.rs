@@ -25,6 +25,8 @@ use crate::program::{Program, Setting};
 use crate::tensor::{SequenceId, TokenPosition};
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
+use llama_cpp_2::token::data::LlamaTokenData;
+use llama_cpp_2::token::data_array::LlamaTokenDataArray;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
@@ -62,6 +64,34 @@ pub struct Request {
     pub program: Option<Arc<Program>>,
     /// Interventions to set on the way, in this order where several are due at once.
     pub toggles: Vec<Toggle>,
+    /// Whether an [`Event::Token`] is to come before the text of each token, and with how many of the likeliest tokens in its place.
+    pub probabilities: Option<usize>,
+    /// What the answer's form allows; anything where there is none.
+    pub form: Option<Box<dyn Form>>,
+}
+
+/// A form that an answer keeps to, token by token.
+pub trait Form: Send + fmt::Debug {
+    /// Sets the logits of those `candidates` to −∞ that can't come next. Where the form is complete, a token that ends the answer can.
+    ///
+    /// # Errors
+    /// None can come, or it can't be told.
+    fn restrict(&mut self, candidates: &mut [LlamaTokenData]) -> Result<(), String>;
+
+    /// Goes on by `token`, which does not end the answer.
+    ///
+    /// # Errors
+    /// It could not come here.
+    fn accept(&mut self, token: LlamaToken) -> Result<(), String>;
+
+    /// The same, at the same place.
+    fn copy(&self) -> Box<dyn Form>;
+}
+
+impl Clone for Box<dyn Form> {
+    fn clone(&self) -> Self {
+        self.copy()
+    }
 }
 
 /// An intervention of a request that is set when its answer has come so far.
@@ -77,7 +107,16 @@ pub struct Toggle {
 impl Request {
     /// A greedy answer of up to `max_tokens` tokens under the current guards.
     pub fn new(prompt: Vec<LlamaToken>, max_tokens: usize) -> Self {
-        Self { prompt, max_tokens, sampling: Sampling::default(), stop: Vec::new(), program: None, toggles: Vec::new() }
+        Self {
+            prompt,
+            max_tokens,
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            program: None,
+            toggles: Vec::new(),
+            probabilities: None,
+            form: None,
+        }
     }
 }
 
@@ -95,8 +134,20 @@ impl fmt::Display for RequestId {
 pub enum Event {
     /// The answer goes on: whole characters, and nothing of a stop string.
     Text { request: RequestId, text: String },
+    /// A token of the answer, where the request asks for probabilities: the tokens of a stop string and of text that is held back come too, when they do.
+    Token { request: RequestId, token: TokenProbability, instead: Vec<TokenProbability> },
     /// The last event of a request.
     Ended { request: RequestId, summary: Summary },
+}
+
+/// How likely the model, under its guards, held a token, before anything that [`Sampling`] does.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenProbability {
+    pub token: LlamaToken,
+    /// What it spells; of a character of several tokens a part.
+    pub bytes: Vec<u8>,
+    /// Natural logarithm of its probability.
+    pub log_probability: f32,
 }
 
 /// What came of a request.
@@ -127,11 +178,30 @@ pub enum End {
     Length,
     /// Prompt and answer fill the sequence's room.
     ContextFull,
-    /// A gate blocks: what the caller is told.
-    Blocked(String),
+    /// A gate blocks.
+    Blocked(Block),
     /// Its guard failed, or llama.cpp did: nothing of it is to be used.
     Failed(ContextError),
+    /// It can't go on in its form: why.
+    OutOfForm(String),
     Cancelled,
+}
+
+/// What blocked a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Block {
+    pub guard: String,
+    /// As its guard has it, and in a stack of several guards `GUARD/GATE`.
+    pub gate: String,
+    /// What the guard has to say to the caller.
+    pub message: Option<String>,
+}
+
+impl fmt::Display for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "guard `{}` blocked the sequence: gate `{}` fired", self.guard, self.gate)?;
+        self.message.as_ref().map_or(Ok(()), |message| write!(f, ": {message}"))
+    }
 }
 
 /// Runs requests. See the [module](self).
@@ -382,7 +452,9 @@ impl<'model> Scheduler<'model> {
             Ok(ended) => {
                 for (sequence, error) in ended {
                     let end = match error {
-                        blocked @ ContextError::Blocked { .. } => End::Blocked(blocked.to_string()),
+                        ContextError::Blocked { guard, gate, message, .. } => {
+                            End::Blocked(Block { guard, gate, message })
+                        }
                         failed => End::Failed(failed),
                     };
                     self.end(sequence.0 as usize, end, &mut on_event)?;
@@ -533,12 +605,31 @@ impl<'model> Scheduler<'model> {
             return Some(End::Length);
         }
         let vocab = self.model.llama().vocab();
-        let token = running.sampler.sample(&self.context, row);
+        let token = match &mut running.request.form {
+            None => running.sampler.sample(&self.context, row),
+            Some(form) => {
+                match sample_in(form.as_mut(), &mut running.sampler, self.context.token_data_array_ith(row)) {
+                    Ok(token) => token,
+                    Err(reason) => return Some(End::OutOfForm(reason)),
+                }
+            }
+        };
         if vocab.is_eog(token) {
             return Some(End::Stop);
         }
+        if let Some(form) = &mut running.request.form
+            && let Err(reason) = form.accept(token)
+        {
+            return Some(End::OutOfForm(reason));
+        }
         running.tokens += 1;
-        let Streamed { text, stopped_by } = running.text.push(&vocab.token_to_piece(token, false, None));
+        let bytes = vocab.token_to_piece(token, false, None);
+        if let Some(n) = running.request.probabilities {
+            let spelt = |token: LlamaToken| vocab.token_to_piece(token, false, None);
+            let (token, instead) = probabilities(self.context.get_logits_ith(row), token, n, spelt);
+            on_event(Event::Token { request: running.id, token, instead });
+        }
+        let Streamed { text, stopped_by } = running.text.push(&bytes);
         if !text.is_empty() {
             on_event(Event::Text { request: running.id, text });
         }
@@ -606,6 +697,46 @@ impl<'model> Scheduler<'model> {
             gates,
         }))
     }
+}
+
+/// The next token of an answer that has a form.
+fn sample_in(
+    form: &mut dyn Form,
+    sampler: &mut LlamaSampler,
+    mut candidates: LlamaTokenDataArray,
+) -> Result<LlamaToken, String> {
+    form.restrict(&mut candidates.data)?;
+    candidates.apply_sampler(sampler);
+    let chosen = candidates.selected.and_then(|index| candidates.data.get(index));
+    // What biases ban may be all that the form allows.
+    let chosen = chosen.filter(|chosen| chosen.logit() > f32::NEG_INFINITY).ok_or("no token can come next")?;
+    sampler.accept(chosen.id());
+    Ok(chosen.id())
+}
+
+/// The log-probability of `token` by its logits, `[n_vocab]`, and those of the `n` likeliest, the likeliest first.
+fn probabilities(
+    logits: &[f32],
+    token: LlamaToken,
+    n: usize,
+    spelt: impl Fn(LlamaToken) -> Vec<u8>,
+) -> (TokenProbability, Vec<TokenProbability>) {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|logit| f64::from(logit - highest).exp()).sum();
+    let shift = f64::from(highest) + sum.ln();
+    let of = |token: LlamaToken| {
+        let log_probability = (f64::from(logits[token.0 as usize]) - shift) as f32;
+        TokenProbability { token, bytes: spelt(token), log_probability }
+    };
+    let n = n.min(logits.len());
+    let mut order: Vec<i32> = (0..logits.len() as i32).collect();
+    let falling = |a: &i32, b: &i32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    if n > 0 && n < order.len() {
+        order.select_nth_unstable_by(n - 1, falling);
+    }
+    order.truncate(n);
+    order.sort_unstable_by(falling);
+    (of(token), order.into_iter().map(|token| of(LlamaToken(token))).collect())
 }
 
 fn check_shape(model: &Model, program: &Program) -> Result<(), EngineError> {

@@ -60,6 +60,7 @@ fn answer(tiny: &Tiny, requests: &[Request], n_sequences: u32, executor: Option<
     let mut outcomes: BTreeMap<RequestId, Outcome> = BTreeMap::new();
     let on_event = &mut |event| match event {
         Event::Text { request, text } => *texts.entry(request).or_default() += &text,
+        Event::Token { .. } => {}
         Event::Ended { request, summary } => {
             let text = texts.remove(&request).unwrap_or_default();
             let outcome = match summary.end {

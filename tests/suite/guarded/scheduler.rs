@@ -55,6 +55,7 @@ impl<'m> Calls<'m> {
                 assert!(seen.summary.is_none(), "text after the end");
                 seen.text += &text;
             }
+            Event::Token { .. } => {}
             Event::Ended { request, summary } => {
                 assert!(seen.entry(request).or_default().summary.replace(summary).is_none(), "two ends");
             }
@@ -207,7 +208,8 @@ fn one_that_is_blocked_or_fails_leaves_the_others() {
     assert_eq!(first.told(), expected.told());
     assert_eq!(last.text, expected.text);
     assert!(last.summary.unwrap().gates[0].fired);
-    let End::Blocked(message) = blocked.end() else { panic!("{blocked:?}") };
+    let End::Blocked(block) = blocked.end() else { panic!("{blocked:?}") };
+    let message = block.to_string();
     assert!(message.contains("not this") && blocked.text.is_empty(), "{message}");
     assert!(matches!(failed.end(), End::Failed(ContextError::Fault { .. })), "{failed:?}");
 }

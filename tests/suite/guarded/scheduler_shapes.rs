@@ -88,7 +88,7 @@ fn one_that_is_blocked_or_fails_leaves_the_others(subject: &Subject) {
         assert!(matches!(found[index].end(), End::Length), "{}: {:?}", subject.name(), found[index]);
     }
     assert!(found[3].summary.as_ref().unwrap().gates[0].fired);
-    assert!(matches!(found[1].end(), End::Blocked(message) if message.contains("not this")), "{:?}", found[1]);
+    assert!(matches!(found[1].end(), End::Blocked(block) if block.to_string().contains("not this")), "{:?}", found[1]);
     assert!(matches!(found[2].end(), End::Failed(ContextError::Fault { .. })), "{:?}", found[2]);
     assert!(found[1].text.is_empty() && found[2].text.is_empty());
 }

@@ -1,0 +1,158 @@
+//! Requests' bodies, and their fields with OpenAI's errors for what is wrong with one.
+
+use super::error::ApiError;
+use super::state::State;
+use axum::body::{Body, to_bytes};
+use serde_json::{Map, Value};
+
+/// A JSON object that a request brings.
+pub(super) struct Fields(Map<String, Value>);
+
+/// Reads what a refused request has still to send, no more than is allowed: a client that is answered in the middle of sending would find its connection broken
+/// and not its answer.
+pub(super) async fn refuse(state: &State, body: Body, error: ApiError) -> ApiError {
+    let limits = &state.config.limits;
+    let _ = tokio::time::timeout(limits.read(), to_bytes(body, limits.body_bytes)).await;
+    error
+}
+
+impl Fields {
+    /// Reads a body: no more bytes than are allowed, in no more time.
+    pub async fn read(state: &State, body: Body) -> Result<Self, ApiError> {
+        let limits = &state.config.limits;
+        let bytes = tokio::time::timeout(limits.read(), to_bytes(body, limits.body_bytes)).await;
+        let bytes = bytes.map_err(|_| ApiError::timeout("the request's body did not come in time"))?;
+        let bytes = bytes.map_err(|error| {
+            // axum tells a limit and a broken connection apart in the source only; of the latter nobody hears.
+            let limit =
+                std::error::Error::source(&error).is_some_and(|source| source.is::<http_body_util::LengthLimitError>());
+            if limit { ApiError::too_large(limits.body_bytes) } else { ApiError::body(error.to_string()) }
+        })?;
+        Self::parse(&bytes)
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
+        // Nested deeper than 128 it is refused, and so is what is no UTF-8.
+        match serde_json::from_slice(bytes) {
+            Ok(Value::Object(fields)) => Ok(Self(fields)),
+            Ok(other) => Err(ApiError::body(format!("the body is {}, where an object is wanted", kind(&other)))),
+            Err(error) => Err(ApiError::body(format!("the body is no JSON: {error}"))),
+        }
+    }
+
+    #[cfg(test)]
+    pub fn of(value: Value) -> Self {
+        Self::parse(value.to_string().as_bytes()).unwrap()
+    }
+
+    /// A field that is there and not null.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    pub fn required(&self, name: &str) -> Result<&Value, ApiError> {
+        self.get(name).ok_or_else(|| {
+            let error = ApiError::invalid(name, format!("`{name}` is missing"));
+            ApiError { code: Some("missing_required_parameter"), ..error }
+        })
+    }
+
+    pub fn bool(&self, name: &str) -> Result<Option<bool>, ApiError> {
+        self.get(name).map(|value| value.as_bool().ok_or_else(|| wrong_type(name, "a boolean", value))).transpose()
+    }
+
+    /// A number from `low` to `high`.
+    pub fn number(&self, name: &str, low: f64, high: f64) -> Result<Option<f64>, ApiError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let number = value.as_f64().ok_or_else(|| wrong_type(name, "a number", value))?;
+        if (low..=high).contains(&number) {
+            return Ok(Some(number));
+        }
+        Err(ApiError::invalid(name, format!("`{name}` is {number}, where {low} to {high} is wanted")))
+    }
+
+    /// An integer from `low` to `high`.
+    pub fn integer(&self, name: &str, low: i64, high: i64) -> Result<Option<i64>, ApiError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let number = value.as_i64().ok_or_else(|| wrong_type(name, "an integer", value))?;
+        if (low..=high).contains(&number) {
+            return Ok(Some(number));
+        }
+        Err(ApiError::invalid(name, format!("`{name}` is {number}, where {low} to {high} is wanted")))
+    }
+
+    /// A string or several.
+    pub fn texts(&self, name: &str, most: usize) -> Result<Vec<String>, ApiError> {
+        let texts = match self.get(name) {
+            None => return Ok(Vec::new()),
+            Some(Value::String(text)) => vec![text.clone()],
+            Some(Value::Array(values)) => {
+                let text = |value: &Value| value.as_str().map(str::to_owned);
+                let texts: Option<Vec<String>> = values.iter().map(text).collect();
+                texts.ok_or_else(|| wrong_type(name, "a string or an array of strings", &values[0]))?
+            }
+            Some(other) => return Err(wrong_type(name, "a string or an array of strings", other)),
+        };
+        if texts.len() > most {
+            return Err(ApiError::invalid(
+                name,
+                format!("`{name}` has {} strings, where {most} is the most", texts.len()),
+            ));
+        }
+        Ok(texts)
+    }
+
+    pub fn object(&self, name: &str) -> Result<Option<&Map<String, Value>>, ApiError> {
+        self.get(name).map(|value| value.as_object().ok_or_else(|| wrong_type(name, "an object", value))).transpose()
+    }
+}
+
+pub(super) fn wrong_type(name: &str, wanted: &str, found: &Value) -> ApiError {
+    let error = ApiError::invalid(
+        name,
+        format!("invalid type for `{name}`: expected {wanted}, but got {} instead", kind(found)),
+    );
+    ApiError { code: Some("invalid_type"), ..error }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn wrong_fields_are_named() {
+        let fields =
+            Fields::of(json!({ "t": "hot", "n": 3, "x": 2.5, "s": ["a", 1], "many": ["a", "b"], "none": null }));
+        let told = |error: ApiError| (error.param.unwrap(), error.code.unwrap(), error.message);
+        let (param, code, message) = told(fields.number("t", 0.0, 2.0).unwrap_err());
+        assert_eq!((param.as_str(), code), ("t", "invalid_type"));
+        assert_eq!(message, "invalid type for `t`: expected a number, but got a string instead");
+        assert_eq!(told(fields.number("n", 0.0, 2.0).unwrap_err()).2, "`n` is 3, where 0 to 2 is wanted");
+        assert_eq!(told(fields.integer("x", 0, 9).unwrap_err()).1, "invalid_type");
+        assert_eq!(told(fields.texts("s", 4).unwrap_err()).0, "s");
+        assert_eq!(told(fields.texts("many", 1).unwrap_err()).0, "many");
+        assert_eq!(told(fields.required("none").map(|_| ()).unwrap_err()).1, "missing_required_parameter");
+        assert_eq!(fields.integer("none", 0, 1), Ok(None));
+    }
+
+    #[test]
+    fn what_is_no_object_is_refused() {
+        let deep = "[".repeat(100_000);
+        for bytes in [&b"[1]"[..], b"", b"{", b"{\"a\": \xff}", deep.as_bytes()] {
+            let error = Fields::parse(bytes).err().unwrap();
+            assert_eq!((error.status.as_u16(), error.code), (400, Some("invalid_body")));
+        }
+    }
+}

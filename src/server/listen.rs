@@ -1,0 +1,297 @@
+//! From a configuration to a server that listens, until it is told to end.
+
+use super::audit::{AuditError, AuditLog, AuditOptions, AuditWriter};
+use super::body::refuse;
+use super::config::{ServerConfig, TlsConfig};
+use super::error::{ApiError, ServerError};
+use super::keeper::Keeper;
+use super::keys::Keys;
+use super::metrics::Metrics;
+use super::state::{Places, State};
+use super::worker::Worker;
+use super::{chat, completion, guards, health, model_list, score};
+use crate::engine::scheduler::SchedulerOptions;
+use crate::engine::{ChatTemplate, Forms, Model};
+use crate::store::GuardDirectory;
+use axum::body::Body;
+use axum::http::StatusCode;
+use axum::routing::{get, patch, post};
+use axum::{Router, extract};
+use axum_server::tls_rustls::RustlsConfig;
+use axum_server::{Control, Handle, Server};
+use serde_json::json;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+/// A server that is about to serve.
+pub struct Serving {
+    /// Where it listens: the port is the one that the system gave, if it was asked for any.
+    pub address: SocketAddr,
+    /// Whether it speaks HTTPS.
+    pub tls: bool,
+    /// Guards that are in force.
+    pub guards: Vec<String>,
+}
+
+/// Serves `model` until SIGTERM or SIGINT, or until it can't any more. `on_ready` is told when requests are taken.
+///
+/// # Errors
+/// What is configured can't be: an address, keys, a guard that does not load. Or the thread that runs the model has failed.
+pub fn serve(config: ServerConfig, model: Model, on_ready: impl FnOnce(&Serving)) -> Result<(), ServerError> {
+    let keys = config.keys.as_deref().map_or_else(|| Ok(Keys::none()), Keys::load)?;
+    if keys.is_none() && !config.listen.ip().is_loopback() {
+        return Err(ServerError::NoKeys { address: config.listen.to_string() });
+    }
+    let listen = |source| ServerError::Listen { address: config.listen.to_string(), source };
+    let listener = TcpListener::bind(config.listen).map_err(listen)?;
+    let address = listener.local_addr().map_err(listen)?;
+    let audit = open_audit(&config)?;
+
+    let (model, metrics) = (Arc::new(model), Metrics::new());
+    let (template, forms) = (ChatTemplate::of(&model)?, Forms::of(&model)?);
+    let directory = config.guards.as_deref().map(GuardDirectory::new);
+    let limits = config.limits;
+    let options = SchedulerOptions {
+        n_sequences: limits.parallel,
+        n_ctx: limits.context,
+        n_batch: limits.batch,
+        // Who may wait is decided at the door.
+        queue: usize::MAX,
+        reuse_prefixes: true,
+    };
+    let ended = Arc::new(Notify::new());
+    let on_end = {
+        let ended = Arc::clone(&ended);
+        move || ended.notify_one()
+    };
+    // The keeper compiles first: with a guard that is not for this model there is no server.
+    let handle_slot: Arc<std::sync::OnceLock<super::worker::WorkerHandle>> = Arc::default();
+    let told = Arc::clone(&handle_slot);
+    let on_snapshot = Box::new(move |snapshot: &Arc<super::snapshot::Snapshot>| {
+        if let Some(worker) = told.get() {
+            worker.set_program(Arc::clone(&snapshot.program));
+        }
+    });
+    let keeper =
+        Keeper::start(Arc::clone(&model), directory, config.reload.options(), Arc::clone(&metrics), on_snapshot)?;
+    let program = Arc::clone(&keeper.current().program);
+    let worker = Worker::start(Arc::clone(&model), program, options, Arc::clone(&metrics), on_end)?;
+    let _ = handle_slot.set(worker.handle());
+    // What was published in between.
+    worker.handle().set_program(Arc::clone(&keeper.current().program));
+
+    let serving = Serving {
+        address,
+        tls: config.tls.is_some(),
+        guards: keeper.current().acting().map(|guard| guard.name().to_owned()).collect(),
+    };
+    let places = Places::new(limits.queue.saturating_add(limits.parallel as usize));
+    let name = config.served_name.clone().unwrap_or_else(|| model.identity().name.clone());
+    let state = Arc::new(State {
+        name,
+        template,
+        forms,
+        keeper,
+        worker: worker.handle(),
+        keys,
+        metrics,
+        audit,
+        started: SystemTime::now(),
+        ending: AtomicBool::new(false),
+        places,
+        model,
+        config,
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
+    let served = runtime.block_on(run(Arc::clone(&state), listener, &ended, || on_ready(&serving)));
+    // Tasks that still wait for the model are not waited for.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    let worked = worker.end();
+    served?;
+    Ok(worked?)
+}
+
+fn open_audit(config: &ServerConfig) -> Result<Option<AuditWriter>, AuditError> {
+    let Some(path) = &config.audit.path else { return Ok(None) };
+    let options = AuditOptions { max_bytes: config.audit.max_bytes, keep: config.audit.keep };
+    Ok(Some(AuditWriter::start(AuditLog::open(path, options)?, RECORDS)?))
+}
+
+/// Records that may wait to be written.
+const RECORDS: usize = 1024;
+
+fn router(state: Arc<State>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/completions", post(completion::completion))
+        .route("/v1/models", get(model_list::list))
+        .route("/v1/models/{name}", get(model_list::one))
+        .route("/v1/guard/score", post(score::score))
+        .route("/v1/guards", get(guards::list))
+        .route("/v1/guards/{name}", patch(guards::change))
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/metrics", get(health::metrics))
+        .fallback(no_address)
+        .method_not_allowed_fallback(no_method)
+        .with_state(state)
+}
+
+async fn no_address(extract::State(state): extract::State<Arc<State>>, body: Body) -> ApiError {
+    refuse(&state, body, ApiError::not_found("there is nothing at this address")).await
+}
+
+async fn no_method(extract::State(state): extract::State<Arc<State>>, body: Body) -> ApiError {
+    let error = ApiError::not_found("this address does not take this method");
+    refuse(&state, body, ApiError { status: StatusCode::METHOD_NOT_ALLOWED, ..error }).await
+}
+
+async fn run(
+    state: Arc<State>,
+    listener: TcpListener,
+    ended: &Notify,
+    on_ready: impl FnOnce(),
+) -> Result<(), ServerError> {
+    let control = Control::new();
+    let app = router(Arc::clone(&state)).into_make_service();
+    let mut servers = JoinSet::new();
+    let tls = tls(&state.config).await?;
+    match &tls {
+        None => {
+            let server = bounded(axum_server::from_tcp(listener)?, &state);
+            servers.spawn(server.handle(Handle::with_control(control.clone())).serve(app.clone()));
+        }
+        Some(tls) => {
+            let server = bounded(axum_server::from_tcp_rustls(listener, tls.clone())?, &state);
+            servers.spawn(server.handle(Handle::with_control(control.clone())).serve(app.clone()));
+        }
+    }
+    #[cfg(unix)]
+    let _socket = match &state.config.unix_socket {
+        None => None,
+        Some(path) => {
+            let (listener, socket) = unix::listen(path)?;
+            let server = bounded(axum_server::from_unix(listener)?, &state);
+            servers.spawn(server.handle(Handle::with_control(control.clone())).serve(app));
+            Some(socket)
+        }
+    };
+    if let Some(audit) = &state.audit {
+        let snapshot = state.keeper.current();
+        let guards = guards::snapshot_json(&snapshot)["data"].take();
+        let record = json!({ "event": "start", "epoch": snapshot.epoch, "guards": guards });
+        let written = state.write_down(audit, record).await;
+        written.map_err(|error| ServerError::System(std::io::Error::other(error.message)))?;
+    }
+    on_ready();
+    let failed = tokio::select! {
+        () = signals(&state, tls.as_ref()) => false,
+        () = ended.notified() => true,
+    };
+    state.ending.store(true, Ordering::Release);
+    let drain = Duration::from_secs(if failed { 1 } else { state.config.limits.drain_seconds });
+    tracing::info!("ending: {} requests are given {drain:?}", state.places.taken());
+    control.graceful_shutdown(Some(drain));
+    while let Some(served) = servers.join_next().await {
+        served.map_err(|error| ServerError::Worker(error.to_string()))??;
+    }
+    Ok(())
+}
+
+/// A server that waits for no head of a request longer than it may take. Between requests a connection may be quiet for as long.
+fn bounded<A: axum_server::Address, T>(server: Server<A, T>, state: &State) -> Server<A, T> {
+    let read = state.config.limits.read();
+    let mut server = server.http1_only().first_request_timeout(read);
+    server.http_builder().http1().header_read_timeout(read);
+    server
+}
+
+async fn tls(config: &ServerConfig) -> Result<Option<RustlsConfig>, ServerError> {
+    let Some(TlsConfig { certificate, key }) = &config.tls else { return Ok(None) };
+    let read = RustlsConfig::from_pem_file(certificate, key).await;
+    let unusable =
+        |error: std::io::Error| ServerError::Tls { certificate: certificate.clone(), reason: error.to_string() };
+    read.map(Some).map_err(unusable)
+}
+
+/// Reads the certificate anew. One that can't be read leaves the old one in use.
+#[cfg(unix)]
+async fn renew(state: &State, tls: Option<&RustlsConfig>) {
+    let (Some(TlsConfig { certificate, key }), Some(tls)) = (&state.config.tls, tls) else { return };
+    if let Err(error) = tls.reload_from_pem_file(certificate, key).await {
+        tracing::warn!("the certificate `{}` is not renewed: {error}", certificate.display());
+    }
+}
+
+#[cfg(unix)]
+mod unix {
+    use super::ServerError;
+    use std::fs;
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::path::{Path, PathBuf};
+
+    /// The socket's file, removed at the end.
+    pub struct Socket(PathBuf);
+
+    impl Drop for Socket {
+        fn drop(&mut self) {
+            let _ = fs::remove_file(&self.0);
+        }
+    }
+
+    /// Listens on `path`, which its owner alone may use. A socket that nobody listens on any more is removed first.
+    pub fn listen(path: &Path) -> Result<(UnixListener, Socket), ServerError> {
+        let problem =
+            |reason: &dyn std::fmt::Display| ServerError::Socket { path: path.to_owned(), reason: reason.to_string() };
+        if let Ok(metadata) = fs::symlink_metadata(path) {
+            if !metadata.file_type().is_socket() {
+                return Err(problem(&"there is something else of this name"));
+            }
+            if UnixStream::connect(path).is_ok() {
+                return Err(problem(&"another process listens there"));
+            }
+            fs::remove_file(path).map_err(|error| problem(&error))?;
+        }
+        let listener = UnixListener::bind(path).map_err(|error| problem(&error))?;
+        let socket = Socket(path.to_owned());
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(|error| problem(&error))?;
+        Ok((listener, socket))
+    }
+}
+
+/// Waits for a signal to end. SIGHUP has the guards looked at, and the certificate.
+#[cfg(unix)]
+async fn signals(state: &State, tls: Option<&RustlsConfig>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let listen = |kind| signal(kind).ok();
+    let (mut end, mut interrupt, mut look) =
+        (listen(SignalKind::terminate()), listen(SignalKind::interrupt()), listen(SignalKind::hangup()));
+    async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {
+        match signal {
+            Some(signal) => {
+                signal.recv().await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+    loop {
+        tokio::select! {
+            () = next(&mut end) => return,
+            () = next(&mut interrupt) => return,
+            () = next(&mut look) => {
+                state.keeper.look();
+                renew(state, tls).await;
+            }
+        }
+    }
+}
+
+#[cfg(not(unix))]
+async fn signals(_: &State, _: Option<&RustlsConfig>) {
+    let _ = tokio::signal::ctrl_c().await;
+}

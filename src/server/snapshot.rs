@@ -1,0 +1,75 @@
+use crate::engine::Setting;
+use crate::guard::Guard;
+use crate::program::Program;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+/// The guards that are in force from one moment to another. Requests that come in this time are answered under it to their end.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    /// Counts up from 1.
+    pub epoch: u64,
+    pub since: SystemTime,
+    pub program: Arc<Program>,
+    /// Every folder of the directory, in the order in which the guards act.
+    pub guards: Vec<GuardState>,
+    /// What is wrong with all of it together.
+    pub problem: Option<String>,
+}
+
+/// A guard, or what should be one.
+#[derive(Debug, Clone)]
+pub(super) struct GuardState {
+    /// Its folder's name.
+    pub folder: String,
+    /// What is in force of it, or would be if it were enabled.
+    pub guard: Option<Arc<Guard>>,
+    pub enabled: bool,
+    /// What an admin has set, by the intervention's name.
+    pub settings: BTreeMap<String, Setting>,
+    /// Why what the folder holds now is not in force.
+    pub problem: Option<String>,
+}
+
+impl Snapshot {
+    /// Guards that requests run under, in the program's order.
+    pub fn acting(&self) -> impl Iterator<Item = &Arc<Guard>> {
+        self.guards.iter().filter(|state| state.enabled).filter_map(|state| state.guard.as_ref())
+    }
+
+    /// What the program calls a gate or an intervention of a guard.
+    pub fn name_in_program(&self, guard: &str, name: &str) -> String {
+        name_in(&self.program, guard, name)
+    }
+
+    /// What the program calls the intervention that a request calls `name`: its own name where one guard alone has it, or `GUARD/NAME`, however many guards there
+    /// are, so that a guard that comes breaks nobody's requests. What names none stays as it is.
+    pub fn resolve(&self, name: &str) -> String {
+        if self.program.has_intervention(name) {
+            return name.to_owned();
+        }
+        let (of, own) = name.split_once('/').map_or((None, name), |(guard, own)| (Some(guard), own));
+        let meant = self.acting().filter(|guard| of.is_none_or(|of| of == guard.name()));
+        let mut named = meant
+            .map(|guard| self.name_in_program(guard.name(), own))
+            .filter(|name| self.program.has_intervention(name));
+        match (named.next(), named.next()) {
+            (Some(only), None) => only,
+            _ => name.to_owned(),
+        }
+    }
+
+    /// The guard and its own name of what the program calls `name`.
+    pub fn split<'a>(&'a self, name: &'a str) -> (&'a str, &'a str) {
+        match self.program.guards() {
+            [only] => (&only.name, name),
+            _ => name.split_once('/').unwrap_or(("", name)),
+        }
+    }
+}
+
+/// What `program` calls `name` of `guard`: of a single guard the name alone.
+pub(super) fn name_in(program: &Program, guard: &str, name: &str) -> String {
+    if program.guards().len() == 1 { name.to_owned() } else { format!("{guard}/{name}") }
+}

@@ -1,0 +1,80 @@
+//! Other ways to reach a server.
+
+use super::*;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+#[cfg(unix)]
+#[test]
+fn a_unix_socket_is_its_owners_and_goes_with_the_server() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+    let fixture = Fixture::new(&[]);
+    let path = fixture.folder.path().join("socket");
+    let environment = [("PILOTFISH_SERVE__UNIX_SOCKET", text(&path))];
+    let arguments = ["--model", fixture.model()];
+    for ends_well in [false, true] {
+        let server = Server::start_with(&arguments, &environment);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"GET /health HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").unwrap();
+        assert_eq!(answer(&mut stream).json()["status"], "ok");
+        // Killed it leaves its file, which the next one takes over.
+        server.signal(if ends_well { "TERM" } else { "KILL" });
+        assert_eq!(server.wait().success(), ends_well);
+        assert_eq!(path.exists(), !ends_well);
+    }
+    std::fs::write(&path, "mine").unwrap();
+    let ran = std::process::Command::new(env!("CARGO_BIN_EXE_pilotfish"))
+        .args(["serve", "--listen", "127.0.0.1:0"])
+        .args(arguments)
+        .envs(environment)
+        .output()
+        .unwrap();
+    assert_eq!(ran.status.code(), Some(2));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+}
+
+#[cfg(unix)]
+#[test]
+fn https_by_a_certificate_that_is_renewed() {
+    let fixture = Fixture::new(&[]);
+    let [certificate, key] = ["server.pem", "server.key"].map(|name| fixture.folder.path().join(name));
+    let issue = || {
+        let issued = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        std::fs::write(&certificate, issued.cert.pem()).unwrap();
+        std::fs::write(&key, issued.signing_key.serialize_pem()).unwrap();
+        issued.cert.pem()
+    };
+    let first = issue();
+    let environment =
+        [("PILOTFISH_SERVE__TLS__CERTIFICATE", text(&certificate)), ("PILOTFISH_SERVE__TLS__KEY", text(&key))];
+    let server = Server::start_with(&["--model", fixture.model()], &environment);
+    let address = format!("https://localhost:{}/health", server.address.port());
+    // Whether a client that trusts this certificate alone is answered.
+    let trusts = |pem: &str| {
+        let root = ureq::tls::Certificate::from_pem(pem.as_bytes()).unwrap();
+        let roots = ureq::tls::RootCerts::new_with_certs(&[root]);
+        let tls = ureq::tls::TlsConfig::builder().root_certs(roots).build();
+        let agent: ureq::Agent = ureq::Agent::config_builder().tls_config(tls).build().into();
+        agent.get(&address).call().is_ok_and(|answer| answer.status() == 200)
+    };
+    let patiently = |what: &str, done: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !done() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "{what} does not come: {}", server.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    assert!(trusts(&first));
+    let second = issue();
+    assert!(!trusts(&second));
+    server.signal("HUP");
+    patiently("the new certificate", &|| trusts(&second));
+    assert!(!trusts(&first));
+    // One that is none leaves the one that is in use.
+    std::fs::write(&certificate, "nonsense").unwrap();
+    server.signal("HUP");
+    patiently("a warning", &|| server.log().contains("not renewed"));
+    assert!(trusts(&second));
+}
