@@ -3,6 +3,8 @@
 # make test           everything CI runs
 # make test-vulkan    the tests on a GPU by Vulkan, or on Vulkan's software driver; installs what is missing
 # make test-cuda      the tests on an NVIDIA GPU
+# make test-clients   the server, asked by OpenAI's own client, LiteLLM's proxy and LangChain
+# make soak           the server under 32 clients while a guard is rewritten, ten minutes
 # make bench          ratios of guarded to unguarded speed
 # make setup          install what is missing (cmake, a C++ compiler, libclang)
 
@@ -12,7 +14,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test test-clients soak test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -38,6 +40,17 @@ test-vulkan: setup
 
 test-cuda:
 	$(call GPU_TEST,cuda,)
+
+test-clients: models $(TOOLS)/clients/installed
+	PILOTFISH=$(PILOTFISH) $(TOOLS)/clients/bin/python -m pytest -q tests/clients
+
+$(TOOLS)/clients/installed: tests/clients/requirements.txt
+	python3 -m venv $(TOOLS)/clients
+	$(TOOLS)/clients/bin/pip install -q -r $<
+	touch $@
+
+soak: models
+	python3 tests/clients/soak.py --pilotfish $(PILOTFISH) --model smollm2-135m-instruct --guard guards/refusal-smollm2 --seconds 600
 
 models: build
 	$(PILOTFISH) models pull smollm2-135m-instruct
