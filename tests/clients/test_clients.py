@@ -3,7 +3,7 @@
     pip install -r tests/clients/requirements.txt
     PILOTFISH=target/release/pilotfish pytest tests/clients
 
-The model must have been pulled (`pilotfish models pull smollm2-135m-instruct`). `notes.md` says what apps find other than at OpenAI.
+The model must have been pulled (`pilotfish models pull smollm2-135m-instruct`). `docs/server.md` says what apps find other than at OpenAI.
 """
 
 import asyncio

@@ -547,7 +547,8 @@ fn a_model_of_random_weights_is_written_and_timed() {
             ["bench", "--model", model, "--intervention", "gated-add", "--pairs", "2", "--tokens", "3", "--json"];
         let arguments = [&bench[..], &["--sequences", "3", "--prompt-tokens", "200"], extra].concat();
         let report: Value = serde_json::from_str(&done(&arguments)).unwrap();
-        let keys: Vec<_> = report.as_object().unwrap().keys().map(String::as_str).collect();
+        let mut keys: Vec<_> = report.as_object().unwrap().keys().map(String::as_str).collect();
+        keys.sort_unstable();
         assert_eq!(keys, ["against", "decode", "executor", "pairs", "prefill", "ratio_spread", "sequences"]);
         assert_eq!((&report["sequences"], &report["executor"]), (&Value::from(3), &Value::from(executor)));
         for phase in ["prefill", "decode"] {
