@@ -1,7 +1,7 @@
 //! What is too large, too slow, too much or nonsense: bounded, and answered as stated.
 
 use super::*;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
 
 fn small(fixture: &Fixture, extra: &[(&str, &str)]) -> Server {
@@ -44,7 +44,6 @@ fn bodies_are_bounded_and_read_with_care() {
 fn slow_clients_are_cut_off_and_hinder_nobody() {
     let fixture = Fixture::new(&[]);
     let server = small(&fixture, &[]);
-    let begun = Instant::now();
     // A head that never ends, a body that never comes, and connections on which nothing is said.
     let mut head = server.connect();
     head.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: te").unwrap();
@@ -60,9 +59,10 @@ fn slow_clients_are_cut_off_and_hinder_nobody() {
     let n = body.read(&mut buffer).unwrap();
     assert!(String::from_utf8_lossy(&buffer[..n]).starts_with("HTTP/1.1 408"));
     for mut stream in quiet {
-        let _ = stream.read_to_string(&mut String::new());
+        let ended = stream.read_to_string(&mut String::new());
+        let waited = |error: &std::io::Error| [ErrorKind::WouldBlock, ErrorKind::TimedOut].contains(&error.kind());
+        assert!(!ended.as_ref().is_err_and(waited), "a quiet connection is not ended: {ended:?}");
     }
-    assert!(begun.elapsed() < Duration::from_secs(30));
 }
 
 #[test]
