@@ -68,7 +68,7 @@ struct Choice {
 #[derive(Debug, Clone, Serialize)]
 struct GuardReport {
     epoch: u64,
-    /// Guards that did something to an answer: one of their gates fired, or they act always.
+    /// See [`acted`].
     acted: Vec<String>,
     blocked: bool,
 }
@@ -552,7 +552,7 @@ fn refusal(report: &ChoiceReport) -> Option<String> {
     if report.gates.iter().any(is_unread) {
         return Some(format!("The guard `{}` could not read this prompt, so it is not answered.", block.guard));
     }
-    report.blocked_by.as_ref().map(|block| block.message.clone().unwrap_or_else(|| BLOCKED.to_owned()))
+    Some(block.message.clone().unwrap_or_else(|| BLOCKED.to_owned()))
 }
 
 /// `logprobs` of tokens; a completion's also say at which character of the answer each begins, from `offset` on.

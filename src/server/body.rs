@@ -1,8 +1,10 @@
 //! Requests' bodies, and their fields with OpenAI's errors for what is wrong with one.
 
 use super::error::ApiError;
+use super::keys::Caller;
 use super::state::State;
 use axum::body::{Body, to_bytes};
+use axum::http::HeaderMap;
 use serde_json::{Map, Value};
 
 /// A JSON object that a request brings.
@@ -14,6 +16,14 @@ pub(super) async fn refuse(state: &State, body: Body, error: ApiError) -> ApiErr
     let limits = &state.config.limits;
     let _ = tokio::time::timeout(limits.read(), to_bytes(body, limits.body_bytes)).await;
     error
+}
+
+/// Who asks, and for what.
+pub(super) async fn asked(state: &State, headers: &HeaderMap, body: Body) -> Result<(Caller, Fields), ApiError> {
+    match state.keys.caller(headers) {
+        Ok(caller) => Ok((caller, Fields::read(state, body).await?)),
+        Err(error) => Err(refuse(state, body, error).await),
+    }
 }
 
 impl Fields {

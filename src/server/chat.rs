@@ -1,7 +1,7 @@
 //! `POST /v1/chat/completions`
 
 use super::answer::{Answering, Shape};
-use super::body::{Fields, refuse, wrong_type};
+use super::body::{Fields, asked, wrong_type};
 use super::error::ApiError;
 use super::parameters::{Parameters, toggled};
 use super::state::State;
@@ -25,11 +25,7 @@ pub(super) async fn chat(
 }
 
 async fn answer(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let caller = match state.keys.caller(headers) {
-        Ok(caller) => caller,
-        Err(error) => return Err(refuse(state, body, error).await),
-    };
-    let fields = Fields::read(state, body).await?;
+    let (caller, fields) = asked(state, headers, body).await?;
     let messages = messages(&fields)?;
     let parameters =
         Parameters { probabilities: Parameters::chat_probabilities(&fields)?, ..Parameters::read(state, &fields)? };

@@ -1,7 +1,7 @@
 //! `POST /v1/completions`
 
 use super::answer::{Answering, Shape};
-use super::body::{Fields, refuse, wrong_type};
+use super::body::{asked, wrong_type};
 use super::error::ApiError;
 use super::parameters::{Parameters, toggled};
 use super::state::State;
@@ -24,11 +24,7 @@ pub(super) async fn completion(
 }
 
 async fn answer(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let caller = match state.keys.caller(headers) {
-        Ok(caller) => caller,
-        Err(error) => return Err(refuse(state, body, error).await),
-    };
-    let fields = Fields::read(state, body).await?;
+    let (caller, fields) = asked(state, headers, body).await?;
     let prompts = prompts(fields.required("prompt")?, state.config.limits.choices)?;
     for (name, what) in [("echo", "an echo of the prompt"), ("suffix", "text to end before")] {
         if fields.get(name).is_some_and(|value| *value != Value::Bool(false) && *value != Value::String(String::new()))

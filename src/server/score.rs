@@ -1,7 +1,7 @@
 //! `POST /v1/guard/score`: what the gates make of texts, with no answer written.
 
 use super::answer::{GateReport, gate_reports};
-use super::body::{Fields, refuse};
+use super::body::asked;
 use super::chat;
 use super::error::ApiError;
 use super::state::State;
@@ -47,10 +47,7 @@ pub(super) async fn score(
 }
 
 async fn scores(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<Scores, ApiError> {
-    if let Err(error) = state.keys.caller(headers) {
-        return Err(refuse(state, body, error).await);
-    }
-    let fields = Fields::read(state, body).await?;
+    let (_, fields) = asked(state, headers, body).await?;
     let conversations = match (fields.get("messages"), fields.get("input")) {
         (Some(_), None) => vec![chat::messages(&fields)?],
         (None, Some(_)) => {

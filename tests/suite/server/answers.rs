@@ -71,16 +71,23 @@ fn probabilities_are_those_of_the_tokens_that_were_taken() {
         assert_eq!(taken.as_f64().unwrap(), highest);
         assert!(highest < 0.0);
     }
-    // A ban takes effect, and what is next in line comes.
     let fields = json!({ "prompt": "the sea", "temperature": 0, "max_tokens": 1, "logprobs": 1 });
     let first = server.done("/v1/completions", &fields)["choices"][0]["text"].clone();
     let banned: Vec<i32> = (0..2000).collect();
     let biases: serde_json::Map<String, Value> = banned.iter().map(|token| (token.to_string(), json!(-100))).collect();
     let refused = server.post("/v1/completions", &json!({ "prompt": "a", "logit_bias": biases }));
     assert_eq!(refused.error()["param"], "logit_bias", "the vocabulary is smaller than that");
-    let token =
-        server.done("/v1/completions", &json!({ "prompt": "the sea", "temperature": 0, "max_tokens": 1, "n": 1 }));
-    assert_eq!(token["choices"][0]["text"], first);
+    let again = json!({ "prompt": "the sea", "temperature": 0, "max_tokens": 1, "n": 1 });
+    assert_eq!(server.done("/v1/completions", &again)["choices"][0]["text"], first);
+    // The token that was taken lies in one half of the vocabulary: banned there, another comes.
+    let n_vocab = server.get("/v1/models").json()["data"][0]["meta"]["n_vocab"].as_u64().unwrap();
+    let without = |tokens: std::ops::Range<u64>| {
+        let bans: serde_json::Map<String, Value> = tokens.map(|token| (token.to_string(), json!(-100))).collect();
+        let body = json!({ "prompt": "the sea", "temperature": 0, "max_tokens": 1, "logit_bias": bans });
+        server.done("/v1/completions", &body)["choices"][0]["text"].clone()
+    };
+    let halves = [without(0..n_vocab / 2), without(n_vocab / 2..n_vocab)];
+    assert_eq!(halves.iter().filter(|text| **text == first).count(), 1, "{first}: {halves:?}");
 }
 
 #[test]
