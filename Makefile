@@ -25,9 +25,11 @@ build: setup
 setup:
 	@scripts/setup.sh
 
-# Tests on real weights fail instead of being skipped: here they must run.
+# Tests on real weights fail instead of being skipped: here they must run. One thread for each model: there are as many tests at once as cores, and threads
+# that wait for each other at every product, where others have the core, make a test of seconds one of minutes. One runs again with all threads.
 test: lint deny models reference
-	PILOTFISH_REAL_MODELS=require $(CARGO) test
+	OMP_THREAD_LIMIT=1 PILOTFISH_REAL_MODELS=require $(CARGO) test
+	$(CARGO) test --test suite -- real::reading_changes_no_bit_of_the_logits
 
 # A folder for each: another feature compiles llama.cpp anew. Vulkan takes no software driver that is not asked for by its number. What a test keeps
 # on the CPU stays there: llama.cpp would send large batches to the GPU all the same, whose products are less exact. One thread, since each test has
