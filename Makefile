@@ -4,6 +4,7 @@
 # make test-vulkan    the tests on a GPU by Vulkan, or on Vulkan's software driver; installs what is missing
 # make test-cuda      the tests on an NVIDIA GPU
 # make test-clients   the server, asked by OpenAI's own client, LiteLLM's proxy and LangChain
+# make test-deployment  the files in packaging/: nginx in front of real servers, the unit, the container's file, the alerts
 # make soak           the server under 32 clients while a guard is rewritten, ten minutes
 # make bench          ratios of guarded to unguarded speed
 # make setup          install what is missing (cmake, a C++ compiler, libclang)
@@ -14,7 +15,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test test-clients soak test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test test-clients test-deployment soak test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -49,6 +50,15 @@ test-clients: models $(TOOLS)/clients/installed
 $(TOOLS)/clients/installed: tests/clients/requirements.txt
 	python3 -m venv $(TOOLS)/clients
 	$(TOOLS)/clients/bin/pip install -q -r $<
+	touch $@
+
+# What is not installed of nginx, promtool and systemd is skipped, and told.
+test-deployment: models $(TOOLS)/deployment/installed
+	PATH="$(TOOLS)/deployment/bin:$$PATH" PILOTFISH=$(PILOTFISH) $(TOOLS)/deployment/bin/python -m pytest -q -rs tests/deployment
+
+$(TOOLS)/deployment/installed: tests/deployment/requirements.txt
+	python3 -m venv $(TOOLS)/deployment
+	$(TOOLS)/deployment/bin/pip install -q -r $<
 	touch $@
 
 soak: models

@@ -63,11 +63,12 @@ impl Forms {
             // Free white space is where small models get lost.
             schema.insert("x-guidance".into(), serde_json::json!({ "whitespace_flexible": false }));
         }
+        let problem = |error: &dyn fmt::Display| EngineError::Form { reason: error.to_string() };
         let parser = self.factory.create_parser(TopLevelGrammar::from_json_schema(schema));
-        parser.map_or_else(
-            |error| Err(EngineError::Form { reason: error.to_string() }),
-            |parser| Ok(Box::new(JsonForm(Matcher::new(Ok(parser)))) as Box<dyn Form>),
-        )
+        let mut matcher = Matcher::new(Ok(parser.map_err(|error| problem(&error))?));
+        // Some that no answer can keep to are found when the first token is looked for.
+        matcher.compute_mask_or_eos().map_err(|error| problem(&error))?;
+        Ok(Box::new(JsonForm(matcher)))
     }
 
     /// Answers that are any JSON object.

@@ -308,6 +308,11 @@ impl<'model> GuardedContext<'model> {
         (0..program.gates().len()).map(|gate| sequences.decision(sequence, gate)).collect()
     }
 
+    /// What each gate read at each token of `sequence`: see [`Sequences::token_scores`](crate::program::Sequences::token_scores).
+    pub fn token_scores(&self, sequence: SequenceId) -> Vec<Vec<Option<f64>>> {
+        self.hook.as_ref().sequences().token_scores(sequence)
+    }
+
     /// Empties the KV cache and forgets every sequence.
     pub fn clear(&mut self) {
         self.context.clear_kv_cache();

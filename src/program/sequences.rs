@@ -400,6 +400,22 @@ impl Sequences {
         self.states.get(&sequence)?.gates.get(gate)?.decision()
     }
 
+    /// What each gate read at each token of `sequence` of which that can be told, from position 0 on, `[n_tokens][n_gates]`: in benign standard deviations
+    /// from the benign mean. `None` where it read nothing, and at the first position, which no gate counts.
+    pub fn token_scores(&self, sequence: SequenceId) -> Vec<Vec<Option<f64>>> {
+        let Some(SequenceState { program, trail, .. }) = self.states.get(&sequence) else { return Vec::new() };
+        let scores = |row: usize| {
+            let mut scores = vec![None; program.gates.len()];
+            let is_sink = TokenPosition(i32::try_from(row).unwrap_or(i32::MAX)).is_sink();
+            for (index, projection) in trail.projections(row).filter(|_| !is_sink) {
+                let gate = &program.gates[index];
+                scores[index] = Some((f64::from(projection) - gate.mean) / gate.deviation);
+            }
+            scores
+        };
+        (0..trail.n_rows()).map(scores).collect()
+    }
+
     /// The first fired gate of `sequence` that blocks, with the program that it is of.
     pub fn blocked_by(&self, sequence: SequenceId) -> Option<(&Arc<Program>, &Gate)> {
         let state = self.states.get(&sequence)?;

@@ -5,7 +5,9 @@ use super::keys::Caller;
 use super::parameters::{Parameters, Toggled};
 use super::snapshot::Snapshot;
 use super::state::{Place, State};
+use super::telemetry::Answered;
 use super::worker::{Reader, Told};
+use crate::engine::EngineError;
 use crate::engine::scheduler::{Block, End, Summary, TokenProbability};
 use crate::guard::{Guard, Intervention};
 use crate::program::Program;
@@ -42,6 +44,8 @@ pub(super) struct Answering {
     program: Arc<Program>,
     stream_usage: bool,
     began: Instant,
+    /// From then on, the first of any choice.
+    first_token: Option<Duration>,
     told: mpsc::UnboundedReceiver<(usize, Told)>,
     /// Set where nobody wants it any more.
     given_up: Arc<AtomicBool>,
@@ -112,15 +116,25 @@ impl Answering {
         state: &Arc<State>,
         shape: Shape,
         caller: Caller,
-        snapshot: Arc<Snapshot>,
         prompts: Vec<Vec<LlamaToken>>,
         parameters: &Parameters,
         toggled: Toggled,
     ) -> Result<Self, ApiError> {
+        let Toggled { snapshot, toggles, program } = toggled;
         let capacity = state.config.limits.context as usize;
         if let Some(prompt) = prompts.iter().find(|prompt| prompt.len() >= capacity) {
             let param = if shape == Shape::Chat { "messages" } else { "prompt" };
             return Err(ApiError::context_length(param, prompt.len(), capacity));
+        }
+        // Before a stream begins, which can't be a 400 any more.
+        let vocab = 0..state.model.llama().n_vocab();
+        for prompt in &prompts {
+            if prompt.is_empty() {
+                return Err(EngineError::EmptyPrompt.into());
+            }
+            if let Some(token) = prompt.iter().find(|token| !vocab.contains(&token.0)) {
+                return Err(EngineError::NoToken { token: token.0, n_vocab: vocab.end }.into());
+            }
         }
         let n = prompts.len() * parameters.choices;
         let place = state.admit(n)?;
@@ -130,7 +144,7 @@ impl Answering {
         for prompt in prompts {
             for choice in 0..parameters.choices {
                 let request =
-                    parameters.request(prompt.clone(), choice, Arc::clone(&snapshot.program), toggled.toggles.clone());
+                    parameters.request(prompt.clone(), choice, Arc::clone(&snapshot.program), toggles.clone());
                 state.worker.answer(
                     request,
                     Reader { choice: choices.len(), given_up: Arc::clone(&given_up), told: sender.clone() },
@@ -148,9 +162,10 @@ impl Answering {
             created,
             caller,
             snapshot,
-            program: toggled.program,
+            program,
             stream_usage: parameters.stream_usage,
             began: Instant::now(),
+            first_token: None,
             told,
             given_up,
             finished: false,
@@ -170,7 +185,9 @@ impl Answering {
         match told {
             Told::Text(text) => {
                 if is_first {
-                    self.state.metrics.first_token(self.began.elapsed());
+                    let after = self.began.elapsed();
+                    self.first_token.get_or_insert(after);
+                    self.state.metrics.first_token(after);
                 }
                 choice.text += &text;
             }
@@ -181,14 +198,17 @@ impl Answering {
             Told::Refused(error) => return Err(error.into()),
             Told::Ended(summary) => {
                 let failed = match &summary.end {
-                    End::Failed(error) => Some(error.to_string()),
-                    End::OutOfForm(reason) => Some(reason.clone()),
+                    End::Failed(error) => {
+                        self.state.metrics.fault();
+                        Some(ApiError::internal(format!("the answer had to be ended: {error}")))
+                    }
+                    // What it asks for leaves nothing to be said.
+                    End::OutOfForm(reason) => Some(ApiError::body(format!("the answer can't go on: {reason}"))),
                     _ => None,
                 };
                 choice.summary = Some(summary);
-                if let Some(reason) = failed {
-                    self.state.metrics.fault();
-                    return Err(ApiError::internal(format!("the answer had to be ended: {reason}")));
+                if let Some(error) = failed {
+                    return Err(error);
                 }
             }
         }
@@ -223,11 +243,11 @@ impl Answering {
             };
             if let Err(error) = next {
                 self.abandon(&error).await;
-                return Some(error.into_response());
+                return Some((self.first_headers(), error).into_response());
             }
         }
         if let Err(error) = self.finish(None).await {
-            return Some(error.into_response());
+            return Some((self.first_headers(), error).into_response());
         }
         let report = self.report();
         let choices: Vec<Value> = (0..self.choices.len()).map(|index| self.choice(index)).collect();
@@ -455,6 +475,9 @@ impl Answering {
         metrics.ended(self.began.elapsed());
         for summary in self.choices.iter().filter_map(|choice| choice.summary.as_ref()) {
             metrics.tokens(summary.prompt_tokens, summary.reused_tokens, summary.tokens);
+            if let Some(meter) = &self.caller.meter {
+                meter.tokens(summary.prompt_tokens + summary.tokens);
+            }
             for gate in summary.gates.iter().filter(|gate| gate.fired) {
                 let (guard, name) = self.snapshot.split(&gate.gate);
                 metrics.fired(guard, name);
@@ -463,6 +486,7 @@ impl Answering {
                 metrics.blocked(&block.guard);
             }
         }
+        self.trace(error);
         let Some(audit) = &self.state.audit else { return Ok(()) };
         let choices: Vec<Value> = self
             .choices
@@ -479,22 +503,46 @@ impl Answering {
                 })
             })
             .collect();
-        let guards: Vec<Value> = self
-            .snapshot
-            .acting()
-            .map(|guard| json!({ "name": guard.name(), "content": guard.content_hash().to_string() }))
-            .collect();
         let record = json!({
             "event": "answer",
             "id": self.id,
             "key": self.caller.name,
             "epoch": self.snapshot.epoch,
-            "guards": guards,
+            "guards": guard_names(&self.snapshot),
             "choices": choices,
             "error": error.map(|error| &error.message),
         });
         self.state.write_down(audit, record).await
     }
+}
+
+impl Answering {
+    /// Has it sent to the collector, where there is one.
+    fn trace(&self, error: Option<&ApiError>) {
+        let Some(telemetry) = &self.state.telemetry else { return };
+        telemetry.answered(&Answered {
+            operation: match self.shape {
+                Shape::Chat => "chat",
+                Shape::Completion => "text_completion",
+            },
+            model: &self.state.name,
+            id: &self.id,
+            traceparent: self.caller.traceparent.as_deref(),
+            key: self.caller.name.as_deref(),
+            began: SystemTime::now() - self.began.elapsed(),
+            first_token: self.first_token,
+            epoch: self.snapshot.epoch,
+            acted: &self.report().acted,
+            choices: self.choices.iter().map(|choice| (finish_reason(choice), choice.summary.as_ref())).collect(),
+            error: error.map(|error| error.message.as_str()),
+        });
+    }
+}
+
+/// The guards that a request ran under, as the audit log has them.
+pub(super) fn guard_names(snapshot: &Snapshot) -> Vec<Value> {
+    let named = |guard: &Arc<Guard>| json!({ "name": guard.name(), "content": guard.content_hash().to_string() });
+    snapshot.acting().map(named).collect()
 }
 
 /// Readings of a request's gates.

@@ -5,31 +5,54 @@ use super::keys::Caller;
 use super::state::State;
 use axum::body::{Body, to_bytes};
 use axum::http::HeaderMap;
+use http_body_util::BodyExt;
 use serde_json::{Map, Value};
+use std::sync::Arc;
+use tokio::sync::OwnedSemaphorePermit;
 
 /// A JSON object that a request brings.
-pub(super) struct Fields(Map<String, Value>);
+#[derive(Debug)]
+pub(super) struct Fields {
+    fields: Map<String, Value>,
+    /// What it takes of the memory for bodies, until it is dropped.
+    _memory: Option<OwnedSemaphorePermit>,
+}
 
-/// Reads what a refused request has still to send, no more than is allowed: a client that is answered in the middle of sending would find its connection broken
-/// and not its answer.
-pub(super) async fn refuse(state: &State, body: Body, error: ApiError) -> ApiError {
+/// Lets a refused request send what it has still to send, no more than is allowed: a client that is answered in the middle of sending would find its connection
+/// broken and not its answer.
+pub(super) async fn refuse(state: &State, mut body: Body, error: ApiError) -> ApiError {
     let limits = &state.config.limits;
-    let _ = tokio::time::timeout(limits.read(), to_bytes(body, limits.body_bytes)).await;
+    let let_go = async {
+        let mut n_bytes = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            n_bytes += frame.data_ref().map_or(0, |data| data.len());
+            if n_bytes > limits.body_bytes {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(limits.read(), let_go).await;
     error
 }
 
-/// Who asks, and for what.
+/// Who asks the model for something, and for what.
+///
+/// # Errors
+/// It is nobody who may, or not now; or it is nothing that can be read.
 pub(super) async fn asked(state: &State, headers: &HeaderMap, body: Body) -> Result<(Caller, Fields), ApiError> {
-    match state.keys.caller(headers) {
+    let may = |caller: Caller| caller.meter.as_ref().map_or(Ok(()), |meter| meter.request()).map(|()| caller);
+    match state.keys.load().caller(headers).and_then(may) {
         Ok(caller) => Ok((caller, Fields::read(state, body).await?)),
         Err(error) => Err(refuse(state, body, error).await),
     }
 }
 
 impl Fields {
-    /// Reads a body: no more bytes than are allowed, in no more time.
+    /// Reads a body: no more bytes than are allowed, in no more time. No more of them are in memory at once than may be; the others wait in their connections.
     pub async fn read(state: &State, body: Body) -> Result<Self, ApiError> {
         let limits = &state.config.limits;
+        let memory = tokio::time::timeout(limits.read(), Arc::clone(&state.bodies).acquire_owned()).await;
+        let memory = memory.map_err(|_| ApiError::unavailable("too many requests are read at once"))?.ok();
         let bytes = tokio::time::timeout(limits.read(), to_bytes(body, limits.body_bytes)).await;
         let bytes = bytes.map_err(|_| ApiError::timeout("the request's body did not come in time"))?;
         let bytes = bytes.map_err(|error| {
@@ -38,13 +61,13 @@ impl Fields {
                 std::error::Error::source(&error).is_some_and(|source| source.is::<http_body_util::LengthLimitError>());
             if limit { ApiError::too_large(limits.body_bytes) } else { ApiError::body(error.to_string()) }
         })?;
-        Self::parse(&bytes)
+        Ok(Self { _memory: memory, ..Self::parse(&bytes)? })
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
         // Nested deeper than 128 it is refused, and so is what is no UTF-8.
         match serde_json::from_slice(bytes) {
-            Ok(Value::Object(fields)) => Ok(Self(fields)),
+            Ok(Value::Object(fields)) => Ok(Self { fields, _memory: None }),
             Ok(other) => Err(ApiError::body(format!("the body is {}, where an object is wanted", kind(&other)))),
             Err(error) => Err(ApiError::body(format!("the body is no JSON: {error}"))),
         }
@@ -57,7 +80,7 @@ impl Fields {
 
     /// A field that is there and not null.
     pub fn get(&self, name: &str) -> Option<&Value> {
-        self.0.get(name).filter(|value| !value.is_null())
+        self.fields.get(name).filter(|value| !value.is_null())
     }
 
     pub fn required(&self, name: &str) -> Result<&Value, ApiError> {
@@ -84,7 +107,10 @@ impl Fields {
     /// An integer from `low` to `high`.
     pub fn integer(&self, name: &str, low: i64, high: i64) -> Result<Option<i64>, ApiError> {
         let Some(value) = self.get(name) else { return Ok(None) };
-        let number = value.as_i64().ok_or_else(|| wrong_type(name, "an integer", value))?;
+        // 3.0 is one too.
+        let whole = |number: f64| (number.fract() == 0.0 && number.abs() < 9e15).then_some(number as i64);
+        let number = value.as_i64().or_else(|| value.as_f64().and_then(whole));
+        let number = number.ok_or_else(|| wrong_type(name, "an integer", value))?;
         if (low..=high).contains(&number) {
             return Ok(Some(number));
         }
@@ -155,6 +181,7 @@ mod tests {
         assert_eq!(told(fields.texts("many", 1).unwrap_err()).0, "many");
         assert_eq!(told(fields.required("none").map(|_| ()).unwrap_err()).1, "missing_required_parameter");
         assert_eq!(fields.integer("none", 0, 1), Ok(None));
+        assert_eq!(Fields::of(json!({ "n": 3.0 })).integer("n", 0, 9), Ok(Some(3)));
     }
 
     #[test]

@@ -29,10 +29,9 @@ async fn answer(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<R
     let messages = messages(&fields)?;
     let parameters =
         Parameters { probabilities: Parameters::chat_probabilities(&fields)?, ..Parameters::read(state, &fields)? };
-    let snapshot = state.keeper.current();
-    let toggled = toggled(&fields, &snapshot, &caller)?;
+    let toggled = toggled(state, &fields, &caller).await?;
     let prompt = tokens(state, messages).await?;
-    let answering = Answering::begin(state, Shape::Chat, caller, snapshot, vec![prompt], &parameters, toggled)?;
+    let answering = Answering::begin(state, Shape::Chat, caller, vec![prompt], &parameters, toggled)?;
     Ok(if parameters.stream { answering.stream() } else { answering.whole().await })
 }
 

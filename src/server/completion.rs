@@ -42,10 +42,9 @@ async fn answer(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<R
     let mut parameters = Parameters { probabilities, ..Parameters::read(state, &fields)? };
     // As OpenAI has it for this route alone.
     parameters.max_tokens.get_or_insert(16);
-    let snapshot = state.keeper.current();
-    let toggled = toggled(&fields, &snapshot, &caller)?;
+    let toggled = toggled(state, &fields, &caller).await?;
     let prompts = tokens(state, prompts).await?;
-    let answering = Answering::begin(state, Shape::Completion, caller, snapshot, prompts, &parameters, toggled)?;
+    let answering = Answering::begin(state, Shape::Completion, caller, prompts, &parameters, toggled)?;
     Ok(if parameters.stream { answering.stream() } else { answering.whole().await })
 }
 

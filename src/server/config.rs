@@ -26,6 +26,7 @@ pub struct ServerConfig {
     pub limits: Limits,
     pub reload: ReloadConfig,
     pub audit: AuditConfig,
+    pub telemetry: TelemetryConfig,
 }
 
 impl Default for ServerConfig {
@@ -42,6 +43,7 @@ impl Default for ServerConfig {
             limits: Limits::default(),
             reload: ReloadConfig::default(),
             audit: AuditConfig::default(),
+            telemetry: TelemetryConfig::default(),
         }
     }
 }
@@ -70,6 +72,8 @@ pub struct Limits {
     pub queue: usize,
     /// Bytes of a request's body.
     pub body_bytes: usize,
+    /// Requests whose bodies are in memory at once; the others wait for it in their connections.
+    pub bodies: usize,
     /// Seconds in which a request's head, and its body, must have come.
     pub read_seconds: u64,
     /// Seconds that a request may wait and be answered.
@@ -88,6 +92,7 @@ impl Default for Limits {
             batch: 512,
             queue: 64,
             body_bytes: 2 << 20,
+            bodies: 64,
             read_seconds: 30,
             request_seconds: 600,
             choices: 8,
@@ -150,4 +155,12 @@ impl Default for AuditConfig {
     fn default() -> Self {
         Self { path: None, max_bytes: 64 << 20, keep: 0 }
     }
+}
+
+/// `[telemetry]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetryConfig {
+    /// An OpenTelemetry collector's address, to which answers go as spans (OTLP over HTTP): `http://127.0.0.1:4318`. Takes the feature `otel`.
+    pub otlp: Option<String>,
 }

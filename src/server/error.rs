@@ -11,7 +11,7 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServerError {
-    #[error("can't listen on `{address}`: {source}")]
+    #[error("can't listen on `{address}`")]
     Listen { address: String, source: std::io::Error },
     #[error("can't listen on `{}`: {reason}", .path.display())]
     Socket { path: PathBuf, reason: String },
@@ -25,6 +25,8 @@ pub enum ServerError {
     Guard { folder: PathBuf, problem: String },
     #[error("{0}")]
     Directory(String),
+    #[error("spans can't be sent to `{collector}`: {reason}")]
+    Telemetry { collector: String, reason: String },
     #[error("the keys in `{}` can't be used: {problem}", .path.display())]
     Keys { path: PathBuf, problem: String },
     #[error(transparent)]
@@ -127,6 +129,12 @@ impl ApiError {
         Self { retry_after: Some(retry_after), ..error }
     }
 
+    /// 429: a key has asked for more than it may.
+    pub fn rate_limited(message: impl Into<String>, retry_after: Duration) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"), message);
+        Self { retry_after: Some(retry_after), ..error }
+    }
+
     /// 503: it can't answer now.
     pub fn unavailable(message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("unavailable"), message);
@@ -168,7 +176,8 @@ impl IntoResponse for ApiError {
         let body: serde_json::Value = serde_json::from_str(&self.json()).unwrap_or_default();
         let mut response = (self.status, Json(body)).into_response();
         if let Some(after) = self.retry_after {
-            let seconds = after.as_secs().max(1);
+            // Who comes back earlier is refused again.
+            let seconds = after.as_secs_f64().ceil().max(1.0) as u64;
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         if self.status == StatusCode::PAYLOAD_TOO_LARGE {

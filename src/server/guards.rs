@@ -11,6 +11,7 @@ use crate::engine::Setting;
 use crate::guard::OnFire;
 use axum::body::Body;
 use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, extract};
@@ -19,17 +20,26 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 pub(super) async fn list(extract::State(state): extract::State<Arc<State>>, headers: HeaderMap) -> Response {
-    let listed = state.keys.caller(&headers).map(|_| Json(snapshot_json(&state.keeper.current())));
+    let listed = state.keys.load().caller(&headers).map(|_| Json(snapshot_json(&state.keeper.current())));
     listed.map_or_else(ApiError::into_response, IntoResponse::into_response)
+}
+
+/// `GET /v1/guard/history`: what has become of the guards, the newest first.
+pub(super) async fn history(extract::State(state): extract::State<Arc<State>>, headers: HeaderMap) -> Response {
+    match state.keys.load().caller(&headers) {
+        Ok(_) => Json(json!({ "object": "list", "data": state.keeper.history().entries() })).into_response(),
+        Err(error) => error.into_response(),
+    }
 }
 
 /// `PATCH /v1/guards/NAME`: `{"enabled": bool, "interventions": {"NAME": "on" | "off" | STRENGTH | null}}`, null being the guard's own again.
 pub(super) async fn change(
     extract::State(state): extract::State<Arc<State>>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
+    let Ok(Path(name)) = name else { return ApiError::not_found("the name is not UTF-8").into_response() };
     match changed(&state, name, &headers, body).await {
         Ok(snapshot) => Json(snapshot_json(&snapshot)).into_response(),
         Err(error) => error.into_response(),
@@ -43,7 +53,7 @@ async fn changed(state: &Arc<State>, name: String, headers: &HeaderMap, body: Bo
             .then_some(caller)
             .ok_or_else(|| ApiError::forbidden("only a key of the role `admin` may change a guard for all"))
     };
-    let caller = match state.keys.caller(headers).and_then(admin) {
+    let caller = match state.keys.load().caller(headers).and_then(admin) {
         Ok(caller) => caller,
         Err(error) => return Err(refuse(state, body, error).await),
     };
@@ -62,11 +72,12 @@ async fn changed(state: &Arc<State>, name: String, headers: &HeaderMap, body: Bo
     if changes.is_empty() {
         return Err(ApiError::body("nothing is to be changed: give `enabled` or `interventions`"));
     }
-    let snapshot = state.keeper.change(name.clone(), changes).await.map_err(|error| match error {
-        ChangeError::NoGuard(_) => ApiError::not_found(error.to_string()),
-        ChangeError::Refused(reason) => ApiError::invalid("interventions", reason),
-        ChangeError::Ends => ApiError::unavailable(error.to_string()),
-    })?;
+    let snapshot =
+        state.keeper.change(name.clone(), changes, caller.name.clone()).await.map_err(|error| match error {
+            ChangeError::NoGuard(_) => ApiError::not_found(error.to_string()),
+            ChangeError::Refused(reason) => ApiError::invalid("interventions", reason),
+            ChangeError::Ends => ApiError::unavailable(error.to_string()),
+        })?;
     if let Some(audit) = &state.audit {
         let record = json!({ "event": "change", "key": caller.name, "guard": name, "epoch": snapshot.epoch, "guards": snapshot_json(&snapshot)["data"] });
         state.write_down(audit, record).await?;

@@ -5,15 +5,14 @@ use super::state::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, extract};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// 200 while the server can answer. `status` is `degraded` where what a guard's folder holds is not what is in force.
 pub(super) async fn health(extract::State(state): extract::State<Arc<State>>) -> Response {
     let snapshot = state.keeper.current();
-    let problem = |of: &super::snapshot::GuardState| Some((of.folder.clone(), Value::from(of.problem.clone()?)));
-    let problems: serde_json::Map<String, Value> = snapshot.guards.iter().filter_map(problem).collect();
+    let problems = snapshot.problems();
     let ending = state.ending.load(Ordering::Acquire);
     let whole = problems.is_empty() && snapshot.problem.is_none();
     let status = if ending {

@@ -1,6 +1,7 @@
 //! The thread that keeps the guards: looks at their directory, compiles what is new, and says what is in force.
 
 use super::error::ServerError;
+use super::history::{Happened, History};
 use super::metrics::Metrics;
 use super::snapshot::{GuardState, Snapshot, name_in};
 use crate::engine::{EngineError, GuardCompiler, Model, Setting};
@@ -8,11 +9,11 @@ use crate::guard::Guard;
 use crate::program::Program;
 use crate::store::{GuardDirectory, Waker, WatchOptions, Watcher};
 use arc_swap::ArcSwap;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::sync::oneshot;
 
 /// What an admin asks of a guard.
@@ -42,14 +43,29 @@ pub(super) enum ChangeError {
 }
 
 struct Asked {
-    guard: String,
-    changes: Vec<Change>,
+    what: Question,
     reply: oneshot::Sender<Result<Arc<Snapshot>, ChangeError>>,
+}
+
+enum Question {
+    /// What is to be in force from now on.
+    Change { guard: String, changes: Vec<Change>, key: Option<String> },
+    /// What `of` is without some of its guards, for a single request.
+    Without { of: Arc<Snapshot>, left_out: LeftOut },
+}
+
+/// Guards that don't act for a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum LeftOut {
+    All,
+    /// By their own names, or their folders'.
+    Some(BTreeSet<String>),
 }
 
 /// The other threads' side of the keeper.
 pub(super) struct Keeper {
     current: Arc<ArcSwap<Snapshot>>,
+    history: Arc<History>,
     asked: Arc<Mutex<VecDeque<Asked>>>,
     waker: Option<Waker>,
     thread: Option<JoinHandle<()>>,
@@ -74,24 +90,54 @@ impl Keeper {
         let watcher = directory.as_ref().map(|directory| Watcher::new(directory.path(), options));
         let waker = watcher.as_ref().map(Watcher::waker);
         let (started, wait) = mpsc::sync_channel(1);
+        let history: Arc<History> = Arc::default();
+        let told = Told { metrics, history: Arc::clone(&history), on_snapshot };
         let room = Arc::clone(&asked);
         let thread = std::thread::Builder::new().name("guards".into()).spawn(move || {
-            run(&model, directory, watcher.as_ref(), &room, &metrics, &on_snapshot, &started);
+            run(&model, directory, watcher.as_ref(), &room, &told, &started);
         })?;
         let current = wait.recv().map_err(|_| ServerError::Worker("it did not begin".into()))??;
-        Ok(Self { current, asked, waker, thread: Some(thread) })
+        Ok(Self { current, history, asked, waker, thread: Some(thread) })
     }
 
     pub fn current(&self) -> Arc<Snapshot> {
         self.current.load_full()
     }
 
-    /// Changes a guard for all, and returns what is in force then.
-    pub async fn change(&self, guard: String, changes: Vec<Change>) -> Result<Arc<Snapshot>, ChangeError> {
-        let Some(waker) = &self.waker else { return Err(ChangeError::NoGuard(guard)) };
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// Changes a guard for all, as `key` asks, and returns what is in force then.
+    pub async fn change(
+        &self,
+        guard: String,
+        changes: Vec<Change>,
+        key: Option<String>,
+    ) -> Result<Arc<Snapshot>, ChangeError> {
+        if self.waker.is_none() {
+            return Err(ChangeError::NoGuard(guard));
+        }
+        self.ask(Question::Change { guard, changes, key }).await
+    }
+
+    /// The snapshot `of` without some of its guards: of the same epoch, and the very same for all who ask for it.
+    pub async fn without(&self, of: Arc<Snapshot>, left_out: LeftOut) -> Result<Arc<Snapshot>, ChangeError> {
+        match (&self.waker, left_out) {
+            (None, LeftOut::All) => Ok(of),
+            (None, LeftOut::Some(names)) => {
+                names.into_iter().next().map_or(Ok(of), |name| Err(ChangeError::NoGuard(name)))
+            }
+            (Some(_), left_out) => self.ask(Question::Without { of, left_out }).await,
+        }
+    }
+
+    async fn ask(&self, what: Question) -> Result<Arc<Snapshot>, ChangeError> {
         let (reply, answer) = oneshot::channel();
-        self.asked.lock().expect("nothing panics with it").push_back(Asked { guard, changes, reply });
-        waker.wake();
+        self.asked.lock().expect("nothing panics with it").push_back(Asked { what, reply });
+        if let Some(waker) = &self.waker {
+            waker.wake();
+        }
         answer.await.unwrap_or(Err(ChangeError::Ends))
     }
 
@@ -114,13 +160,45 @@ impl Drop for Keeper {
     }
 }
 
+/// Who is told of what is in force.
+struct Told {
+    metrics: Arc<Metrics>,
+    history: Arc<History>,
+    on_snapshot: OnSnapshot,
+}
+
+impl Told {
+    fn published(&self, snapshot: &Arc<Snapshot>) {
+        self.metrics.epoch(snapshot.epoch);
+        (self.on_snapshot)(snapshot);
+    }
+
+    /// A look at the directory that has come to something.
+    fn looked(&self, before: &Snapshot, after: &Snapshot, took: Duration) {
+        let wrong = after.guards.iter().filter_map(|state| Some((&state.folder, state.problem.as_ref()?)));
+        for (folder, problem) in wrong {
+            tracing::warn!(%folder, epoch = after.epoch, "a guard is not reloaded: {problem}");
+        }
+        let whole = after.problems().is_empty() && after.problem.is_none();
+        self.metrics.reloaded(whole);
+        if after.epoch != before.epoch {
+            tracing::info!(epoch = after.epoch, after = ?took, "guards are reloaded");
+        }
+        self.history.add(match (after.epoch != before.epoch, whole) {
+            (true, _) => Happened::reloaded(before, after),
+            (false, false) => Happened::refused(after),
+            // The folders hold what is in force again.
+            (false, true) => Happened::reloaded(after, after),
+        });
+    }
+}
+
 fn run(
     model: &Model,
     directory: Option<GuardDirectory>,
     watcher: Option<&Watcher>,
     asked: &Mutex<VecDeque<Asked>>,
-    metrics: &Metrics,
-    on_snapshot: &OnSnapshot,
+    told: &Told,
     started: &SyncSender<Result<Arc<ArcSwap<Snapshot>>, ServerError>>,
 ) {
     let (mut guards, first) = match begin(model, directory) {
@@ -130,7 +208,8 @@ fn run(
             return;
         }
     };
-    metrics.epoch(first.epoch);
+    told.metrics.epoch(first.epoch);
+    told.history.add(Happened::started(&first));
     let current = Arc::new(ArcSwap::from_pointee(first));
     if started.send(Ok(Arc::clone(&current))).is_err() {
         return;
@@ -140,27 +219,25 @@ fn run(
         let publish = |snapshot: Snapshot| {
             let snapshot = Arc::new(snapshot);
             current.store(Arc::clone(&snapshot));
-            metrics.epoch(snapshot.epoch);
-            on_snapshot(&snapshot);
+            told.published(&snapshot);
             snapshot
         };
         if guards.directory.refresh(woken.all) {
-            let before = current.load().epoch;
-            let snapshot = publish(guards.reloaded(&current.load()));
-            let wrong = snapshot.guards.iter().filter_map(|state| Some((&state.folder, state.problem.as_ref()?)));
-            for (folder, problem) in wrong {
-                tracing::warn!(%folder, epoch = snapshot.epoch, "a guard is not reloaded: {problem}");
-            }
-            metrics.reloaded(snapshot.guards.iter().all(|state| state.problem.is_none()) && snapshot.problem.is_none());
-            if snapshot.epoch != before {
-                let after = woken.since.elapsed();
-                tracing::info!(epoch = snapshot.epoch, ?after, "guards are reloaded");
-            }
+            let before = current.load_full();
+            let after = publish(guards.reloaded(&before));
+            told.looked(&before, &after, woken.since.elapsed());
         }
         let next = || asked.lock().expect("nothing panics with it").pop_front();
-        while let Some(Asked { guard, changes, reply }) = next() {
-            let changed = guards.changed(&current.load(), &guard, &changes).map(&publish);
-            let _ = reply.send(changed);
+        while let Some(Asked { what, reply }) = next() {
+            let answer = match what {
+                Question::Change { guard, changes, key } => {
+                    guards.changed(&current.load(), &guard, &changes).map(&publish).inspect(|snapshot| {
+                        told.history.add(Happened::changed(snapshot, &guard, key));
+                    })
+                }
+                Question::Without { of, left_out } => guards.without(of, &left_out),
+            };
+            let _ = reply.send(answer);
         }
     }
 }
@@ -192,13 +269,18 @@ fn begin(model: &Model, directory: Option<GuardDirectory>) -> Result<(Guards<'_>
     let acting: Vec<&Guard> = states.iter().filter_map(|state| state.guard.as_deref()).collect();
     let program = compiler.compile(&acting)?;
     let first = Snapshot { epoch: 1, since: SystemTime::now(), program, guards: states, problem: None };
-    Ok((Guards { directory, compiler }, first))
+    Ok((Guards { directory, compiler, partial: Vec::new() }, first))
 }
 
 struct Guards<'model> {
     directory: GuardDirectory,
     compiler: GuardCompiler<'model>,
+    /// Snapshots without some of their guards, each beside the one that it is of, the last ones last.
+    partial: Vec<(Arc<Snapshot>, Arc<Snapshot>)>,
 }
+
+/// Such snapshots that are kept: whoever asks for one again shares what was read under it.
+const MOST_PARTIAL: usize = 8;
 
 impl Guards<'_> {
     /// What is in force now that the directory has changed. A guard that does not compile leaves the one before it in force.
@@ -246,11 +328,7 @@ impl Guards<'_> {
             };
             let guard = if same { before.clone() } else { entry.guard.clone() };
             // What was set for an intervention that is gone is forgotten.
-            let known = |name: &String| {
-                let is_of = |other: &str| other == name || other.starts_with(&format!("{name}."));
-                guard.iter().any(|guard| guard.interventions().iter().any(|of| is_of(&of.name)))
-            };
-            settings.retain(|name, _| known(name));
+            settings.retain(|name, _| guard.as_ref().is_some_and(|guard| has_intervention(guard, name)));
             let problem = entry.problem.as_ref().map(ToString::to_string);
             replaced.push((!same).then_some(before));
             states.push(GuardState { folder: folder.clone(), guard, enabled, settings, problem });
@@ -272,11 +350,14 @@ impl Guards<'_> {
     /// What is in force after an admin's changes to the guard `name`: its own name, or its folder's.
     fn changed(&mut self, now: &Snapshot, name: &str, changes: &[Change]) -> Result<Snapshot, ChangeError> {
         let mut states = now.guards.clone();
-        let is_meant = |state: &&mut GuardState| {
-            state.folder == name || state.guard.as_ref().is_some_and(|guard| guard.name() == name)
-        };
-        let state = states.iter_mut().find(is_meant).ok_or_else(|| ChangeError::NoGuard(name.to_owned()))?;
+        let meant = states.iter_mut().find(|state| state.is_called(name));
+        let state = meant.ok_or_else(|| ChangeError::NoGuard(name.to_owned()))?;
         for change in changes.iter().cloned() {
+            if let Change::Set { intervention, .. } | Change::Reset { intervention } = &change
+                && !state.guard.as_ref().is_some_and(|guard| has_intervention(guard, intervention))
+            {
+                return Err(ChangeError::Refused(format!("guard `{name}` has no intervention `{intervention}`")));
+            }
             match change {
                 Change::Enabled(enabled) => state.enabled = enabled,
                 Change::Set { intervention, setting } => {
@@ -287,8 +368,44 @@ impl Guards<'_> {
                 }
             }
         }
-        let program = self.program(&states).map_err(|error| ChangeError::Refused(error.to_string()))?;
+        let refused = |error: EngineError| ChangeError::Refused(error.to_string());
+        if !state.enabled {
+            // What can't be while it is enabled is not to be found out then.
+            let alone = GuardState { enabled: true, ..state.clone() };
+            self.program(&[alone]).map_err(refused)?;
+        }
+        let program = self.program(&states).map_err(refused)?;
         Ok(self.next(now, program, states))
+    }
+
+    /// `of` without some of its guards.
+    fn without(&mut self, of: Arc<Snapshot>, left_out: &LeftOut) -> Result<Arc<Snapshot>, ChangeError> {
+        let mut states = of.guards.clone();
+        match left_out {
+            LeftOut::All => states.iter_mut().for_each(|state| state.enabled = false),
+            LeftOut::Some(names) => {
+                for name in names {
+                    let state = states.iter_mut().find(|state| state.is_called(name));
+                    state.ok_or_else(|| ChangeError::NoGuard(name.clone()))?.enabled = false;
+                }
+            }
+        }
+        if acts_alike(&of.guards, &states) {
+            return Ok(of);
+        }
+        let is_it = |(whole, part): &&(Arc<Snapshot>, Arc<Snapshot>)| {
+            Arc::ptr_eq(whole, &of) && acts_alike(&part.guards, &states)
+        };
+        if let Some((_, part)) = self.partial.iter().find(is_it) {
+            return Ok(Arc::clone(part));
+        }
+        let program = self.program(&states).map_err(|error| ChangeError::Refused(error.to_string()))?;
+        let part = Snapshot { program, guards: states, problem: of.problem.clone(), ..*of };
+        let part = Arc::new(part);
+        self.partial.push((of, Arc::clone(&part)));
+        let n_old = self.partial.len().saturating_sub(MOST_PARTIAL);
+        self.partial.drain(..n_old);
+        Ok(part)
     }
 
     /// The program of what is enabled, at the strengths that are set.
@@ -315,6 +432,12 @@ impl Guards<'_> {
     fn unchanged(&self, now: &Snapshot, guards: Vec<GuardState>, problem: Option<String>) -> Snapshot {
         Snapshot { epoch: now.epoch, since: now.since, program: Arc::clone(&now.program), guards, problem }
     }
+}
+
+/// Whether an intervention of `guard`, or a group of them, is called `name`.
+fn has_intervention(guard: &Guard, name: &str) -> bool {
+    let is_of = |other: &str| other == name || other.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
+    guard.interventions().iter().any(|intervention| is_of(&intervention.name))
 }
 
 /// What was in force of a folder, if anything was.

@@ -8,11 +8,13 @@ use super::keeper::Keeper;
 use super::keys::Keys;
 use super::metrics::Metrics;
 use super::state::{Places, State};
+use super::telemetry::Telemetry;
 use super::worker::Worker;
-use super::{chat, completion, guards, health, model_list, score};
+use super::{chat, completion, dashboard, guards, health, model_list, score};
 use crate::engine::scheduler::SchedulerOptions;
 use crate::engine::{ChatTemplate, Forms, Model};
 use crate::store::GuardDirectory;
+use arc_swap::ArcSwap;
 use axum::body::Body;
 use axum::http::StatusCode;
 use axum::routing::{get, patch, post};
@@ -20,11 +22,12 @@ use axum::{Router, extract};
 use axum_server::tls_rustls::RustlsConfig;
 use axum_server::{Control, Handle, Server};
 use serde_json::json;
+use socket2::{Domain, Protocol, Socket, Type};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 
 /// A server that is about to serve.
@@ -46,10 +49,16 @@ pub fn serve(config: ServerConfig, model: Model, on_ready: impl FnOnce(&Serving)
     if keys.is_none() && !config.listen.ip().is_loopback() {
         return Err(ServerError::NoKeys { address: config.listen.to_string() });
     }
+    // As many connections as the system allows, and not the few that a shell begins with.
+    #[cfg(unix)]
+    if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
+        tracing::warn!("the limit of open files stays as it is: {error}");
+    }
     let listen = |source| ServerError::Listen { address: config.listen.to_string(), source };
-    let listener = TcpListener::bind(config.listen).map_err(listen)?;
+    let listener = bind(config.listen).map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     let audit = open_audit(&config)?;
+    let telemetry = config.telemetry.otlp.as_deref().map(Telemetry::start).transpose()?;
 
     let (model, metrics) = (Arc::new(model), Metrics::new());
     let (template, forms) = (ChatTemplate::of(&model)?, Forms::of(&model)?);
@@ -97,12 +106,14 @@ pub fn serve(config: ServerConfig, model: Model, on_ready: impl FnOnce(&Serving)
         forms,
         keeper,
         worker: worker.handle(),
-        keys,
+        keys: ArcSwap::from_pointee(keys),
         metrics,
         audit,
+        telemetry,
         started: SystemTime::now(),
         ending: AtomicBool::new(false),
         places,
+        bodies: Arc::new(Semaphore::new(limits.bodies.clamp(1, Semaphore::MAX_PERMITS))),
         model,
         config,
     });
@@ -114,6 +125,19 @@ pub fn serve(config: ServerConfig, model: Model, on_ready: impl FnOnce(&Serving)
     served?;
     Ok(worked?)
 }
+
+/// As the standard library binds, with room for many who come at once: of more than there is room for each waits a second before it knocks again.
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    #[cfg(unix)]
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Connections that may wait to be taken; the system may allow fewer.
+const BACKLOG: i32 = 4096;
 
 fn open_audit(config: &ServerConfig) -> Result<Option<AuditWriter>, AuditError> {
     let Some(path) = &config.audit.path else { return Ok(None) };
@@ -132,7 +156,12 @@ fn router(state: Arc<State>) -> Router {
         .route("/v1/models/{name}", get(model_list::one))
         .route("/v1/guard/score", post(score::score))
         .route("/v1/guards", get(guards::list))
+        .route("/v1/guard/history", get(guards::history))
         .route("/v1/guards/{name}", patch(guards::change))
+        .route("/", get(dashboard::page))
+        .route("/dashboard/app.js", get(dashboard::script))
+        .route("/dashboard/style.css", get(dashboard::style))
+        .route("/openapi.json", get(dashboard::openapi))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
@@ -218,9 +247,18 @@ async fn tls(config: &ServerConfig) -> Result<Option<RustlsConfig>, ServerError>
     read.map(Some).map_err(unusable)
 }
 
-/// Reads the certificate anew. One that can't be read leaves the old one in use.
+/// Reads the keys and the certificate anew. What can't be read leaves the old ones in use.
 #[cfg(unix)]
 async fn renew(state: &State, tls: Option<&RustlsConfig>) {
+    if let Some(path) = &state.config.keys {
+        match Keys::load(path) {
+            Ok(mut keys) => {
+                keys.go_on_from(&state.keys.load());
+                state.keys.store(Arc::new(keys));
+            }
+            Err(error) => tracing::warn!("the keys stay as they were: {error}"),
+        }
+    }
     let (Some(TlsConfig { certificate, key }), Some(tls)) = (&state.config.tls, tls) else { return };
     if let Err(error) = tls.reload_from_pem_file(certificate, key).await {
         tracing::warn!("the certificate `{}` is not renewed: {error}", certificate.display());
@@ -264,7 +302,7 @@ mod unix {
     }
 }
 
-/// Waits for a signal to end. SIGHUP has the guards looked at, and the certificate.
+/// Waits for a signal to end. SIGHUP has the guards looked at, the keys and the certificate.
 #[cfg(unix)]
 async fn signals(state: &State, tls: Option<&RustlsConfig>) {
     use tokio::signal::unix::{SignalKind, signal};

@@ -9,24 +9,28 @@ mod body;
 mod chat;
 mod completion;
 mod config;
+mod dashboard;
 mod error;
 mod guards;
 mod health;
+mod history;
 mod keeper;
 mod keys;
 mod listen;
 mod metrics;
 mod model_list;
 mod parameters;
+mod rate;
 mod score;
 mod snapshot;
 mod state;
+mod telemetry;
 mod worker;
 
 pub use audit::{
     Appended, AuditError, AuditLog, AuditOptions, AuditWriter, ChainFault, ChainHash, Receipt, Verified, verify,
 };
-pub use config::{AuditConfig, Limits, ReloadConfig, ServerConfig, TlsConfig};
+pub use config::{AuditConfig, Limits, ReloadConfig, ServerConfig, TelemetryConfig, TlsConfig};
 pub use error::ServerError;
 pub use keys::{Key, Keys, Role};
 pub use listen::{Serving, serve};

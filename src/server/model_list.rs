@@ -3,6 +3,7 @@
 use super::error::ApiError;
 use super::state::State;
 use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, extract};
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 pub(super) async fn list(extract::State(state): extract::State<Arc<State>>, headers: HeaderMap) -> Response {
-    match state.keys.caller(&headers) {
+    match state.keys.load().caller(&headers) {
         Ok(_) => Json(json!({ "object": "list", "data": [model(&state)] })).into_response(),
         Err(error) => error.into_response(),
     }
@@ -19,10 +20,11 @@ pub(super) async fn list(extract::State(state): extract::State<Arc<State>>, head
 
 pub(super) async fn one(
     extract::State(state): extract::State<Arc<State>>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
     headers: HeaderMap,
 ) -> Response {
-    match state.keys.caller(&headers) {
+    let Ok(Path(name)) = name else { return ApiError::not_found("the name is not UTF-8").into_response() };
+    match state.keys.load().caller(&headers) {
         Ok(_) if name == state.name => Json(model(&state)).into_response(),
         Ok(_) => ApiError::not_found(format!("no model is called `{name}`; there is `{}`", state.name)).into_response(),
         Err(error) => error.into_response(),

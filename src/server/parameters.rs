@@ -2,6 +2,7 @@
 
 use super::body::{Fields, wrong_type};
 use super::error::ApiError;
+use super::keeper::{ChangeError, LeftOut};
 use super::keys::{Caller, Role};
 use super::snapshot::Snapshot;
 use super::state::State;
@@ -126,9 +127,10 @@ impl Parameters {
 fn refuse_what_is_not_done(fields: &Fields) -> Result<(), ApiError> {
     let lists = [("tools", "tools"), ("functions", "functions"), ("modalities", "modalities")];
     for (name, what) in lists {
-        let asked =
-            fields.get(name).and_then(Value::as_array).is_some_and(|list| !list.is_empty() && *list != ["text"]);
-        if asked {
+        let Some(value) = fields.get(name) else { continue };
+        let list = value.as_array().ok_or_else(|| wrong_type(name, "an array", value))?;
+        let is_done = list.is_empty() || (name == "modalities" && *list == ["text"]);
+        if !is_done {
             return Err(ApiError::unsupported(name, format!("{what} are not supported")));
         }
     }
@@ -174,25 +176,46 @@ fn logit_bias(fields: &Fields, n_vocab: i32) -> Result<Vec<(LlamaToken, f32)>, A
     biases.iter().map(bias).collect()
 }
 
-/// What a request sets of the guards, for itself.
+/// The guards that a request is answered under.
 #[derive(Debug)]
 pub(super) struct Toggled {
+    /// What was in force when it came, without the guards that it leaves out.
+    pub snapshot: Arc<Snapshot>,
     pub toggles: Vec<Toggle>,
     /// What the snapshot's program becomes by them.
     pub program: Arc<Program>,
 }
 
-/// What a request's `guard` object sets: `{"interventions": {"NAME": "on" | "off" | STRENGTH}}`, NAME as the server's guards have it, with several guards
-/// `GUARD/NAME`.
+/// What a request's `guard` object makes of the guards that are in force:
+/// `{"disable": true | ["GUARD"], "interventions": {"NAME": "on" | "off" | STRENGTH}}`, NAME as the server's guards have it, with several guards `GUARD/NAME`.
 ///
 /// # Errors
 /// It is of another form, names what there is not, or loosens what its key may not.
-pub(super) fn toggled(fields: &Fields, snapshot: &Snapshot, caller: &Caller) -> Result<Toggled, ApiError> {
-    let mut toggled = Toggled { toggles: Vec::new(), program: Arc::clone(&snapshot.program) };
-    let Some(guard) = fields.object("guard")? else { return Ok(toggled) };
-    if let Some(unknown) = guard.keys().find(|key| *key != "interventions") {
-        return Err(ApiError::invalid("guard", format!("`guard` has `{unknown}`, and only `interventions` is known")));
+pub(super) async fn toggled(state: &State, fields: &Fields, caller: &Caller) -> Result<Toggled, ApiError> {
+    let snapshot = state.keeper.current();
+    let Some(guard) = fields.object("guard")? else {
+        return Ok(Toggled { program: Arc::clone(&snapshot.program), snapshot, toggles: Vec::new() });
+    };
+    if let Some(unknown) = guard.keys().find(|key| !["disable", "interventions"].contains(&key.as_str())) {
+        return Err(ApiError::invalid(
+            "guard",
+            format!("`guard` has `{unknown}`, and only `disable` and `interventions` are known"),
+        ));
     }
+    let snapshot = match left_out(guard.get("disable"))? {
+        None => snapshot,
+        Some(_) if caller.role < Role::Trusted => {
+            return Err(ApiError::forbidden("this key may not leave out guards: it may set what is stronger"));
+        }
+        Some(left_out) => {
+            let part = state.keeper.without(snapshot, left_out).await;
+            part.map_err(|error| match error {
+                ChangeError::Ends => ApiError::unavailable(error.to_string()),
+                _ => ApiError::invalid("guard.disable", error.to_string()),
+            })?
+        }
+    };
+    let mut toggled = Toggled { program: Arc::clone(&snapshot.program), snapshot, toggles: Vec::new() };
     let settings = match guard.get("interventions") {
         None | Some(Value::Null) => return Ok(toggled),
         Some(Value::Object(settings)) => settings,
@@ -200,10 +223,10 @@ pub(super) fn toggled(fields: &Fields, snapshot: &Snapshot, caller: &Caller) -> 
     };
     for (name, value) in settings {
         let setting = setting("guard.interventions", value)?;
-        let name = snapshot.resolve(name);
+        let name = toggled.snapshot.resolve(name);
         let changed = toggled.program.with_setting(&name, setting);
         let changed = changed.map_err(|error| ApiError::invalid("guard.interventions", error.to_string()))?;
-        if caller.role < Role::Trusted && loosens(&snapshot.program, &changed) {
+        if caller.role < Role::Trusted && loosens(&toggled.snapshot.program, &changed) {
             return Err(ApiError::forbidden(format!(
                 "this key may not loosen `{name}`: it may set what is stronger than what is in force"
             )));
@@ -212,6 +235,22 @@ pub(super) fn toggled(fields: &Fields, snapshot: &Snapshot, caller: &Caller) -> 
         toggled.program = Arc::new(changed);
     }
     Ok(toggled)
+}
+
+/// `true` or the names of guards; `None` leaves out none.
+fn left_out(disable: Option<&Value>) -> Result<Option<LeftOut>, ApiError> {
+    const NAME: &str = "guard.disable";
+    let wrong = |found: &Value| wrong_type(NAME, "`true` or an array of guards' names", found);
+    match disable {
+        None | Some(Value::Null | Value::Bool(false)) => Ok(None),
+        Some(Value::Bool(true)) => Ok(Some(LeftOut::All)),
+        Some(Value::Array(names)) if names.is_empty() => Ok(None),
+        Some(Value::Array(names)) => {
+            let name = |value: &Value| value.as_str().map(str::to_owned).ok_or_else(|| wrong(value));
+            names.iter().map(name).collect::<Result<_, _>>().map(|names| Some(LeftOut::Some(names)))
+        }
+        Some(other) => Err(wrong(other)),
+    }
 }
 
 /// `"on"`, `"off"` or a strength.

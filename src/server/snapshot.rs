@@ -32,7 +32,20 @@ pub(super) struct GuardState {
     pub problem: Option<String>,
 }
 
+impl GuardState {
+    /// Whether `name` is the guard's own or its folder's.
+    pub fn is_called(&self, name: &str) -> bool {
+        self.folder == name || self.guard.as_ref().is_some_and(|guard| guard.name() == name)
+    }
+}
+
 impl Snapshot {
+    /// Why what folders hold is not in force, by folder.
+    pub fn problems(&self) -> BTreeMap<String, String> {
+        let problem = |state: &GuardState| Some((state.folder.clone(), state.problem.clone()?));
+        self.guards.iter().filter_map(problem).collect()
+    }
+
     /// Guards that requests run under, in the program's order.
     pub fn acting(&self) -> impl Iterator<Item = &Arc<Guard>> {
         self.guards.iter().filter(|state| state.enabled).filter_map(|state| state.guard.as_ref())

@@ -4,11 +4,14 @@ use super::error::ApiError;
 use super::keeper::Keeper;
 use super::keys::Keys;
 use super::metrics::Metrics;
+use super::telemetry::Telemetry;
 use super::worker::WorkerHandle;
 use crate::engine::{ChatTemplate, Forms, Model};
+use arc_swap::ArcSwap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
+use tokio::sync::Semaphore;
 
 /// What every request can reach.
 pub(super) struct State {
@@ -19,13 +22,16 @@ pub(super) struct State {
     pub forms: Forms,
     pub keeper: Keeper,
     pub worker: WorkerHandle,
-    pub keys: Keys,
+    pub keys: ArcSwap<Keys>,
     pub metrics: Arc<Metrics>,
     pub audit: Option<AuditWriter>,
+    pub telemetry: Option<Telemetry>,
     pub started: SystemTime,
     /// Whether the model's thread has ended, or the server is about to.
     pub ending: AtomicBool,
     pub places: Arc<Places>,
+    /// One for each body that may be in memory.
+    pub bodies: Arc<Semaphore>,
 }
 
 /// Places for requests, running and waiting.
@@ -45,7 +51,14 @@ impl Places {
     }
 
     /// `n` places together, if there are so many.
+    ///
+    /// # Errors
+    /// There are not so many free, or there never are.
     pub fn take(self: &Arc<Self>, n: usize) -> Result<Place, ApiError> {
+        if n > self.most {
+            let message = format!("the request is {n} at once, and {} is the most that may run and wait", self.most);
+            return Err(ApiError::body(message));
+        }
         let enough = |taken: usize| taken.checked_add(n).filter(|sum| *sum <= self.most);
         match self.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, enough) {
             Ok(_) => Ok(Place(Arc::clone(self), n)),
@@ -102,6 +115,7 @@ mod tests {
         let places = Places::new(3);
         let two = places.take(2).unwrap();
         assert_eq!(places.take(2).unwrap_err().status, 429);
+        assert_eq!(places.take(4).unwrap_err().status, 400, "no time will make room for it");
         let one = places.take(1).unwrap();
         assert_eq!(places.taken(), 3);
         drop(two);

@@ -7,17 +7,11 @@ The model must have been pulled (`pilotfish models pull smollm2-135m-instruct`).
 """
 
 import asyncio
-import hashlib
 import http.client
 import json
-import os
 import secrets
-import shutil
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +20,8 @@ import openai
 import pytest
 from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
+from serving import ADMIN, MODEL, PATIENCE, ROOT, TRUSTED, USER, Process
 
-ROOT = Path(__file__).resolve().parents[2]
-PILOTFISH = Path(os.environ.get("PILOTFISH", "target/debug/pilotfish"))
-MODEL = "smollm2-135m-instruct"
-PATIENCE = 120
-
-USER, TRUSTED, ADMIN = "sk-user", "sk-trusted", "sk-admin"
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 STORY = [{"role": "user", "content": "Tell me a story about a pilot fish and a shark."}]
 # `harm-gate` blocks this one, and that one only has `refusal` act.
@@ -45,74 +34,6 @@ PARIS, LONDON = 7042, 4528
 
 
 # --- What is tested --------------------------------------------------------------------------------------------------------------------------
-
-
-class Process:
-    """A program whose stderr and stdout are read until it ends."""
-
-    def __init__(self, command, environment=None):
-        everything = {**os.environ, **(environment or {})}
-        self.child = subprocess.Popen(
-            command,
-            env=everything,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.lines = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        for line in self.child.stdout:
-            self.lines.append(line)
-
-    def until(self, what, found):
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            if (value := found()) is not None:
-                return value
-            if self.child.poll() is not None:
-                break
-            time.sleep(0.05)
-        raise AssertionError(f"{what} does not come:\n" + "".join(self.lines))
-
-    def end(self):
-        self.child.send_signal(signal.SIGTERM)
-        try:
-            return self.child.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.child.pid, signal.SIGKILL)
-            return self.child.wait()
-
-
-def keys_file(path):
-    roles = {USER: "user", TRUSTED: "trusted", ADMIN: "admin"}
-    entries = [
-        f'[[key]]\nname = "{role}"\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\nrole = "{role}"\n'
-        for key, role in roles.items()
-    ]
-    path.write_text("".join(entries))
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    guards = folder / "guards"
-    for guard, name in [("harm-gate-gemma3-to-smollm2", "harm-gate"), ("refusal-smollm2", "refusal")]:
-        shutil.copytree(ROOT / "guards" / guard, guards / name)
-    keys_file(folder / "keys.toml")
-    command = [ROOT / PILOTFISH, "serve", "--model", MODEL, "--guards", guards, "--keys", folder / "keys.toml"]
-    process = Process([str(part) for part in [*command, "--listen", "127.0.0.1:0"]])
-
-    def address():
-        line = next((line for line in list(process.lines) if line.startswith("listening on http://")), None)
-        return line and line.removeprefix("listening on http://").split()[0]
-
-    address = process.until("the server", address)
-    yield SimpleNamespace(address=address, url=f"http://{address}/v1")
-    assert process.end() == 0, "".join(process.lines)
 
 
 def client_of(url, key=USER):
@@ -616,26 +537,16 @@ def test_only_an_admin_changes_a_guard_for_all(server, client):
 
 
 @pytest.fixture(scope="session")
-def proxy(server, tmp_path_factory):
-    config = {
-        "model_list": [
-            {
-                "model_name": "guarded",
-                "litellm_params": {"model": f"openai/{MODEL}", "api_base": server.url, "api_key": TRUSTED},
-            }
-        ],
-        "litellm_settings": {"num_retries": 0, "telemetry": False},
-        "router_settings": {"num_retries": 0},
-    }
-    path = tmp_path_factory.mktemp("proxy") / "config.yaml"
-    # JSON is YAML too.
-    path.write_text(json.dumps(config))
+def proxy(server):
+    """By the configuration that is shipped. Both of its servers are the one."""
+    config = ROOT / "packaging" / "litellm" / "config.yaml"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "litellm", "--config", path, "--host", "127.0.0.1", "--port", port]
+    command = [Path(sys.executable).parent / "litellm", "--config", config, "--host", "127.0.0.1", "--port", port]
     key = f"sk-{secrets.token_hex(32)}"
-    environment = {"LITELLM_MASTER_KEY": key, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "DISABLE_ADMIN_UI": "True"}
+    servers = {"PILOTFISH_A": server.url, "PILOTFISH_B": server.url, "PILOTFISH_KEY": TRUSTED}
+    environment = {**servers, "LITELLM_MASTER_KEY": key, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "DISABLE_ADMIN_UI": "True"}
     process = Process([str(part) for part in command], environment)
 
     def ready():

@@ -68,6 +68,8 @@ pub struct Request {
     pub probabilities: Option<usize>,
     /// What the answer's form allows; anything where there is none.
     pub form: Option<Box<dyn Form>>,
+    /// Whether [`Summary::token_scores`] are wanted.
+    pub token_scores: bool,
 }
 
 /// A form that an answer keeps to, token by token.
@@ -116,6 +118,7 @@ impl Request {
             toggles: Vec::new(),
             probabilities: None,
             form: None,
+            token_scores: false,
         }
     }
 }
@@ -165,6 +168,9 @@ pub struct Summary {
     pub decode_time: Duration,
     /// What the gates made of it, in the order of its program.
     pub gates: Vec<GateReading>,
+    /// What each of them read at each token, prompt and answer, `[n_tokens][n_gates]`, as far as it can be told: none unless the request asks for it. In benign
+    /// standard deviations; `None` where it read nothing.
+    pub token_scores: Vec<Vec<Option<f64>>>,
 }
 
 /// Why an answer ended.
@@ -410,6 +416,7 @@ impl<'model> Scheduler<'model> {
                 prefill_time: Duration::ZERO,
                 decode_time: Duration::ZERO,
                 gates: Vec::new(),
+                token_scores: Vec::new(),
             }));
         }
         let Some(slot) = self.slot_of(id) else { return Ok(None) };
@@ -606,7 +613,15 @@ impl<'model> Scheduler<'model> {
         }
         let vocab = self.model.llama().vocab();
         let token = match &mut running.request.form {
-            None => running.sampler.sample(&self.context, row),
+            None => {
+                let token = running.sampler.sample(&self.context, row);
+                // Where all is banned that there is, something is chosen all the same.
+                let banned = (token, f32::NEG_INFINITY);
+                if running.request.sampling.logit_bias.contains(&banned) {
+                    return Some(End::OutOfForm("every token is banned".into()));
+                }
+                token
+            }
             Some(form) => {
                 match sample_in(form.as_mut(), &mut running.sampler, self.context.token_data_array_ith(row)) {
                     Ok(token) => token,
@@ -682,6 +697,7 @@ impl<'model> Scheduler<'model> {
         let program = self.context.program_of(sequence).map(Arc::clone);
         let decisions = self.context.gate_decisions(sequence);
         let gates = program.map(|program| readings(&program, decisions)).unwrap_or_default();
+        let wanted = running.request.token_scores.then(|| self.context.token_scores(sequence));
         if matches!(end, End::Failed(_)) || !self.options.reuse_prefixes {
             self.forget(slot)?;
         }
@@ -695,6 +711,7 @@ impl<'model> Scheduler<'model> {
             prefill_time: answering - running.joined,
             decode_time: now - answering,
             gates,
+            token_scores: wanted.unwrap_or_default(),
         }))
     }
 }

@@ -65,26 +65,30 @@ fn slow_clients_are_cut_off_and_hinder_nobody() {
     }
 }
 
-#[test]
-fn more_than_may_wait_is_told_to_come_again() {
-    let fixture = Fixture::new(&[]);
-    let server = small(&fixture, &[]);
+/// Requests that take `n` places and don't end before they are hung up.
+fn hold_places(server: &Server, n: usize) -> Vec<std::net::TcpStream> {
     // Nothing ends an answer that must be so long before it has all of its tokens.
     let endless =
         json!({ "type": "object", "properties": { "a": { "type": "string", "minLength": 3500 } }, "required": ["a"] });
     let form = json!({ "type": "json_schema", "json_schema": { "schema": endless } });
     let long = json!({ "prompt": "sea", "max_tokens": 3000, "stream": true, "response_format": form }).to_string();
     let head = format!("POST /v1/completions HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n{long}", long.len());
-    let held: Vec<_> = (0..3)
-        .map(|_| {
-            let mut stream = server.connect();
-            stream.write_all(head.as_bytes()).unwrap();
-            // Its answer has begun: it has a place.
-            let mut first = [0; 1];
-            stream.read_exact(&mut first).unwrap();
-            stream
-        })
-        .collect();
+    let hold = |_| {
+        let mut stream = server.connect();
+        stream.write_all(head.as_bytes()).unwrap();
+        // Its answer has begun: it has a place.
+        let mut first = [0; 1];
+        stream.read_exact(&mut first).unwrap();
+        stream
+    };
+    (0..n).map(hold).collect()
+}
+
+#[test]
+fn more_than_may_wait_is_told_to_come_again() {
+    let fixture = Fixture::new(&[]);
+    let server = small(&fixture, &[]);
+    let held = hold_places(&server, 3);
     let refused = server.post("/v1/completions", &greedy("sea"));
     assert_eq!((refused.status, refused.error()["code"].as_str()), (429, Some("queue_full")), "{refused:?}");
     assert!(refused.headers["retry-after"].parse::<u64>().unwrap() >= 1);
@@ -93,6 +97,51 @@ fn more_than_may_wait_is_told_to_come_again() {
     held.iter().for_each(hang_up);
     server.until("room", |_| server.get("/ready").status == 200);
     server.done("/v1/completions", &greedy("sea"));
+}
+
+/// Ten thousand at once, to a server that lets all of them wait and to one that has no place left.
+#[cfg(unix)]
+#[test]
+fn ten_thousand_requests_at_once_are_each_answered() {
+    const N: usize = 10_000;
+    let allowed = rlimit::increase_nofile_limit(u64::MAX).unwrap() as usize;
+    assert!(allowed > N + 200, "the system allows {allowed} open files, too few for this test");
+    let fixture = Fixture::new(&[]);
+    let body = json!({ "prompt": "sea", "temperature": 0, "max_tokens": 1 }).to_string();
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    for (queue, wanted) in [("10000", 200), ("2", 429)] {
+        let limits = [("PILOTFISH_SERVE__LIMITS__QUEUE", queue), ("PILOTFISH_SERVE__LIMITS__PARALLEL", "1")];
+        let server = Server::start_with(&["--model", fixture.model()], &limits);
+        let held = if wanted == 429 { hold_places(&server, 3) } else { Vec::new() };
+        let before = server.memory();
+        // Everybody has asked before anybody is heard.
+        let ask = |_| {
+            let mut stream = server.connect();
+            stream.write_all(request.as_bytes()).unwrap();
+            stream
+        };
+        let mut streams: Vec<_> = (0..N).map(ask).collect();
+        let mut highest = 0;
+        for (n, stream) in streams.iter_mut().enumerate() {
+            let answer = answer(stream);
+            assert_eq!(answer.status, wanted, "number {n} with a queue of {queue}: {answer:?}");
+            if wanted == 429 {
+                assert_eq!(answer.error()["code"], "queue_full");
+                assert!(answer.headers.contains_key("retry-after"));
+            }
+            if n % 100 == 0 {
+                highest = highest.max(server.memory());
+            }
+        }
+        let grown = highest.saturating_sub(before) >> 20;
+        assert!(grown < 400, "{grown} MiB for {N} requests");
+        held.iter().for_each(hang_up);
+        server.until("room", |_| server.get("/ready").status == 200);
+        server.done("/v1/completions", &greedy("sea"));
+    }
 }
 
 #[test]

@@ -135,12 +135,41 @@ fn wrong_requests_are_told_what_is_wrong() {
             "response_format",
         ),
         (json!({ "guard": { "interventions": { "none": "off" } } }), "guard.interventions"),
+        (
+            json!({ "response_format": { "type": "json_schema", "json_schema": { "schema": { "$ref": "#" } } } }),
+            "response_format",
+        ),
+        (json!({ "tools": { "a": 1 } }), "tools"),
         (json!({ "guard": { "what": 1 } }), "guard"),
+        (json!({ "guard": { "disable": "all" } }), "guard.disable"),
+        (json!({ "guard": { "disable": [1] } }), "guard.disable"),
+        (json!({ "guard": { "disable": ["none"] } }), "guard.disable"),
         (json!({ "messages": [{ "role": "user", "content": "sea ".repeat(100) }] }), "messages"),
     ] {
         let answer = chat(extra.clone());
         assert_eq!((answer.status, answer.error()["param"].as_str()), (400, Some(param)), "{extra}: {answer:?}");
     }
+    // What is wrong with a prompt is said before a stream begins; what nothing can be said under, when it is found.
+    for stream in [false, true] {
+        for prompt in [json!([999_999]), json!([])] {
+            let answer = server.post("/v1/completions", &json!({ "prompt": [prompt], "stream": stream }));
+            assert_eq!((answer.status, answer.error()["param"].as_str()), (400, Some("prompt")), "{answer:?}");
+        }
+    }
+    let n_vocab = server.get("/v1/models").json()["data"][0]["meta"]["n_vocab"].as_i64().unwrap();
+    let bans: serde_json::Map<_, _> = (0..n_vocab).map(|token| (token.to_string(), json!(-100))).collect();
+    for temperature in [0, 1] {
+        let banned =
+            server.post("/v1/completions", &json!({ "prompt": "sea", "logit_bias": bans, "temperature": temperature }));
+        assert_eq!((banned.status, banned.error()["code"].as_str()), (400, Some("invalid_body")), "{banned:?}");
+    }
+    for path in ["/v1/models/%FF", "/v1/guards/%FF"] {
+        let answer = server.request(if path.contains("guards") { "PATCH" } else { "GET" }, path, None, b"{}");
+        assert_eq!((answer.status, answer.error()["code"].as_str()), (404, Some("not_found")), "{path}");
+    }
+    let many: Vec<&str> = vec!["sea"; 64];
+    let small = Server::start_with(&["--model", fixture.model()], &[("PILOTFISH_SERVE__LIMITS__QUEUE", "8")]);
+    assert_eq!(small.post("/v1/guard/score", &json!({ "input": many })).status, 400);
     // As OpenAI does, what is not known is let be.
     assert_eq!(chat(json!({ "user": "me", "made_up": [1], "tools": [], "metadata": {} })).status, 200);
     assert_eq!(server.get("/v1/nothing").error()["code"], "not_found");
@@ -198,12 +227,7 @@ fn a_gate_scores_texts_and_blocks() {
 fn a_request_sets_a_guard_for_itself_as_far_as_its_key_may() {
     let fixture = steering("4");
     let guards = directory(&fixture, &["steer"]);
-    let keys = fixture.folder.path().join("keys.toml");
-    let entry = |name: &str, role: &str| {
-        let sha256 = pilotfish::guard::Digest::of(format!("sk-{name}").as_bytes());
-        format!("[[key]]\nname = \"{name}\"\nsha256 = \"{sha256}\"\nrole = \"{role}\"\n")
-    };
-    std::fs::write(&keys, entry("app", "user") + &entry("lab", "trusted") + &entry("boss", "admin")).unwrap();
+    let keys = keys(&fixture, &[("app", "user", ""), ("lab", "trusted", ""), ("boss", "admin", "")]);
     let server = Server::start(&["--model", fixture.model(), "--guards", text(&guards), "--keys", text(&keys)]);
     let name =
         server.request("GET", "/v1/guards", Some("sk-app"), b"").json()["data"][0]["interventions"][0]["name"].clone();
@@ -259,8 +283,91 @@ fn a_request_sets_a_guard_for_itself_as_far_as_its_key_may() {
         };
         assert_eq!(server.patch(path, Some("sk-boss"), &body).status, status, "{path} {body}");
     }
+    for nonsense in [json!("off"), json!(null)] {
+        let body = json!({ "enabled": false, "interventions": { "none": nonsense } });
+        assert_eq!(server.patch("/v1/guards/steer", Some("sk-boss"), &body).status, 400, "{body}");
+    }
     // What was refused has changed nothing.
     assert_eq!(server.epoch(), 4);
+}
+
+#[test]
+fn gates_are_read_token_by_token() {
+    let fixture = Fixture::new(&["--on-fire", "block"]);
+    let guards = directory(&fixture, &["sharks"]);
+    let server = Server::start(&["--model", fixture.model(), "--guards", text(&guards)]);
+    let score = |content: &str, per_token: bool| {
+        let scores = server.done("/v1/guard/score", &json!({ "input": content, "per_token": per_token }));
+        scores["results"][0].clone()
+    };
+    let content = "pilot fish sea shark sea";
+    let whole = score(content, false);
+    assert!(whole.get("pieces").is_none());
+    let read = score(content, true);
+    let scored = |result: &Value| result["gates"][0]["score"].as_f64().unwrap();
+    // Batches of other shapes round otherwise.
+    assert!((scored(&read) - scored(&whole)).abs() < 1e-4, "{read} and {whole}");
+    let pieces = read["pieces"].as_array().unwrap();
+    assert_eq!(pieces.len() as u64, read["tokens"].as_u64().unwrap());
+    let spelt: String = pieces.iter().map(|piece| piece["text"].as_str().unwrap()).collect();
+    assert!(spelt.contains(content), "{spelt}");
+    let scores: Vec<Option<f64>> = pieces.iter().map(|piece| piece["scores"][0].as_f64()).collect();
+    assert!(
+        scores[0].is_none() && scores[1..].iter().all(Option::is_some),
+        "the first position counts for no gate: {scores:?}"
+    );
+    // The fixture's gate goes by the prompt's last token.
+    let of_prompt = scored(&read);
+    let last = scores.last().unwrap().unwrap();
+    assert!((last - of_prompt).abs() < 1e-4, "{last} and {of_prompt}");
+    // What another request has read is not read again, and told all the same.
+    let again = score(content, true);
+    assert_eq!(again["pieces"].as_array().unwrap().len(), pieces.len());
+    assert!((scored(&again) - of_prompt).abs() < 1e-4, "{again} and {read}");
+    // A gate that fires blocks the answer, not the reading.
+    let fired = score("shark sea sea sea sea", true);
+    assert_eq!(fired["flagged"], true);
+    assert_eq!(fired["pieces"].as_array().unwrap().len() as u64, fired["tokens"].as_u64().unwrap());
+}
+
+#[test]
+fn a_request_goes_without_guards_where_its_key_may() {
+    let fixture = Fixture::new(&["--on-fire", "block"]);
+    let guards = directory(&fixture, &["sharks", "others"]);
+    replace(&guards.join("others/guard.toml"), |text| text.replace("name = \"shark-gate\"", "name = \"second\""));
+    let keys = keys(&fixture, &[("app", "user", ""), ("lab", "trusted", "")]);
+    let server = Server::start(&["--model", fixture.model(), "--guards", text(&guards), "--keys", text(&keys)]);
+    let ask = |key: &str, disable: Value| {
+        let body = json!({ "prompt": "shark sea sea sea sea", "temperature": 0, "max_tokens": 6, "guard": { "disable": disable } });
+        server.request("POST", "/v1/completions", Some(key), body.to_string().as_bytes())
+    };
+    for disable in [json!(true), json!(["second"])] {
+        assert_eq!(ask("sk-app", disable).status, 403);
+    }
+    let blocked_by = |answer: &Answer| answer.json()["choices"][0]["guard"]["blocked_by"]["guard"].clone();
+    assert_eq!(blocked_by(&ask("sk-app", json!(false))), "second", "folders in order: others, sharks");
+    assert_eq!(blocked_by(&ask("sk-lab", json!([]))), "second");
+    // By the guard's own name, and by its folder's.
+    for name in ["second", "others"] {
+        let one = ask("sk-lab", json!([name]));
+        assert_eq!(blocked_by(&one), "shark-gate");
+        assert_eq!(one.json()["choices"][0]["guard"]["gates"].as_array().unwrap().len(), 1);
+        assert_eq!(one.headers["x-pilotfish-epoch"], "1");
+    }
+    let free = ask("sk-lab", json!(true));
+    assert_eq!((free.status, free.headers["x-pilotfish-blocked"].as_str()), (200, "false"));
+    let plain = Server::start(&["--model", fixture.model()]);
+    let said = plain.done(
+        "/v1/completions",
+        &json!({ "prompt": "shark sea sea sea sea", "temperature": 0, "max_tokens": 6, "guard": { "disable": true } }),
+    );
+    assert_eq!(free.json()["choices"][0]["text"], said["choices"][0]["text"]);
+    assert_eq!(
+        ask("sk-lab", json!(true)).json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().map(|n| n > 0),
+        Some(true)
+    );
+    // The others are not touched by it.
+    assert_eq!(blocked_by(&ask("sk-app", json!(null))), "second");
 }
 
 /// A model of random weights says nothing of its own that is JSON.

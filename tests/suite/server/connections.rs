@@ -78,3 +78,38 @@ fn https_by_a_certificate_that_is_renewed() {
     patiently("a warning", &|| server.log().contains("not renewed"));
     assert!(trusts(&second));
 }
+
+#[test]
+fn the_pages_are_in_the_binary() {
+    let fixture = Fixture::new(&[]);
+    let server = Server::start(&["--model", fixture.model()]);
+    for (path, kind) in [
+        ("/", "text/html; charset=utf-8"),
+        ("/dashboard/app.js", "text/javascript; charset=utf-8"),
+        ("/dashboard/style.css", "text/css; charset=utf-8"),
+        ("/openapi.json", "application/json"),
+    ] {
+        let answer = server.get(path);
+        assert_eq!((answer.status, answer.headers["content-type"].as_str()), (200, kind), "{path}");
+        assert!(answer.headers["content-security-policy"].starts_with("default-src 'none'; script-src 'self'"));
+        // Nothing comes from elsewhere, and the policy would refuse it.
+        assert!(!answer.body.contains("src=\"http") && !answer.body.contains("@import"), "{path}");
+    }
+    let page = server.get("/").body;
+    assert!(!page.contains("<style") && !page.contains(" style=") && !page.contains(" onclick="));
+    for file in ["/dashboard/app.js", "/dashboard/style.css"] {
+        assert!(page.contains(file), "{file}");
+    }
+    // Each address that the document has is one, and takes each method that it has.
+    let document = server.get("/openapi.json").json();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        let path = path.replace("{name}", "tiny");
+        for method in methods.as_object().unwrap().keys().filter(|key| ["get", "post", "patch"].contains(&key.as_str()))
+        {
+            let answer = server.request(&method.to_uppercase(), &path, None, b"{}");
+            assert!(![405].contains(&answer.status), "{method} {path}: {answer:?}");
+            let nothing = answer.status == 404 && answer.body.contains("nothing at this address");
+            assert!(!nothing, "{method} {path}: {answer:?}");
+        }
+    }
+}

@@ -158,6 +158,72 @@ fn signals_reload_and_drain() {
 }
 
 #[test]
+fn what_has_become_of_the_guards_is_told() {
+    let fixture = steering("4");
+    let guards = directory(&fixture, &["steer"]);
+    let server = Server::start(&["--model", fixture.model(), "--guards", text(&guards)]);
+    let history = || server.get("/v1/guard/history").json()["data"].as_array().unwrap().clone();
+    let told = |entry: &Value| (entry["event"].as_str().unwrap().to_owned(), entry["epoch"].as_u64().unwrap());
+    assert_eq!(history().iter().map(told).collect::<Vec<_>>(), [("start".into(), 1)]);
+    let manifest = guards.join("steer/guard.toml");
+    replace(&manifest, strength("4.0", "5.0"));
+    server.until("epoch 2", |health| health["epoch"] == 2);
+    let whole = std::fs::read_to_string(&manifest).unwrap();
+    replace(&manifest, |text| text + "\nnonsense = 1\n");
+    server.until("a problem", |health| health["status"] == "degraded");
+    replace(&manifest, |_| whole);
+    server.until("no problem", |health| health["status"] == "ok");
+    assert_eq!(server.patch("/v1/guards/steer", None, &json!({ "enabled": false })).status, 200);
+    let entries = history();
+    let events = [("change", 3), ("reload", 2), ("refused", 2), ("reload", 2), ("start", 1)];
+    assert_eq!(
+        entries.iter().map(told).collect::<Vec<_>>(),
+        events.map(|(event, epoch)| (event.to_owned(), epoch)),
+        "{entries:?}"
+    );
+    let changed: Vec<_> = entries.iter().map(|entry| entry["changed"].clone()).collect();
+    assert_eq!(changed, [json!(["steer"]), json!([]), json!([]), json!(["steer"]), json!(["steer"])]);
+    assert!(entries[2]["problems"]["steer"].as_str().unwrap().contains("nonsense"), "{:?}", entries[2]);
+    assert!(entries.windows(2).all(|two| two[0]["time"].as_f64() >= two[1]["time"].as_f64()));
+}
+
+#[cfg(unix)]
+#[test]
+fn keys_have_limits_and_are_renewed() {
+    let fixture = Fixture::new(&[]);
+    let path = keys(&fixture, &[("app", "user", "requests_per_minute = 2"), ("lab", "user", "tokens_per_minute = 10")]);
+    let server = Server::start(&["--model", fixture.model(), "--keys", text(&path)]);
+    let ask =
+        |key: &str| server.request("POST", "/v1/completions", Some(key), greedy("the sea").to_string().as_bytes());
+    let limited = |answer: &Answer| {
+        assert_eq!((answer.status, answer.error()["code"].as_str()), (429, Some("rate_limit_exceeded")), "{answer:?}");
+        assert!((1..=60).contains(&answer.headers["retry-after"].parse::<u64>().unwrap()));
+    };
+    assert_eq!([ask("sk-app").status, ask("sk-app").status], [200, 200]);
+    limited(&ask("sk-app"));
+    // Twelve tokens are more than ten, and are known when they have been written.
+    assert_eq!(ask("sk-lab").status, 200);
+    limited(&ask("sk-lab"));
+    // One comes, one goes, and one has another limit; what has been used of the other stays used.
+    keys(
+        &fixture,
+        &[("new", "user", ""), ("app", "user", "requests_per_minute = 100"), ("lab", "user", "tokens_per_minute = 10")],
+    );
+    server.signal("HUP");
+    server.until("the new key", |_| ask("sk-new").status == 200);
+    assert_eq!(ask("sk-app").status, 200);
+    limited(&ask("sk-lab"));
+    keys(&fixture, &[("new", "user", "")]);
+    server.signal("HUP");
+    server.until("an end of the old key", |_| ask("sk-app").status == 401);
+    // What is no file of keys leaves the last one in use.
+    std::fs::write(&path, "nonsense").unwrap();
+    server.signal("HUP");
+    server.until("a warning", |_| server.log().contains("the keys stay as they were"));
+    assert_eq!(ask("sk-new").status, 200);
+}
+
+#[test]
 fn with_a_guard_that_can_t_be_read_it_does_not_begin() {
     let fixture = steering("4");
     let guards = directory(&fixture, &["steer"]);
