@@ -71,7 +71,9 @@ fn hold_places(server: &Server, n: usize) -> Vec<std::net::TcpStream> {
     let endless =
         json!({ "type": "object", "properties": { "a": { "type": "string", "minLength": 3500 } }, "required": ["a"] });
     let form = json!({ "type": "json_schema", "json_schema": { "schema": endless } });
-    let long = json!({ "prompt": "sea", "max_tokens": 3000, "stream": true, "response_format": form }).to_string();
+    // What nobody reads fills the connection, and the place is held all the same.
+    let long = json!({ "prompt": "sea", "max_tokens": 3000, "stream": true, "response_format": form, "logprobs": 20 });
+    let long = long.to_string();
     let head = format!("POST /v1/completions HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n{long}", long.len());
     let hold = |_| {
         let mut stream = server.connect();
