@@ -113,3 +113,65 @@ fn the_pages_are_in_the_binary() {
         }
     }
 }
+
+/// As a collector hears of answers: OTLP's messages, whose strings stand in them as they are.
+#[cfg(feature = "otel")]
+#[test]
+fn answers_are_spans_of_the_requests_trace() {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::sync::{Arc, Mutex};
+    let collector = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", collector.local_addr().unwrap());
+    let received: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let all = Arc::clone(&received);
+    std::thread::spawn(move || {
+        for stream in collector.incoming() {
+            let mut reader = BufReader::new(stream.unwrap());
+            let mut head = String::new();
+            while reader.read_line(&mut head).unwrap() > 2 {}
+            let length = head.lines().find_map(|line| {
+                let (name, value) = line.split_once(": ")?;
+                name.eq_ignore_ascii_case("content-length").then(|| value.parse().unwrap())
+            });
+            let mut body = vec![0; length.unwrap()];
+            reader.read_exact(&mut body).unwrap();
+            assert!(head.starts_with("POST /v1/traces "), "{head}");
+            all.lock().unwrap().extend_from_slice(&body);
+            let _ = reader.get_mut().write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+        }
+    });
+    let fixture = Fixture::new(&["--on-fire", "block"]);
+    let guards = directory(&fixture, &["sharks"]);
+    let environment = [("PILOTFISH_SERVE__TELEMETRY__OTLP", address.as_str()), ("OTEL_BSP_SCHEDULE_DELAY", "50")];
+    let server = Server::start_with(&["--model", fixture.model(), "--guards", text(&guards)], &environment);
+    let heard = |what: &[u8]| received.lock().unwrap().windows(what.len()).any(|window| window == what);
+    let until = |what: &[u8]| {
+        server.until("a span", |_| heard(what));
+    };
+    let body =
+        json!({ "messages": [{ "role": "user", "content": "shark sea sea sea sea" }], "max_tokens": 4 }).to_string();
+    let trace: Vec<u8> = (1..=16).collect();
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\nconnection: close\r\ntraceparent: 00-0102030405060708090a0b0c0d0e0f10-00000000000000ff-01\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let mut stream = server.connect();
+    stream.write_all((head + &body).as_bytes()).unwrap();
+    let id = answer(&mut stream).json()["id"].as_str().unwrap().to_owned();
+    until(id.as_bytes());
+    for what in
+        ["chat tiny", "gen_ai.usage.input_tokens", "content_filter", "pilotfish.score", "shark-gate", "service.name"]
+    {
+        assert!(heard(what.as_bytes()), "{what}");
+    }
+    assert!(heard(&trace) && !heard(b"shark sea"));
+    // The last of them go out at the end.
+    let last = server.done("/v1/completions", &greedy("the sea"))["id"].as_str().unwrap().to_owned();
+    server.signal("TERM");
+    assert!(server.wait().success());
+    assert!(heard(last.as_bytes()));
+    // Where nobody listens, answers come all the same.
+    let nobody = [("PILOTFISH_SERVE__TELEMETRY__OTLP", "http://127.0.0.1:9")];
+    let alone = Server::start_with(&["--model", fixture.model()], &nobody);
+    alone.done("/v1/completions", &greedy("the sea"));
+}
