@@ -26,7 +26,7 @@ mod tokens;
 
 use args::{Arguments, Command};
 use clap::Parser;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 /// What a command ended with, when it did not fail.
@@ -53,7 +53,12 @@ pub fn main() -> ExitCode {
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("PILOTFISH_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("pilotfish=warn,off"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .without_time()
+        .init();
 
     match execute(arguments.command) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
@@ -61,7 +66,7 @@ pub fn main() -> ExitCode {
         // The reader of our output has seen enough.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(io::stderr(), "error: {error:#}");
+            let _ = writeln!(io::stderr(), "error: {}", with_causes(&error));
             ExitCode::from(OPERATIONAL)
         }
     }
@@ -85,6 +90,17 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Serve(arguments) => serve::serve(&arguments),
         Command::Audit(arguments) => serve::audit(&arguments),
     }
+}
+
+/// What went wrong and why, each once: some errors say their cause themselves.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut told = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !told.ends_with(&cause) {
+            told = format!("{told}: {cause}");
+        }
+    }
+    told
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

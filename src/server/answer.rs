@@ -237,7 +237,7 @@ impl Answering {
             let next = tokio::select! {
                 next = self.next() => next,
                 () = sender.closed() => {
-                    self.abandon(&ApiError::timeout("the client hung up")).await;
+                    self.abandon(&self.cut_off()).await;
                     return None;
                 }
             };
@@ -265,6 +265,12 @@ impl Answering {
             "guard": report,
         });
         Some((self.headers(&report), Json(body)).into_response())
+    }
+
+    /// Why nobody waits for it.
+    fn cut_off(&self) -> ApiError {
+        let ends = self.state.ending.load(Ordering::Acquire);
+        ApiError::timeout(if ends { "the server ended" } else { "the client hung up" })
     }
 
     /// Has what is left of it ended, and writes down what there was and why it ended.
@@ -296,8 +302,8 @@ impl Answering {
             // Nothing is to be said to whoever does not read.
             let told = tokio::time::timeout_at(deadline.into(), self.pieces(&sender)).await;
             if !self.finished {
-                let why = if told.is_ok() { "the client hung up" } else { "the client did not read" };
-                self.abandon(&ApiError::timeout(why)).await;
+                let why = if told.is_ok() { self.cut_off() } else { ApiError::timeout("the client did not read") };
+                self.abandon(&why).await;
             }
         });
         (headers, Sse::new(ReceiverStream::new(receiver)).keep_alive(KeepAlive::default())).into_response()

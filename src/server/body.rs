@@ -3,7 +3,7 @@
 use super::error::ApiError;
 use super::keys::Caller;
 use super::state::State;
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::http::HeaderMap;
 use http_body_util::BodyExt;
 use serde_json::{Map, Value};
@@ -18,21 +18,42 @@ pub(super) struct Fields {
     _memory: Option<OwnedSemaphorePermit>,
 }
 
-/// Lets a refused request send what it has still to send, no more than is allowed: a client that is answered in the middle of sending would find its connection
-/// broken and not its answer.
+/// What is let go of a body that is not read, in multiples of what may be read.
+const LET_GO: usize = 8;
+
+/// Lets a refused request send what it has still to send, some multiples of what is allowed: a client that is answered in the middle of sending would find its
+/// connection broken and not its answer.
 pub(super) async fn refuse(state: &State, mut body: Body, error: ApiError) -> ApiError {
     let limits = &state.config.limits;
-    let let_go = async {
-        let mut n_bytes = 0;
-        while let Some(Ok(frame)) = body.frame().await {
-            n_bytes += frame.data_ref().map_or(0, |data| data.len());
-            if n_bytes > limits.body_bytes {
-                break;
-            }
-        }
-    };
-    let _ = tokio::time::timeout(limits.read(), let_go).await;
+    let _ = tokio::time::timeout(limits.read(), let_go(&mut body, limits.body_bytes)).await;
     error
+}
+
+async fn let_go(body: &mut Body, limit: usize) {
+    let mut left = limit.saturating_mul(LET_GO);
+    while let Some(Ok(frame)) = body.frame().await {
+        let n_bytes = frame.data_ref().map_or(0, |data| data.len());
+        match left.checked_sub(n_bytes) {
+            Some(less) => left = less,
+            None => break,
+        }
+    }
+}
+
+/// A body of up to `limit` bytes.
+async fn bytes(mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
+    let mut bytes = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| ApiError::body(error.to_string()))?;
+        let Some(data) = frame.data_ref() else { continue };
+        if bytes.len() + data.len() > limit {
+            drop(bytes);
+            let_go(&mut body, limit).await;
+            return Err(ApiError::too_large(limit));
+        }
+        bytes.extend_from_slice(data);
+    }
+    Ok(bytes)
 }
 
 /// Who asks the model for something, and for what.
@@ -53,14 +74,8 @@ impl Fields {
         let limits = &state.config.limits;
         let memory = tokio::time::timeout(limits.read(), Arc::clone(&state.bodies).acquire_owned()).await;
         let memory = memory.map_err(|_| ApiError::unavailable("too many requests are read at once"))?.ok();
-        let bytes = tokio::time::timeout(limits.read(), to_bytes(body, limits.body_bytes)).await;
-        let bytes = bytes.map_err(|_| ApiError::timeout("the request's body did not come in time"))?;
-        let bytes = bytes.map_err(|error| {
-            // axum tells a limit and a broken connection apart in the source only; of the latter nobody hears.
-            let limit =
-                std::error::Error::source(&error).is_some_and(|source| source.is::<http_body_util::LengthLimitError>());
-            if limit { ApiError::too_large(limits.body_bytes) } else { ApiError::body(error.to_string()) }
-        })?;
+        let bytes = tokio::time::timeout(limits.read(), bytes(body, limits.body_bytes)).await;
+        let bytes = bytes.map_err(|_| ApiError::timeout("the request's body did not come in time"))??;
         Ok(Self { _memory: memory, ..Self::parse(&bytes)? })
     }
 

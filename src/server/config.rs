@@ -15,6 +15,8 @@ pub struct ServerConfig {
     pub listen: SocketAddr,
     /// A Unix socket to listen on as well.
     pub unix_socket: Option<PathBuf>,
+    /// Its permissions, in octal: whoever may write to it may ask.
+    pub unix_socket_mode: String,
     /// What makes it HTTPS.
     pub tls: Option<TlsConfig>,
     /// A file of keys ([`Keys`](super::Keys)). Without one anybody who reaches the server may do anything, so it then listens to this machine alone.
@@ -36,6 +38,7 @@ impl Default for ServerConfig {
             guards: None,
             listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080),
             unix_socket: None,
+            unix_socket_mode: "600".into(),
             tls: None,
             keys: None,
             served_name: None,

@@ -169,7 +169,7 @@ struct Told {
 
 impl Told {
     fn published(&self, snapshot: &Arc<Snapshot>) {
-        self.metrics.epoch(snapshot.epoch);
+        self.metrics.snapshot(snapshot);
         (self.on_snapshot)(snapshot);
     }
 
@@ -208,7 +208,7 @@ fn run(
             return;
         }
     };
-    told.metrics.epoch(first.epoch);
+    told.metrics.snapshot(&first);
     told.history.add(Happened::started(&first));
     let current = Arc::new(ArcSwap::from_pointee(first));
     if started.send(Ok(Arc::clone(&current))).is_err() {

@@ -87,6 +87,9 @@ pub fn serve(config: ServerConfig, model: Model, on_ready: impl FnOnce(&Serving)
     });
     let keeper =
         Keeper::start(Arc::clone(&model), directory, config.reload.options(), Arc::clone(&metrics), on_snapshot)?;
+    if let Some(path) = config.guards.as_deref().filter(|_| keeper.current().acting().next().is_none()) {
+        tracing::warn!("`{}` holds no guard: the model is served as it is", path.display());
+    }
     let program = Arc::clone(&keeper.current().program);
     let worker = Worker::start(Arc::clone(&model), program, options, Arc::clone(&metrics), on_end)?;
     let _ = handle_slot.set(worker.handle());
@@ -109,6 +112,7 @@ pub fn serve(config: ServerConfig, model: Model, on_ready: impl FnOnce(&Serving)
         keys: ArcSwap::from_pointee(keys),
         metrics,
         audit,
+        audit_failed: AtomicBool::new(false),
         telemetry,
         started: SystemTime::now(),
         ending: AtomicBool::new(false),
@@ -203,7 +207,7 @@ async fn run(
     let _socket = match &state.config.unix_socket {
         None => None,
         Some(path) => {
-            let (listener, socket) = unix::listen(path)?;
+            let (listener, socket) = unix::listen(path, &state.config.unix_socket_mode)?;
             let server = bounded(axum_server::from_unix(listener)?, &state);
             servers.spawn(server.handle(Handle::with_control(control.clone())).serve(app));
             Some(socket)
@@ -228,6 +232,16 @@ async fn run(
     while let Some(served) = servers.join_next().await {
         served.map_err(|error| ServerError::Worker(error.to_string()))??;
     }
+    // Requests whose connections were cut are on record too before this ends.
+    let written = async {
+        while state.places.taken() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let written = tokio::time::timeout(Duration::from_secs(if failed { 1 } else { 10 }), written).await;
+    if written.is_err() {
+        tracing::warn!("{} requests are not on record: they did not end", state.places.taken());
+    }
     Ok(())
 }
 
@@ -241,10 +255,18 @@ fn bounded<A: axum_server::Address, T>(server: Server<A, T>, state: &State) -> S
 
 async fn tls(config: &ServerConfig) -> Result<Option<RustlsConfig>, ServerError> {
     let Some(TlsConfig { certificate, key }) = &config.tls else { return Ok(None) };
-    let read = RustlsConfig::from_pem_file(certificate, key).await;
     let unusable =
         |error: std::io::Error| ServerError::Tls { certificate: certificate.clone(), reason: error.to_string() };
-    read.map(Some).map_err(unusable)
+    let tls = RustlsConfig::from_pem_file(certificate, key).await.map_err(unusable)?;
+    offer_http1(&tls);
+    Ok(Some(tls))
+}
+
+/// Offers the one protocol that is spoken here, and not HTTP/2, which clients would take.
+fn offer_http1(tls: &RustlsConfig) {
+    let mut config = (*tls.get_inner()).clone();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    tls.reload_from_config(Arc::new(config));
 }
 
 /// Reads the keys and the certificate anew. What can't be read leaves the old ones in use.
@@ -260,8 +282,13 @@ async fn renew(state: &State, tls: Option<&RustlsConfig>) {
         }
     }
     let (Some(TlsConfig { certificate, key }), Some(tls)) = (&state.config.tls, tls) else { return };
-    if let Err(error) = tls.reload_from_pem_file(certificate, key).await {
-        tracing::warn!("the certificate `{}` is not renewed: {error}", certificate.display());
+    // Read beside the one in use, which is never without what is set on it.
+    match RustlsConfig::from_pem_file(certificate, key).await {
+        Ok(read) => {
+            offer_http1(&read);
+            tls.reload_from_config(read.get_inner());
+        }
+        Err(error) => tracing::warn!("the certificate `{}` is not renewed: {error}", certificate.display()),
     }
 }
 
@@ -282,10 +309,13 @@ mod unix {
         }
     }
 
-    /// Listens on `path`, which its owner alone may use. A socket that nobody listens on any more is removed first.
-    pub fn listen(path: &Path) -> Result<(UnixListener, Socket), ServerError> {
+    /// Listens on `path`, with the permissions `mode`, in octal. A socket that nobody listens on any more is removed first.
+    pub fn listen(path: &Path, mode: &str) -> Result<(UnixListener, Socket), ServerError> {
         let problem =
             |reason: &dyn std::fmt::Display| ServerError::Socket { path: path.to_owned(), reason: reason.to_string() };
+        let octal = u32::from_str_radix(mode, 8).ok().filter(|mode| *mode <= 0o777);
+        let mode =
+            octal.ok_or_else(|| problem(&format!("`unix_socket_mode` is `{mode}`, where 600 or 660 is meant")))?;
         if let Ok(metadata) = fs::symlink_metadata(path) {
             if !metadata.file_type().is_socket() {
                 return Err(problem(&"there is something else of this name"));
@@ -297,7 +327,7 @@ mod unix {
         }
         let listener = UnixListener::bind(path).map_err(|error| problem(&error))?;
         let socket = Socket(path.to_owned());
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(|error| problem(&error))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|error| problem(&error))?;
         Ok((listener, socket))
     }
 }

@@ -1,3 +1,4 @@
+use super::snapshot::Snapshot;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -20,6 +21,8 @@ pub(super) struct Metrics {
     running: Gauge,
     waiting: Gauge,
     epoch: Gauge,
+    guards: Gauge,
+    problems: Gauge,
     fired: Family<GateLabels, Counter>,
     blocked: Family<GuardLabels, Counter>,
     faults: Counter,
@@ -71,6 +74,10 @@ impl Metrics {
         registry.register("requests_waiting", "Requests that wait", waiting.clone());
         let epoch = Gauge::default();
         registry.register("epoch", "Number of the snapshot of guards that is in force", epoch.clone());
+        let guards = Gauge::default();
+        registry.register("guards", "Guards that are in force", guards.clone());
+        let problems = Gauge::default();
+        registry.register("problems", "Folders of guards that hold what is not in force", problems.clone());
         let fired = Family::<GateLabels, Counter>::default();
         registry.register("gate_fired", "Requests in which a gate fired", fired.clone());
         let blocked = Family::<GuardLabels, Counter>::default();
@@ -79,6 +86,10 @@ impl Metrics {
         registry.register("faults", "Requests that ended because a guard, or llama.cpp, failed", faults.clone());
         let reloads = Family::<ReloadLabels, Counter>::default();
         registry.register("reloads", "Changes of the guards' directory that were seen", reloads.clone());
+        // What begins at 1 is an increase that nobody sees.
+        for outcome in ["taken", "refused"] {
+            drop(reloads.get_or_create(&ReloadLabels { outcome }));
+        }
         Arc::new(Self {
             registry,
             requests,
@@ -90,6 +101,8 @@ impl Metrics {
             running,
             waiting,
             epoch,
+            guards,
+            problems,
             fired,
             blocked,
             faults,
@@ -128,8 +141,18 @@ impl Metrics {
         self.waiting.set(waiting as i64);
     }
 
-    pub fn epoch(&self, epoch: u64) {
-        self.epoch.set(epoch as i64);
+    /// What is in force from now on.
+    pub fn snapshot(&self, snapshot: &Snapshot) {
+        self.epoch.set(snapshot.epoch as i64);
+        self.guards.set(snapshot.acting().count() as i64);
+        self.problems.set((snapshot.problems().len() + usize::from(snapshot.problem.is_some())) as i64);
+        for guard in snapshot.acting() {
+            drop(self.blocked.get_or_create(&GuardLabels { guard: guard.name().to_owned() }));
+            for gate in guard.gates() {
+                let labels = GateLabels { guard: guard.name().to_owned(), gate: gate.name.clone() };
+                drop(self.fired.get_or_create(&labels));
+            }
+        }
     }
 
     pub fn fired(&self, guard: &str, gate: &str) {

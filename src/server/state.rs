@@ -25,6 +25,8 @@ pub(super) struct State {
     pub keys: ArcSwap<Keys>,
     pub metrics: Arc<Metrics>,
     pub audit: Option<AuditWriter>,
+    /// Whether a record could not be written: then none can be any more.
+    pub audit_failed: AtomicBool,
     pub telemetry: Option<Telemetry>,
     pub started: SystemTime,
     /// Whether the model's thread has ended, or the server is about to.
@@ -83,6 +85,9 @@ impl State {
         if self.ending.load(Ordering::Acquire) {
             return Err(ApiError::unavailable("the server is about to end"));
         }
+        if self.audit_failed.load(Ordering::Acquire) {
+            return Err(ApiError::unavailable("the audit log can't be written: the server has to begin anew"));
+        }
         self.places.take(n)
     }
 
@@ -98,6 +103,7 @@ impl State {
         match written.await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => {
+                self.audit_failed.store(true, Ordering::Release);
                 tracing::error!("the audit log: {error}");
                 Err(ApiError::unavailable("the audit log can't be written"))
             }

@@ -38,6 +38,7 @@ fn a_unix_socket_is_its_owners_and_goes_with_the_server() {
 #[cfg(unix)]
 #[test]
 fn https_by_a_certificate_that_is_renewed() {
+    use rustls::pki_types::pem::PemObject;
     let fixture = Fixture::new(&[]);
     let [certificate, key] = ["server.pem", "server.key"].map(|name| fixture.folder.path().join(name));
     let issue = || {
@@ -66,12 +67,31 @@ fn https_by_a_certificate_that_is_renewed() {
             std::thread::sleep(Duration::from_millis(20));
         }
     };
+    // What clients are offered that take HTTP/2 where they get it.
+    let negotiated = |pem: &str| {
+        let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        let certificate = rustls::pki_types::CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+        roots.add(certificate).unwrap();
+        let builder = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let mut config = builder.unwrap().with_root_certificates(roots).with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let name = "localhost".try_into().unwrap();
+        let mut tls = rustls::ClientConnection::new(std::sync::Arc::new(config), name).unwrap();
+        let mut stream = server.connect();
+        while tls.is_handshaking() {
+            tls.complete_io(&mut stream).unwrap();
+        }
+        tls.alpn_protocol().map(<[u8]>::to_vec)
+    };
     assert!(trusts(&first));
+    assert_eq!(negotiated(&first).as_deref(), Some(&b"http/1.1"[..]));
     let second = issue();
     assert!(!trusts(&second));
     server.signal("HUP");
     patiently("the new certificate", &|| trusts(&second));
     assert!(!trusts(&first));
+    assert_eq!(negotiated(&second).as_deref(), Some(&b"http/1.1"[..]));
     // One that is none leaves the one that is in use.
     std::fs::write(&certificate, "nonsense").unwrap();
     server.signal("HUP");

@@ -223,6 +223,28 @@ fn keys_have_limits_and_are_renewed() {
     assert_eq!(ask("sk-new").status, 200);
 }
 
+/// What a drain cuts off is on record all the same.
+#[cfg(unix)]
+#[test]
+fn what_the_end_cuts_off_is_on_record() {
+    let fixture = steering("4");
+    let guards = directory(&fixture, &["steer"]);
+    let log = fixture.folder.path().join("audit.jsonl");
+    let arguments = ["--model", fixture.model(), "--guards", text(&guards), "--audit", text(&log)];
+    let server = Server::start_with(&arguments, &[("PILOTFISH_SERVE__LIMITS__DRAIN_SECONDS", "0")]);
+    let held = super::abuse::hold_places(&server, 2);
+    server.signal("TERM");
+    assert!(server.wait().success());
+    drop(held);
+    let records = std::fs::read_to_string(&log).unwrap();
+    let errors = records.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["record"]["error"].clone());
+    assert_eq!(
+        errors.collect::<Vec<_>>(),
+        [json!(null), json!("the server ended"), json!("the server ended")],
+        "{records}"
+    );
+}
+
 #[test]
 fn with_a_guard_that_can_t_be_read_it_does_not_begin() {
     let fixture = steering("4");
