@@ -1,8 +1,9 @@
-use super::model::{Model, context_params};
+use super::model::{Model, beside, context_params};
 use super::{EngineError, Weights};
 use crate::hook::{BatchRow, CaptureRows, ContextError, GuardedBatch, GuardedContext};
 use crate::program::{ModelShape, Program, RowKind};
 use crate::tensor::{LayerIndex, LayerStack, Residual, SequenceId, TokenPosition};
+use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::token::LlamaToken;
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -44,7 +45,18 @@ impl<'model> ActivationReader<'model> {
     /// A layer that the model does not have, or llama.cpp can't make the context.
     pub fn new(weights: Weights<'model>, layers: Vec<LayerIndex>, capacity: usize) -> Result<Self, EngineError> {
         let observer = Program::observer(weights.shape());
-        Self::with_program(weights, observer, layers, capacity)
+        Self::with_program(weights, observer, layers, capacity, context_params)
+    }
+
+    /// One that works [`beside`] other contexts.
+    pub(super) fn beside(
+        weights: Weights<'model>,
+        layers: Vec<LayerIndex>,
+        capacity: usize,
+    ) -> Result<Self, EngineError> {
+        let observer = Program::observer(weights.shape());
+        let params = |n_ctx, n_batch| beside(context_params(n_ctx, n_batch));
+        Self::with_program(weights, observer, layers, capacity, params)
     }
 
     fn with_program(
@@ -52,14 +64,14 @@ impl<'model> ActivationReader<'model> {
         program: Program,
         layers: Vec<LayerIndex>,
         capacity: usize,
+        params: impl FnOnce(u32, u32) -> LlamaContextParams,
     ) -> Result<Self, EngineError> {
         let shape = weights.shape();
         if let Some(layer) = layers.iter().find(|layer| layer.0 >= shape.n_layer) {
             return Err(EngineError::NoLayer { layer: *layer, last: shape.n_layer - 1 });
         }
         let size = u32::try_from(capacity.max(8)).unwrap_or(u32::MAX);
-        let params = context_params(size, size);
-        let context = weights.guarded(params, Arc::new(program))?;
+        let context = weights.guarded(params(size, size), Arc::new(program))?;
         Ok(Self { context, shape, layers, batch: GuardedBatch::new(size as usize), capacity: size as usize })
     }
 
@@ -73,7 +85,7 @@ impl<'model> ActivationReader<'model> {
         layers: Vec<LayerIndex>,
         capacity: usize,
     ) -> Result<Self, EngineError> {
-        Self::with_program(model.weights(), program, layers, capacity)
+        Self::with_program(model.weights(), program, layers, capacity, context_params)
     }
 
     pub fn layers(&self) -> &[LayerIndex] {

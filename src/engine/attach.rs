@@ -49,7 +49,9 @@ pub fn guard_context<'model>(
 /// Another fingerprint, another answer to a probe, or guards that do not compile for this model.
 pub fn program_for(weights: Weights<'_>, guards: &[&Guard], options: GuardOptions) -> Result<Program, EngineError> {
     let identity = identity_of("", weights.llama())?;
-    compile(weights, &identity, guards, options, &mut |probe| probe_activations(weights, &probe.prompt, probe.layer))
+    compile(weights, &identity, guards, options, &mut |probe| {
+        probe_activations(weights, &probe.prompt, probe.layer, ActivationReader::new)
+    })
 }
 
 /// [`program_for`] a model of that identity, with the activations of a probe's prompt from `activations`.
@@ -141,17 +143,21 @@ pub fn measure_probe(
     layer: LayerIndex,
     direction: &[f32],
 ) -> Result<Probe, EngineError> {
-    probe_in(&*probe_activations(weights, prompt, layer)?, prompt, vector, layer, direction)
+    probe_in(&*probe_activations(weights, prompt, layer, ActivationReader::new)?, prompt, vector, layer, direction)
 }
 
+/// Makes a reader of layers, for so many tokens.
+type MakeReader<'model> = fn(Weights<'model>, Vec<LayerIndex>, usize) -> Result<ActivationReader<'model>, EngineError>;
+
 /// Residuals of `prompt` at `layer`, of all tokens but the first.
-pub(super) fn probe_activations(
-    weights: Weights<'_>,
+pub(super) fn probe_activations<'model>(
+    weights: Weights<'model>,
     prompt: &str,
     layer: LayerIndex,
+    reader: MakeReader<'model>,
 ) -> Result<Arc<Activations>, EngineError> {
     let tokens = PromptTemplate::Raw.tokens(weights.llama(), prompt)?;
-    let mut reader = ActivationReader::new(weights, vec![layer], tokens.len())?;
+    let mut reader = reader(weights, vec![layer], tokens.len())?;
     Ok(Arc::new(reader.every_token(&tokens)?))
 }
 

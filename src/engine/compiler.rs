@@ -1,6 +1,6 @@
-use super::activations::Activations;
+use super::activations::{ActivationReader, Activations};
 use super::attach::{compile, probe_activations};
-use super::model::{Model, context_params};
+use super::model::{Model, beside, context_params};
 use super::{EngineError, GuardOptions};
 use crate::guard::Guard;
 use crate::hook::GuardedContext;
@@ -25,7 +25,7 @@ impl<'model> GuardCompiler<'model> {
     /// llama.cpp can't make a context.
     pub fn new(model: &'model Model) -> Result<Self, EngineError> {
         let observer = Arc::new(Program::observer(model.shape()));
-        let proving_ground = model.weights().guarded(context_params(ROOM, ROOM), observer)?;
+        let proving_ground = model.weights().guarded(beside(context_params(ROOM, ROOM)), observer)?;
         Ok(Self { model, proving_ground, probes: HashMap::new() })
     }
 
@@ -44,7 +44,7 @@ impl<'model> GuardCompiler<'model> {
             if let Some(known) = probes.get(&key) {
                 return Ok(Arc::clone(known));
             }
-            let read = probe_activations(weights, &probe.prompt, probe.layer)?;
+            let read = probe_activations(weights, &probe.prompt, probe.layer, ActivationReader::beside)?;
             probes.insert(key, Arc::clone(&read));
             Ok(read)
         })?;

@@ -159,3 +159,10 @@ pub(super) fn context_params(n_ctx: u32, n_batch: u32) -> LlamaContextParams {
         .with_n_threads(threads)
         .with_n_threads_batch(threads)
 }
+
+/// Parameters of a context that is used beside others of this process, on the CPU with one thread: a second team of threads, idle as it may be, has OpenMP's
+/// (libgomp's) threads no longer wait actively for each other where both teams together are more than there are cores, and every context is slower for it
+/// (two cores, 8 sequences of SmolLM2: by a quarter).
+pub(super) fn beside(params: LlamaContextParams) -> LlamaContextParams {
+    params.with_n_threads(1).with_n_threads_batch(1)
+}

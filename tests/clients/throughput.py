@@ -194,12 +194,22 @@ class Wire:
     def __init__(self, address):
         host, port = address.rsplit(":", 1)
         self.connection = http.client.HTTPConnection(host, int(port), timeout=300)
+        self.is_used = False
 
     def ask(self, method, path, body=None):
         """Status, body, and when its first piece came."""
         headers = {"content-type": "application/json"} if body is not None else {}
-        self.connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = self.connection.getresponse()
+        try:
+            self.connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = self.connection.getresponse()
+        except (http.client.RemoteDisconnected, ConnectionError):
+            # A server may close a connection between two requests: llama.cpp's does after some.
+            if not self.is_used:
+                raise
+            self.connection.close()
+            self.is_used = False
+            return self.ask(method, path, body)
+        self.is_used = True
         pieces, first = [], None
         # Piece by piece, as a reader of a stream has it.
         while piece := response.read1(65536):
@@ -277,7 +287,7 @@ def all_of(server, prompts, indices, tokens, n_clients):
                 answers[index] = complete(wire, prompts[index], index, tokens, False)
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}")
-    clients = [threading.Thread(target=client) for _ in range(n_clients)]
+    clients = [threading.Thread(target=client, daemon=True) for _ in range(n_clients)]
     for each in clients:
         each.start()
     for each in clients:
@@ -347,7 +357,7 @@ class Round:
             self.settled[number].set()
 
     def run(self, others):
-        clients = [threading.Thread(target=self.client, args=(number,)) for number in range(self.arguments.clients)]
+        clients = [threading.Thread(target=self.client, args=(number,), daemon=True) for number in range(self.arguments.clients)]
         began, idle, cpu, own = time.monotonic(), [other.cpu_seconds() for other in others], self.server.cpu_seconds(), time.process_time()
         for client in clients:
             client.start()
@@ -487,6 +497,8 @@ def main():
     parser.add_argument("--wait-policy", choices=["default", "passive", "active"], default="default", help="OMP_WAIT_POLICY of all servers")
     parser.add_argument("--json", action="store_true", help="all there is, as JSON to stdout")
     arguments = parser.parse_args()
+    # What is started is ended, whoever ends this.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.threads = len(os.sched_getaffinity(0))
     modes = arguments.modes.split(",")
     if unknown := set(modes) - {"whole", "streamed"}:
