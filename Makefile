@@ -4,8 +4,10 @@
 # make test-vulkan    the tests on a GPU by Vulkan, or on Vulkan's software driver; installs what is missing
 # make test-cuda      the tests on an NVIDIA GPU
 # make test-clients   the server, asked by OpenAI's own client, LiteLLM's proxy and LangChain
+# make test-dashboard the server's page, in a headless Chromium
 # make test-deployment  the files in packaging/: nginx in front of real servers, the unit, the container's file, the alerts
 # make soak           the server under 32 clients while a guard is rewritten, ten minutes
+# make bench-server   the server's throughput beside llama.cpp's own
 # make bench          ratios of guarded to unguarded speed
 # make setup          install what is missing (cmake, a C++ compiler, libclang)
 
@@ -15,7 +17,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test test-clients test-deployment soak test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -30,7 +32,7 @@ setup:
 # that wait for each other at every product, where others have the core, make a test of seconds one of minutes. One runs again with all threads.
 test: lint deny models reference
 	OMP_THREAD_LIMIT=1 PILOTFISH_REAL_MODELS=require $(CARGO) test
-	$(CARGO) test --test suite -- real::reading_changes_no_bit_of_the_logits
+	PILOTFISH_REAL_MODELS=require $(CARGO) test --test suite -- real::reading_changes_no_bit_of_the_logits
 
 # A folder for each: another feature compiles llama.cpp anew. Vulkan takes no software driver that is not asked for by its number. What a test keeps
 # on the CPU stays there: llama.cpp would send large batches to the GPU all the same, whose products are less exact. One thread, since each test has
@@ -47,19 +49,23 @@ test-cuda:
 test-clients: models $(TOOLS)/clients/installed
 	PILOTFISH=$(PILOTFISH) $(TOOLS)/clients/bin/python -m pytest -q tests/clients
 
-$(TOOLS)/clients/installed: tests/clients/requirements.txt
-	python3 -m venv $(TOOLS)/clients
-	$(TOOLS)/clients/bin/pip install -q -r $<
-	touch $@
+# Chromium is the system's, or CHROMIUM.
+test-dashboard: models $(TOOLS)/dashboard/installed
+	PILOTFISH=$(PILOTFISH) $(TOOLS)/dashboard/bin/python -m pytest -q tests/dashboard
 
 # What is not installed of nginx, promtool and systemd is skipped, and told.
 test-deployment: models $(TOOLS)/deployment/installed
 	PATH="$(TOOLS)/deployment/bin:$$PATH" PILOTFISH=$(PILOTFISH) $(TOOLS)/deployment/bin/python -m pytest -q -rs tests/deployment
 
-$(TOOLS)/deployment/installed: tests/deployment/requirements.txt
-	python3 -m venv $(TOOLS)/deployment
-	$(TOOLS)/deployment/bin/pip install -q -r $<
+# What the Python of a folder of tests/ needs.
+$(TOOLS)/%/installed: tests/%/requirements.txt
+	python3 -m venv $(TOOLS)/$*
+	$(TOOLS)/$*/bin/pip install -q -r $<
 	touch $@
+
+bench-server: models
+	@scripts/setup-llama-server.sh $(TOOLS)/llama-server
+	python3 tests/clients/throughput.py --pilotfish $(PILOTFISH) --llama-server $(TOOLS)/llama-server/bin/llama-server --guards guards/harm-gate-gemma3-to-smollm2
 
 soak: models
 	python3 tests/clients/soak.py --pilotfish $(PILOTFISH) --model smollm2-135m-instruct --guard guards/refusal-smollm2 --seconds 600
