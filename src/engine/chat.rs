@@ -24,6 +24,8 @@ pub struct ChatTemplate {
     form: Form,
     bos: String,
     eos: String,
+    /// Whether the tokenizer puts `bos` before a text itself.
+    adds_bos: bool,
 }
 
 enum Form {
@@ -68,7 +70,8 @@ impl ChatTemplate {
             }
             _ => Form::Turns { before: String::new(), after: "\n".to_owned() },
         };
-        Ok(Self { form, bos, eos })
+        let adds_bos = vocab.tokenize(b"a", true, true).first() == Some(&vocab.bos());
+        Ok(Self { form, bos, eos, adds_bos })
     }
 
     /// The text that the model reads for `messages`, up to where it is to answer.
@@ -138,10 +141,11 @@ impl ChatTemplate {
         }
     }
 
-    /// The tokenizer puts the first token before a text itself; a template that writes it too would have it twice.
+    /// Where the tokenizer puts the first token before a text itself, a template that writes it too would have it twice. (Where it does not, the template's may
+    /// be the only one: SmolLM2 begins each turn with it, the first too.)
     fn without_bos(&self, text: String) -> String {
         match text.strip_prefix(&self.bos) {
-            Some(rest) if !self.bos.is_empty() => rest.to_owned(),
+            Some(rest) if self.adds_bos && !self.bos.is_empty() => rest.to_owned(),
             _ => text,
         }
     }
@@ -204,7 +208,7 @@ mod tests {
 
     fn jinja(source: &str) -> ChatTemplate {
         let form = Form::Jinja(Box::new(environment(source).unwrap()));
-        ChatTemplate { form, bos: "<s>".into(), eos: "</s>".into() }
+        ChatTemplate { form, bos: "<s>".into(), eos: "</s>".into(), adds_bos: true }
     }
 
     fn say(role: &str, content: &str) -> ChatMessage {
@@ -241,7 +245,7 @@ mod tests {
     #[test]
     fn without_a_template_turns_follow_each_other() {
         let form = Form::Turns { before: "Instruction: ".into(), after: "\nResponse:".into() };
-        let template = ChatTemplate { form, bos: String::new(), eos: String::new() };
+        let template = ChatTemplate { form, bos: String::new(), eos: String::new(), adds_bos: true };
         let turns = [say("system", "Be brief."), say("user", "Hi"), say("assistant", "Hello."), say("user", "Bye")];
         assert_eq!(
             template.render(&turns).unwrap(),

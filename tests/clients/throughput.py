@@ -162,6 +162,12 @@ class Server:
             self.process.wait()
 
 
+def busy_seconds():
+    """Of all cores, whoever used them, since the machine began; what another machine took of them too."""
+    user, nice, system, _idle, _wait, interrupts, soft, stolen = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -358,7 +364,8 @@ class Round:
 
     def run(self, others):
         clients = [threading.Thread(target=self.client, args=(number,), daemon=True) for number in range(self.arguments.clients)]
-        began, idle, cpu, own = time.monotonic(), [other.cpu_seconds() for other in others], self.server.cpu_seconds(), time.process_time()
+        began, busy = time.monotonic(), busy_seconds()
+        idle, cpu, own = [other.cpu_seconds() for other in others], self.server.cpu_seconds(), time.process_time()
         for client in clients:
             client.start()
         for settled in self.settled:
@@ -370,7 +377,7 @@ class Round:
         self.enough.set()
         for client in clients:
             client.join()
-        whole = time.monotonic() - began
+        whole, busy = time.monotonic() - began, busy_seconds() - busy
         if self.failures:
             raise Wrong(f"{self.server.name}: {self.failures[0]}")
 
@@ -379,7 +386,7 @@ class Round:
         tokens = sum(answer.tokens * inside(answer) for answer in self.answers)
         prompt = sum(answer.prompt_tokens * inside(answer) for answer in self.answers)
         every = sum(answer.tokens for answer in self.answers)
-        cpu = self.server.cpu_seconds() - cpu
+        cpu, own = self.server.cpu_seconds() - cpu, time.process_time() - own
         return {
             "server": self.server.name,
             "seconds": round(end - start, 3),
@@ -388,7 +395,8 @@ class Round:
             "prompt_tokens_per_second": prompt / (end - start),
             "cpu_ms_per_token": 1000 * cpu / every,
             "cpu_cores": cpu / whole,
-            "client_cpu_cores": (time.process_time() - own) / whole,
+            "client_cpu_cores": own / whole,
+            "other_cpu_cores": max(0.0, busy - cpu - own) / whole,
             "idle_cpu_cores": max((other.cpu_seconds() - was for other, was in zip(others, idle)), default=0.0) / whole,
             "cached_tokens": statistics.median(answer.cached for answer in self.answers),
             "first_piece_ms": 1000 * statistics.median(answer.first - answer.began for answer in self.answers) if self.stream else None,
@@ -400,8 +408,12 @@ def measure(servers, chosen, prompts, arguments, stream):
     """All rounds of one kind: what each measured, and each question's texts by server."""
     # Everyone is asked the same in the same order, and nothing again before all else has been.
     order = {server.name: itertools.cycle(chosen) for server in servers}
-    rounds, texts = [], collections.defaultdict(lambda: collections.defaultdict(set))
-    for number in range(arguments.rounds):
+    rounds, noisy, texts = [], [], collections.defaultdict(lambda: collections.defaultdict(set))
+    for number in itertools.count():
+        if len(rounds) == arguments.rounds:
+            return rounds, noisy, texts
+        if len(noisy) > 3 * arguments.rounds:
+            raise Wrong(f"other work takes more than {arguments.most_other} cores all the time")
         found = {}
         for server in servers if number % 2 == 0 else servers[::-1]:
             run = Round(server, order[server.name], prompts, arguments, stream)
@@ -409,10 +421,11 @@ def measure(servers, chosen, prompts, arguments, stream):
             for answer in run.answers:
                 if answer.tokens == arguments.tokens:
                     texts[server.name][answer.question].add(answer.text)
-        rounds.append(found)
+        other = max(of["other_cpu_cores"] for of in found.values())
+        (rounds if other <= arguments.most_other else noisy).append(found)
         rates = ", ".join(f"{name} {found[name]['tokens_per_second']:.1f}" for name in found)
-        say(f"{'streamed' if stream else 'whole'}, round {number + 1} of {arguments.rounds}: {rates} tokens per second")
-    return rounds, texts
+        note = f"{other:.2f} cores of other work" + ("" if other <= arguments.most_other else ", so it does not count")
+        say(f"{'streamed' if stream else 'whole'}, {len(rounds)} of {arguments.rounds}: {rates} tokens per second; {note}")
 
 
 # --- What comes of it ----------------------------------------------------------------------------------------------------------------------------------
@@ -424,7 +437,7 @@ def spread(values, digits=4):
     return {name: round(value, digits) for name, value in values.items()} | {"n": len(ordered)}
 
 
-def summed_up(servers, rounds):
+def summed_up(servers, rounds, noisy):
     names = [server.name for server in servers]
     per_server = {}
     for name in names:
@@ -437,7 +450,7 @@ def summed_up(servers, rounds):
         ratios[f"{other} / {one}"] = {
             key: spread([found[other][key] / found[one][key] for found in rounds])
             for key in ("tokens_per_second", "prompt_tokens_per_second", "cpu_ms_per_token")}
-    return {"servers": per_server, "ratios": ratios, "rounds": rounds}
+    return {"servers": per_server, "ratios": ratios, "rounds": rounds, "noisy_rounds": noisy}
 
 
 def alike_under_load(texts):
@@ -456,13 +469,13 @@ def table(summary):
     for kind, found in summary["modes"].items():
         lines += [
             f"## {kind}", "",
-            "| server | answer tokens/s | prompt tokens/s | CPU ms a token | its cores | client's cores | reused tokens of a prompt | first piece, ms |",
-            "|---|---|---|---|---|---|---|---|"]
+            "| server | answer tokens/s | prompt tokens/s | CPU ms a token | its cores | client's | others' | reused tokens of a prompt | first piece, ms |",
+            "|---|---|---|---|---|---|---|---|---|"]
         for name, of in found["servers"].items():
             first = f"{of['first_piece_ms']:.0f}" if "first_piece_ms" in of else ""
             lines.append(
                 f"| {name} | {of['tokens_per_second']:.1f} | {of['prompt_tokens_per_second']:.1f} | {of['cpu_ms_per_token']:.2f} | {of['cpu_cores']:.2f} | "
-                f"{of['client_cpu_cores']:.3f} | {of['cached_tokens']:.0f} | {first} |")
+                f"{of['client_cpu_cores']:.3f} | {of['other_cpu_cores']:.3f} | {of['cached_tokens']:.0f} | {first} |")
         lines += ["", "| ratio | answer tokens/s | quartiles | spread | CPU a token | rounds |", "|---|---|---|---|---|---|"]
         for name, of in found["ratios"].items():
             rate, cpu = of["tokens_per_second"], of["cpu_ms_per_token"]
@@ -470,7 +483,7 @@ def table(summary):
                 f"| {name} | {rate['median']:.3f} | {rate['lower_quartile']:.3f} – {rate['upper_quartile']:.3f} | {rate['least']:.3f} – {rate['most']:.3f} | "
                 f"{cpu['median']:.3f} ({cpu['least']:.3f} – {cpu['most']:.3f}) | {rate['n']} |")
         same = "; ".join(f"{names} {of['same']} of {of['of']}" for names, of in found["same_texts"].items())
-        lines += ["", f"Same texts under load: {same}.", ""]
+        lines += ["", f"Same texts under load: {same}. Rounds in which other work took too much: {len(found['noisy_rounds'])}.", ""]
     same = "; ".join(f"{names} {of['same']} of {of['of']}" for names, of in summary["same_texts_alone"].items())
     lines.append(f"Same texts alone: {same}. Left out: {len(summary['left_out'])} questions. A prompt has {summary['prompt_tokens']} tokens.")
     return "\n".join(lines)
@@ -486,6 +499,9 @@ def main():
     parser.add_argument("--modes", default="whole,streamed")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=20, help="of a round, once its first answers are there")
+    parser.add_argument(
+        "--most-other", type=float, default=0.1,
+        help="cores that other work may take in a round that counts: threads that wait for each other actively are slowed many times over by little of it")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--parallel", type=int, default=8, help="requests that a server answers at once")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each")
@@ -545,8 +561,8 @@ def compare(arguments, modes, folder):
             "modes": {},
         }
         for mode in modes:
-            rounds, texts = measure(servers, chosen, prompts, arguments, mode == "streamed")
-            summary["modes"][mode] = summed_up(servers, rounds) | {"same_texts": alike_under_load(texts)}
+            rounds, noisy, texts = measure(servers, chosen, prompts, arguments, mode == "streamed")
+            summary["modes"][mode] = summed_up(servers, rounds, noisy) | {"same_texts": alike_under_load(texts)}
         return summary
     finally:
         for server in servers:

@@ -2,7 +2,7 @@
 
 use crate::raw_llama;
 use crate::support::done;
-use pilotfish::engine::{Model, ModelOptions, Session, SessionOptions};
+use pilotfish::engine::{ChatMessage, ChatTemplate, Model, ModelOptions, Session, SessionOptions};
 use pilotfish::eval::Report;
 use pilotfish::guard::{Guard, VectorFile};
 use pilotfish::models::{Catalog, ModelCache};
@@ -48,6 +48,23 @@ fn descriptors_say_what_the_models_are() {
         );
         assert_eq!(descriptor.architecture, model.identity().architecture);
         assert_eq!((descriptor.n_layer, descriptor.n_embd), (model.shape().n_layer, model.shape().n_embd.0 as u32));
+    }
+}
+
+/// A conversation's first token is there once, whoever writes it: SmolLM2's template does, and Gemma's tokenizer.
+#[test]
+fn a_conversation_begins_with_its_first_token() {
+    for name in [SMALL, LARGE] {
+        let Some(model) = load(name) else { return };
+        let said = |content: &str| vec![ChatMessage { role: "user".into(), content: content.into() }];
+        let template = ChatTemplate::of(&model).unwrap();
+        let bos = model.llama().vocab().bos();
+        // The second spells a control token, which its content must not become.
+        for content in ["Name three birds.", "Name <|im_start|> <start_of_turn> three birds."] {
+            let tokens = template.tokens(&model, &said(content)).unwrap();
+            assert_eq!(tokens.first(), Some(&bos), "{name}: {tokens:?}");
+            assert_ne!(tokens.get(1), Some(&bos), "{name}: {tokens:?}");
+        }
     }
 }
 
