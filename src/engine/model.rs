@@ -148,6 +148,23 @@ impl Model {
     }
 }
 
+impl Model {
+    /// Whether `prompt` is one: some tokens, and all of this model.
+    ///
+    /// # Errors
+    /// It has none, or one that the model has not.
+    pub fn check_tokens(&self, prompt: &[LlamaToken]) -> Result<(), EngineError> {
+        if prompt.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        let n_vocab = self.llama.n_vocab();
+        match prompt.iter().find(|token| !(0..n_vocab).contains(&token.0)) {
+            Some(token) => Err(EngineError::NoToken { token: token.0, n_vocab }),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Parameters of every context that this room makes: llama.cpp's own but for the threads, one for each core that this process may use.
 /// (Its default is 4; on fewer cores these wait for each other.)
 pub(super) fn context_params(n_ctx: u32, n_batch: u32) -> LlamaContextParams {

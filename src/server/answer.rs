@@ -3,20 +3,18 @@
 use super::error::ApiError;
 use super::keys::Caller;
 use super::parameters::{Parameters, Toggled};
+use super::report::{ChoiceReport, GuardReport, guard_names};
 use super::snapshot::Snapshot;
 use super::state::{Place, State};
 use super::telemetry::Answered;
 use super::worker::{Reader, Told};
-use crate::engine::EngineError;
-use crate::engine::scheduler::{Block, End, Summary, TokenProbability};
-use crate::guard::{Guard, Intervention};
+use crate::engine::scheduler::{End, Summary, TokenProbability};
 use crate::program::Program;
 use axum::Json;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use llama_cpp_2::token::LlamaToken;
-use serde::Serialize;
 use serde_json::{Value, json};
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -42,6 +40,7 @@ pub(super) struct Answering {
     snapshot: Arc<Snapshot>,
     /// The snapshot's, as the request has set it.
     program: Arc<Program>,
+    stream: bool,
     stream_usage: bool,
     began: Instant,
     /// From then on, the first of any choice.
@@ -68,44 +67,8 @@ struct Choice {
     summary: Option<Summary>,
 }
 
-/// What the guards did, as answers tell it.
-#[derive(Debug, Clone, Serialize)]
-struct GuardReport {
-    epoch: u64,
-    /// See [`acted`].
-    acted: Vec<String>,
-    blocked: bool,
-}
-
-#[derive(Debug, Clone, Serialize)]
-struct ChoiceReport {
-    gates: Vec<GateReport>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    blocked_by: Option<BlockReport>,
-}
-
-/// A gate's reading.
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct GateReport {
-    pub guard: String,
-    pub gate: String,
-    /// In standard deviations of benign prompts.
-    pub score: Option<f64>,
-    pub fired: bool,
-}
-
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct BlockReport {
-    pub guard: String,
-    pub gate: String,
-    pub message: Option<String>,
-}
-
 /// How long the end of what nobody wants is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// What a guard without words of its own says when it blocks.
-const BLOCKED: &str = "This was blocked by a guard.";
 
 impl Answering {
     /// Has each of `prompts` answered as often as the parameters say.
@@ -127,15 +90,7 @@ impl Answering {
             return Err(ApiError::context_length(param, prompt.len(), capacity));
         }
         // Before a stream begins, which can't be a 400 any more.
-        let vocab = 0..state.model.llama().n_vocab();
-        for prompt in &prompts {
-            if prompt.is_empty() {
-                return Err(EngineError::EmptyPrompt.into());
-            }
-            if let Some(token) = prompt.iter().find(|token| !vocab.contains(&token.0)) {
-                return Err(EngineError::NoToken { token: token.0, n_vocab: vocab.end }.into());
-            }
-        }
+        prompts.iter().try_for_each(|prompt| state.model.check_tokens(prompt))?;
         let n = prompts.len() * parameters.choices;
         let place = state.admit(n)?;
         let (sender, told) = mpsc::unbounded_channel();
@@ -163,6 +118,7 @@ impl Answering {
             caller,
             snapshot,
             program,
+            stream: parameters.stream,
             stream_usage: parameters.stream_usage,
             began: Instant::now(),
             first_token: None,
@@ -172,6 +128,11 @@ impl Answering {
             choices,
             _place: place,
         })
+    }
+
+    /// The answer as it is asked for: when all of it is there, or as it comes.
+    pub async fn respond(self) -> Response {
+        if self.stream { self.stream() } else { self.whole().await }
     }
 
     /// The next word of any choice; its number, and whether it shows something new.
@@ -220,7 +181,7 @@ impl Answering {
     }
 
     /// Waits for all of it. What nobody waits for any more is ended, and on record.
-    pub async fn whole(mut self) -> Response {
+    async fn whole(mut self) -> Response {
         // In a task of its own: this one ends where its client hangs up.
         let (mut sender, response) = oneshot::channel();
         tokio::spawn(async move {
@@ -293,7 +254,7 @@ impl Answering {
     }
 
     /// Tells of it as it comes, by server-sent events.
-    pub fn stream(mut self) -> Response {
+    fn stream(mut self) -> Response {
         // A reader that stops reading stops this; the answer goes on to its end, and what is left waits in the worker's channel.
         let (sender, receiver) = mpsc::channel::<Result<Event, Infallible>>(16);
         let headers = self.first_headers();
@@ -404,7 +365,7 @@ impl Answering {
             if delta["content"] == "" {
                 delta.remove("content");
             }
-            if let Some(refusal) = refusal(&report) {
+            if let Some(refusal) = report.refusal() {
                 delta.insert("refusal".into(), refusal.into());
             }
         }
@@ -419,7 +380,7 @@ impl Answering {
         let finish_reason = finish_reason(choice);
         match self.shape {
             Shape::Chat => {
-                let message = json!({ "role": "assistant", "content": choice.text, "refusal": refusal(&report) });
+                let message = json!({ "role": "assistant", "content": choice.text, "refusal": report.refusal() });
                 json!({ "index": index, "message": message, "logprobs": probabilities, "finish_reason": finish_reason, "guard": report })
             }
             Shape::Completion => {
@@ -429,15 +390,12 @@ impl Answering {
     }
 
     fn choice_report(&self, choice: &Choice) -> ChoiceReport {
-        let Some(summary) = &choice.summary else { return ChoiceReport { gates: Vec::new(), blocked_by: None } };
-        ChoiceReport { gates: gate_reports(&self.snapshot, summary), blocked_by: blocked_by(&self.snapshot, summary) }
+        choice.summary.as_ref().map(|summary| ChoiceReport::new(&self.snapshot, summary)).unwrap_or_default()
     }
 
     fn report(&self) -> GuardReport {
-        let summaries = || self.choices.iter().filter_map(|choice| choice.summary.as_ref());
-        let acted = acted(&self.snapshot, &self.program, summaries());
-        let blocked = summaries().any(|summary| matches!(summary.end, End::Blocked(_)));
-        GuardReport { epoch: self.snapshot.epoch, acted, blocked }
+        let summaries = self.choices.iter().filter_map(|choice| choice.summary.as_ref());
+        GuardReport::new(&self.snapshot, &self.program, summaries)
     }
 
     /// What is known before there is an answer.
@@ -471,6 +429,27 @@ impl Answering {
         })
     }
 
+    /// Has it sent to the collector, where there is one.
+    fn trace(&self, error: Option<&ApiError>) {
+        let Some(telemetry) = &self.state.telemetry else { return };
+        telemetry.answered(&Answered {
+            operation: match self.shape {
+                Shape::Chat => "chat",
+                Shape::Completion => "text_completion",
+            },
+            model: &self.state.name,
+            id: &self.id,
+            traceparent: self.caller.traceparent.as_deref(),
+            key: self.caller.name.as_deref(),
+            began: SystemTime::now() - self.began.elapsed(),
+            first_token: self.first_token,
+            epoch: self.snapshot.epoch,
+            acted: &self.report().acted,
+            choices: self.choices.iter().map(|choice| (finish_reason(choice), choice.summary.as_ref())).collect(),
+            error: error.map(|error| error.message.as_str()),
+        });
+    }
+
     /// Counts what there was, and has it written down for good, before anybody is told the end.
     ///
     /// # Errors
@@ -480,10 +459,7 @@ impl Answering {
         let metrics = &self.state.metrics;
         metrics.ended(self.began.elapsed());
         for summary in self.choices.iter().filter_map(|choice| choice.summary.as_ref()) {
-            metrics.tokens(summary.prompt_tokens, summary.reused_tokens, summary.tokens);
-            if let Some(meter) = &self.caller.meter {
-                meter.tokens(summary.prompt_tokens + summary.tokens);
-            }
+            self.state.count(&self.caller, summary);
             for gate in summary.gates.iter().filter(|gate| gate.fired) {
                 let (guard, name) = self.snapshot.split(&gate.gate);
                 metrics.fired(guard, name);
@@ -522,74 +498,6 @@ impl Answering {
     }
 }
 
-impl Answering {
-    /// Has it sent to the collector, where there is one.
-    fn trace(&self, error: Option<&ApiError>) {
-        let Some(telemetry) = &self.state.telemetry else { return };
-        telemetry.answered(&Answered {
-            operation: match self.shape {
-                Shape::Chat => "chat",
-                Shape::Completion => "text_completion",
-            },
-            model: &self.state.name,
-            id: &self.id,
-            traceparent: self.caller.traceparent.as_deref(),
-            key: self.caller.name.as_deref(),
-            began: SystemTime::now() - self.began.elapsed(),
-            first_token: self.first_token,
-            epoch: self.snapshot.epoch,
-            acted: &self.report().acted,
-            choices: self.choices.iter().map(|choice| (finish_reason(choice), choice.summary.as_ref())).collect(),
-            error: error.map(|error| error.message.as_str()),
-        });
-    }
-}
-
-/// The guards that a request ran under, as the audit log has them.
-pub(super) fn guard_names(snapshot: &Snapshot) -> Vec<Value> {
-    let named = |guard: &Arc<Guard>| json!({ "name": guard.name(), "content": guard.content_hash().to_string() });
-    snapshot.acting().map(named).collect()
-}
-
-/// Readings of a request's gates.
-pub(super) fn gate_reports(snapshot: &Snapshot, summary: &Summary) -> Vec<GateReport> {
-    let report = |reading: &crate::engine::GateReading| {
-        let (guard, gate) = snapshot.split(&reading.gate);
-        GateReport { guard: guard.to_owned(), gate: gate.to_owned(), score: reading.score, fired: reading.fired }
-    };
-    summary.gates.iter().map(report).collect()
-}
-
-fn blocked_by(snapshot: &Snapshot, summary: &Summary) -> Option<BlockReport> {
-    let End::Blocked(Block { guard, gate, message }) = &summary.end else { return None };
-    let gate = snapshot.split(gate).1.to_owned();
-    Some(BlockReport { guard: guard.clone(), gate, message: message.clone() })
-}
-
-/// Guards that did something: one that blocked, and those with an intervention that is on and waits for no gate, or of whose gates one fired.
-fn acted<'a>(
-    snapshot: &Snapshot,
-    program: &Program,
-    summaries: impl Iterator<Item = &'a Summary> + Clone,
-) -> Vec<String> {
-    let is_on = |guard: &Guard, intervention: &Intervention| {
-        let name = snapshot.name_in_program(guard.name(), &intervention.name);
-        program.interventions().any(|(dial, strength)| dial.name == name && strength != 0.0)
-    };
-    let did = |guard: &Guard, summary: &Summary| {
-        let fired = summary.gates.iter().any(|gate| gate.fired && snapshot.split(&gate.gate).0 == guard.name());
-        let on = || guard.interventions().iter().filter(|intervention| is_on(guard, intervention));
-        match &summary.end {
-            End::Blocked(block) if block.guard == guard.name() => true,
-            // Another's gate fired, and nothing was written.
-            End::Blocked(_) => on().any(|intervention| intervention.when.is_none()),
-            _ => on().any(|intervention| intervention.when.is_none() || fired),
-        }
-    };
-    let acted = snapshot.acting().filter(|guard| summaries.clone().any(|summary| did(guard, summary)));
-    acted.map(|guard| guard.name().to_owned()).collect()
-}
-
 fn finish_reason(choice: &Choice) -> &'static str {
     match choice.summary.as_ref().map(|summary| &summary.end) {
         Some(End::Stop | End::StopString(_)) => "stop",
@@ -597,16 +505,6 @@ fn finish_reason(choice: &Choice) -> &'static str {
         Some(End::Cancelled) => "cancelled",
         _ => "length",
     }
-}
-
-fn refusal(report: &ChoiceReport) -> Option<String> {
-    let block = report.blocked_by.as_ref()?;
-    // A gate that reads nothing fires: a prompt of one token has nothing but its first position, which none reads.
-    let is_unread = |gate: &GateReport| gate.guard == block.guard && gate.gate == block.gate && gate.score.is_none();
-    if report.gates.iter().any(is_unread) {
-        return Some(format!("The guard `{}` could not read this prompt, so it is not answered.", block.guard));
-    }
-    Some(block.message.clone().unwrap_or_else(|| BLOCKED.to_owned()))
 }
 
 /// `logprobs` of tokens; a completion's also say at which character of the answer each begins, from `offset` on.

@@ -19,20 +19,23 @@ pub(super) async fn chat(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let response = answer(&state, &headers, body).await.unwrap_or_else(ApiError::into_response);
+    let response = match begin(&state, &headers, body).await {
+        Ok(answering) => answering.respond().await,
+        Err(error) => error.into_response(),
+    };
     state.metrics.request("/v1/chat/completions", response.status().as_u16());
     response
 }
 
-async fn answer(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<Response, ApiError> {
+/// Has it answered. What was read of the body is let go before there is an answer.
+async fn begin(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<Answering, ApiError> {
     let (caller, fields) = asked(state, headers, body).await?;
     let messages = messages(&fields)?;
     let parameters =
         Parameters { probabilities: Parameters::chat_probabilities(&fields)?, ..Parameters::read(state, &fields)? };
     let toggled = toggled(state, &fields, &caller).await?;
     let prompt = tokens(state, messages).await?;
-    let answering = Answering::begin(state, Shape::Chat, caller, vec![prompt], &parameters, toggled)?;
-    Ok(if parameters.stream { answering.stream() } else { answering.whole().await })
+    Answering::begin(state, Shape::Chat, caller, vec![prompt], &parameters, toggled)
 }
 
 /// The tokens of a conversation, found on a thread that may take its time.

@@ -18,12 +18,16 @@ pub(super) async fn completion(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let response = answer(&state, &headers, body).await.unwrap_or_else(ApiError::into_response);
+    let response = match begin(&state, &headers, body).await {
+        Ok(answering) => answering.respond().await,
+        Err(error) => error.into_response(),
+    };
     state.metrics.request("/v1/completions", response.status().as_u16());
     response
 }
 
-async fn answer(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<Response, ApiError> {
+/// Has it answered. What was read of the body is let go before there is an answer.
+async fn begin(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<Answering, ApiError> {
     let (caller, fields) = asked(state, headers, body).await?;
     let prompts = prompts(fields.required("prompt")?, state.config.limits.choices)?;
     for (name, what) in [("echo", "an echo of the prompt"), ("suffix", "text to end before")] {
@@ -44,8 +48,7 @@ async fn answer(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<R
     parameters.max_tokens.get_or_insert(16);
     let toggled = toggled(state, &fields, &caller).await?;
     let prompts = tokens(state, prompts).await?;
-    let answering = Answering::begin(state, Shape::Completion, caller, prompts, &parameters, toggled)?;
-    Ok(if parameters.stream { answering.stream() } else { answering.whole().await })
+    Answering::begin(state, Shape::Completion, caller, prompts, &parameters, toggled)
 }
 
 /// A prompt, as it is.

@@ -14,7 +14,7 @@ pub(super) async fn health(extract::State(state): extract::State<Arc<State>>) ->
     let snapshot = state.keeper.current();
     let problems = snapshot.problems();
     let ending = state.ending.load(Ordering::Acquire);
-    let whole = problems.is_empty() && snapshot.problem.is_none();
+    let whole = snapshot.is_whole();
     let status = if ending {
         "ending"
     } else if whole {

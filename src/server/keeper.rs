@@ -91,7 +91,7 @@ impl Keeper {
         let waker = watcher.as_ref().map(Watcher::waker);
         let (started, wait) = mpsc::sync_channel(1);
         let history: Arc<History> = Arc::default();
-        let told = Told { metrics, history: Arc::clone(&history), on_snapshot };
+        let told = Listeners { metrics, history: Arc::clone(&history), on_snapshot };
         let room = Arc::clone(&asked);
         let thread = std::thread::Builder::new().name("guards".into()).spawn(move || {
             run(&model, directory, watcher.as_ref(), &room, &told, &started);
@@ -161,13 +161,13 @@ impl Drop for Keeper {
 }
 
 /// Who is told of what is in force.
-struct Told {
+struct Listeners {
     metrics: Arc<Metrics>,
     history: Arc<History>,
     on_snapshot: OnSnapshot,
 }
 
-impl Told {
+impl Listeners {
     fn published(&self, snapshot: &Arc<Snapshot>) {
         self.metrics.snapshot(snapshot);
         (self.on_snapshot)(snapshot);
@@ -179,7 +179,7 @@ impl Told {
         for (folder, problem) in wrong {
             tracing::warn!(%folder, epoch = after.epoch, "a guard is not reloaded: {problem}");
         }
-        let whole = after.problems().is_empty() && after.problem.is_none();
+        let whole = after.is_whole();
         self.metrics.reloaded(whole);
         if after.epoch != before.epoch {
             tracing::info!(epoch = after.epoch, after = ?took, "guards are reloaded");
@@ -198,7 +198,7 @@ fn run(
     directory: Option<GuardDirectory>,
     watcher: Option<&Watcher>,
     asked: &Mutex<VecDeque<Asked>>,
-    told: &Told,
+    told: &Listeners,
     started: &SyncSender<Result<Arc<ArcSwap<Snapshot>>, ServerError>>,
 ) {
     let (mut guards, first) = match begin(model, directory) {
@@ -369,7 +369,8 @@ impl Guards<'_> {
             }
         }
         let refused = |error: EngineError| ChangeError::Refused(error.to_string());
-        if !state.enabled {
+        let sets = changes.iter().any(|change| matches!(change, Change::Set { .. }));
+        if sets && !state.enabled {
             // What can't be while it is enabled is not to be found out then.
             let alone = GuardState { enabled: true, ..state.clone() };
             self.program(&[alone]).map_err(refused)?;

@@ -21,6 +21,7 @@ mod metrics;
 mod model_list;
 mod parameters;
 mod rate;
+mod report;
 mod score;
 mod snapshot;
 mod state;

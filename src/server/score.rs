@@ -1,9 +1,9 @@
 //! `POST /v1/guard/score`: what the gates make of texts, with no answer written.
 
-use super::answer::{GateReport, gate_reports, guard_names};
 use super::body::asked;
 use super::chat;
 use super::error::ApiError;
+use super::report::{GateReport, gate_reports, guard_names};
 use super::state::State;
 use super::worker::{Reader, Told};
 use crate::engine::scheduler::{End, Request, Streamed, Summary, TextStream};
@@ -76,6 +76,9 @@ async fn scores(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<S
         return Err(ApiError::invalid("input", "`input` is empty"));
     }
     let per_token = fields.bool("per_token")?.unwrap_or(false);
+    let param = if fields.get("input").is_some() { "input" } else { "messages" };
+    // What was read of the body is not needed any more.
+    drop(fields);
     let snapshot = state.keeper.current();
     let _place = state.admit(conversations.len())?;
     let (sender, mut told) = mpsc::unbounded_channel();
@@ -84,7 +87,6 @@ async fn scores(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<S
         let prompt = chat::tokens(state, messages).await?;
         let capacity = state.config.limits.context as usize;
         if prompt.len() > capacity {
-            let param = if fields.get("input").is_some() { "input" } else { "messages" };
             return Err(ApiError::context_length(param, prompt.len(), capacity));
         }
         prompts.push(prompt);
@@ -114,10 +116,7 @@ async fn scores(state: &Arc<State>, headers: &HeaderMap, body: Body) -> Result<S
     let mut results = Vec::with_capacity(prompts.len());
     for (prompt, summary) in prompts.iter().zip(summaries) {
         let summary = summary.ok_or_else(|| ApiError::unavailable("the thread that runs the model has ended"))?;
-        state.metrics.tokens(summary.prompt_tokens, summary.reused_tokens, 0);
-        if let Some(meter) = &caller.meter {
-            meter.tokens(summary.prompt_tokens);
-        }
+        state.count(&caller, &summary);
         let gates = gate_reports(&snapshot, &summary);
         let flagged = gates.iter().any(|gate| gate.fired);
         let pieces = per_token.then(|| pieces(&state.model, prompt, &summary.token_scores));

@@ -46,6 +46,11 @@ impl Snapshot {
         self.guards.iter().filter_map(problem).collect()
     }
 
+    /// Whether all that the directory holds is in force, or would be if it were enabled.
+    pub fn is_whole(&self) -> bool {
+        self.problem.is_none() && self.guards.iter().all(|state| state.problem.is_none())
+    }
+
     /// Guards that requests run under, in the program's order.
     pub fn acting(&self) -> impl Iterator<Item = &Arc<Guard>> {
         self.guards.iter().filter(|state| state.enabled).filter_map(|state| state.guard.as_ref())

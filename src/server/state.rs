@@ -2,10 +2,11 @@ use super::audit::AuditWriter;
 use super::config::ServerConfig;
 use super::error::ApiError;
 use super::keeper::Keeper;
-use super::keys::Keys;
+use super::keys::{Caller, Keys};
 use super::metrics::Metrics;
 use super::telemetry::Telemetry;
 use super::worker::WorkerHandle;
+use crate::engine::scheduler::Summary;
 use crate::engine::{ChatTemplate, Forms, Model};
 use arc_swap::ArcSwap;
 use std::sync::Arc;
@@ -89,6 +90,14 @@ impl State {
             return Err(ApiError::unavailable("the audit log can't be written: the server has to begin anew"));
         }
         self.places.take(n)
+    }
+
+    /// Counts the tokens of a request that has ended, for all and for its key.
+    pub fn count(&self, caller: &Caller, summary: &Summary) {
+        self.metrics.tokens(summary.prompt_tokens, summary.reused_tokens, summary.tokens);
+        if let Some(meter) = &caller.meter {
+            meter.tokens(summary.prompt_tokens + summary.tokens);
+        }
     }
 
     /// Waits until `record` is on the disk.

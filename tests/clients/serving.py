@@ -91,7 +91,7 @@ def serving(folder, *arguments, **limits):
 
     address = process.until("the server", address)
     try:
-        yield SimpleNamespace(address=address, base=f"http://{address}", url=f"http://{address}/v1")
+        yield SimpleNamespace(address=address, base=f"http://{address}", url=f"http://{address}/v1", guards=folder / "guards")
     finally:
         ended = process.end()
     assert ended == 0, "".join(process.lines)

@@ -124,7 +124,7 @@ class Server:
             command += ["--parallel", str(parallel)]
         limits = {"QUEUE": 8 * arguments.clients + 64, "CONTEXT": 512}
         environment = {f"PILOTFISH_SERVE__LIMITS__{name}": str(value) for name, value in limits.items()}
-        environment |= {"PILOTFISH_SERVE__RELOAD__DEBOUNCE_MS": str(DEBOUNCE_MS), "PILOTFISH_LOG": "pilotfish=info", "NO_COLOR": "1"}
+        environment |= {"PILOTFISH_SERVE__RELOAD__DEBOUNCE_MS": str(DEBOUNCE_MS), "PILOTFISH_LOG": "pilotfish=info"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
             env=os.environ | environment)

@@ -190,7 +190,7 @@ def pilotfish(arguments, name, guards, environment):
         arguments.pilotfish, "serve", "--model", arguments.model, "--guards", guards, "--listen", "127.0.0.1:0", "--parallel", arguments.parallel,
         "--context", arguments.context]
     # As many threads as there are cores: it has no option for that.
-    environment = environment | {"PILOTFISH_SERVE__LIMITS__BATCH": str(arguments.batch), "PILOTFISH_LOG": "pilotfish=warn", "NO_COLOR": "1"}
+    environment = environment | {"PILOTFISH_SERVE__LIMITS__BATCH": str(arguments.batch), "PILOTFISH_LOG": "pilotfish=warn"}
     return Server(name, [str(part) for part in command], environment)
 
 

@@ -312,14 +312,8 @@ impl<'model> Scheduler<'model> {
     /// The prompt is empty, has a token that the model has not, or is longer than a sequence's room, its program is for a model of another shape
     /// or can't be set as it asks, or the queue is full.
     pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
-        if request.prompt.is_empty() {
-            return Err(EngineError::EmptyPrompt);
-        }
         // llama.cpp refuses a whole batch for one.
-        let n_vocab = self.model.llama().n_vocab();
-        if let Some(token) = request.prompt.iter().find(|token| !(0..n_vocab).contains(&token.0)) {
-            return Err(EngineError::NoToken { token: token.0, n_vocab });
-        }
+        self.model.check_tokens(&request.prompt)?;
         let (found, capacity) = (request.prompt.len(), self.options.n_ctx as usize);
         if found > capacity {
             return Err(EngineError::PromptTooLong { found, capacity });

@@ -68,14 +68,18 @@ fn slow_clients_are_cut_off_and_hinder_nobody() {
     }
 }
 
+/// A form that nothing ends before it has all of its 3500 tokens.
+fn endless() -> Value {
+    let schema =
+        json!({ "type": "object", "properties": { "a": { "type": "string", "minLength": 3500 } }, "required": ["a"] });
+    json!({ "type": "json_schema", "json_schema": { "schema": schema } })
+}
+
 /// Requests that take `n` places and don't end before they are hung up.
 pub fn hold_places(server: &Server, n: usize) -> Vec<std::net::TcpStream> {
-    // Nothing ends an answer that must be so long before it has all of its tokens.
-    let endless =
-        json!({ "type": "object", "properties": { "a": { "type": "string", "minLength": 3500 } }, "required": ["a"] });
-    let form = json!({ "type": "json_schema", "json_schema": { "schema": endless } });
     // What nobody reads fills the connection, and the place is held all the same.
-    let long = json!({ "prompt": "sea", "max_tokens": 3000, "stream": true, "response_format": form, "logprobs": 20 });
+    let long =
+        json!({ "prompt": "sea", "max_tokens": 3000, "stream": true, "response_format": endless(), "logprobs": 20 });
     let long = long.to_string();
     let head = format!("POST /v1/completions HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n{long}", long.len());
     let hold = |_| {
@@ -151,6 +155,22 @@ fn ten_thousand_requests_at_once_are_each_answered() {
         server.until("room", |_| server.get("/ready").status == 200);
         server.done("/v1/completions", &greedy("sea"));
     }
+}
+
+/// What a request has brought is let go when it is answered, however long that takes: more of them run and wait than bodies may be in memory.
+#[test]
+fn a_running_answer_holds_no_place_for_bodies() {
+    let fixture = Fixture::new(&[]);
+    let server = small(&fixture, &[("PILOTFISH_SERVE__LIMITS__BODIES", "1"), ("PILOTFISH_SERVE__LIMITS__QUEUE", "0")]);
+    // Not streamed: its answer is waited for with all of the request at hand.
+    let body = json!({ "prompt": "sea", "max_tokens": 3000, "response_format": endless() }).to_string();
+    let mut running = server.connect();
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    running.write_all(head.as_bytes()).unwrap();
+    server.until("a request", |_| server.get("/metrics").body.contains("pilotfish_requests_running 1"));
+    let refused = server.post("/v1/completions", &greedy("sea"));
+    assert_eq!((refused.status, refused.error()["code"].as_str()), (429, Some("queue_full")), "{refused:?}");
+    hang_up(&running);
 }
 
 #[test]
@@ -239,13 +259,9 @@ fn who_hangs_up_is_on_record() {
     let guards = directory(&fixture, &["sharks"]);
     let log = fixture.folder.path().join("audit.jsonl");
     let server = Server::start(&["--model", fixture.model(), "--guards", text(&guards), "--audit", text(&log)]);
-    let endless =
-        json!({ "type": "object", "properties": { "a": { "type": "string", "minLength": 3500 } }, "required": ["a"] });
-    let form = json!({ "type": "json_schema", "json_schema": { "schema": endless } });
     for stream in [true, false] {
         let prompt = "pilot fish sea sea sea";
-        let body =
-            json!({ "messages": [{ "role": "user", "content": prompt }], "stream": stream, "response_format": form });
+        let body = json!({ "messages": [{ "role": "user", "content": prompt }], "stream": stream, "response_format": endless() });
         let body = body.to_string();
         let head =
             format!("POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n", body.len());
