@@ -492,9 +492,13 @@ impl<'model> Scheduler<'model> {
     /// Makes a free sequence ready for `prompt` under `program`: which, and how many tokens of the prompt it has.
     fn prepare(&mut self, prompt: &[LlamaToken], program: Arc<Program>) -> Result<(usize, usize), EngineError> {
         let free = |slot: usize| self.slots[slot].running.is_none();
-        let shared = (0..self.slots.len()).map(|slot| (self.shared(slot, prompt, &program), slot));
-        // Of equals a free one, which needs no copy.
-        let (shared, source) = shared.max_by_key(|(n, slot)| (*n, free(*slot))).unwrap_or_default();
+        let shared: Vec<usize> = (0..self.slots.len()).map(|slot| self.shared(slot, prompt, &program)).collect();
+        let longest = |slots: &mut dyn Iterator<Item = usize>| slots.max_by_key(|slot| shared[*slot]);
+        let own = longest(&mut (0..self.slots.len()).filter(|slot| free(*slot))).unwrap_or_default();
+        let best = longest(&mut (0..self.slots.len())).unwrap_or_default();
+        // One that runs can only be copied from.
+        let source = if free(best) || shared[best] < shared[own] + MIN_COPIED { own } else { best };
+        let shared = shared[source];
         let oldest = |but: Option<usize>| {
             let others = (0..self.slots.len()).filter(|slot| Some(*slot) != but && free(*slot));
             others.min_by_key(|slot| self.slots[*slot].given)

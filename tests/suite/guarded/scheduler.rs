@@ -461,6 +461,30 @@ pub(super) mod prefixes {
         }
     }
 
+    /// A copy of all that a running request holds, for a token or two that a free sequence lacks, would cost more than reading them.
+    #[test]
+    fn a_few_tokens_more_are_read_and_not_copied() {
+        let tiny = Tiny::new(Architecture::Llama);
+        let first = tiny.tokens(PROMPT);
+        let with = |n: usize| Request::new([&first[..], &vec![first[1]; n]].concat(), 8);
+        for (more, expected) in [(2, first.len()), (20, first.len() + 20)] {
+            let mut calls = Calls::new(&tiny, SchedulerOptions { n_sequences: 2, n_batch: 64, ..options(true) });
+            let running = calls.scheduler.submit(with(more)).unwrap();
+            calls.step();
+            // In the other sequence, and ended at once.
+            let ended = calls.scheduler.submit(Request::new(first[..].to_vec(), 1)).unwrap();
+            while calls.seen.get(&ended).is_none_or(|seen| seen.summary.is_none()) {
+                calls.step();
+            }
+            assert!(calls.seen.get(&running).is_none_or(|seen| seen.summary.is_none()), "it runs");
+            let next = calls.scheduler.submit(with(more + 1)).unwrap();
+            calls.finish();
+            let (found, anew) = (&calls.seen[&next], Calls::new(&tiny, options(false)).answer(with(more + 1)));
+            assert_eq!(found.told(), anew.told());
+            assert_eq!(found.summary.as_ref().unwrap().reused_tokens, expected, "{more} more");
+        }
+    }
+
     #[test]
     fn what_another_epoch_or_another_guard_read_is_read_anew() {
         let tiny = Tiny::new(Architecture::Llama);
