@@ -17,7 +17,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test attach attached-app test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -30,9 +30,18 @@ setup:
 
 # Tests on real weights fail instead of being skipped: here they must run. One thread for each model: there are as many tests at once as cores, and threads
 # that wait for each other at every product, where others have the core, make a test of seconds one of minutes. One runs again with all threads.
-test: lint deny models reference
+test: lint deny models reference attach attached-app
+	$(CARGO) test -p pilotfish-attach
 	OMP_THREAD_LIMIT=1 PILOTFISH_REAL_MODELS=require $(CARGO) test
 	PILOTFISH_REAL_MODELS=require $(CARGO) test --test suite -- real::reading_changes_no_bit_of_the_logits
+
+# The library that `pilotfish attach` loads, beside the command. By itself: in one build with the command it would be given llama.cpp, which it must not have.
+attach: setup
+	$(CARGO) build -p pilotfish-attach
+
+# An app to attach it to.
+attached-app:
+	@scripts/setup-attached-app.sh $(TOOLS)/attach
 
 # A folder for each: another feature compiles llama.cpp anew. Vulkan takes no software driver that is not asked for by its number. What a test keeps
 # on the CPU stays there: llama.cpp would send large batches to the GPU all the same, whose products are less exact. One thread, since each test has
@@ -79,9 +88,10 @@ reference:
 	@scripts/setup-reference.sh $(TOOLS)/reference
 
 lint: setup
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 	$(CARGO) clippy --all-targets -- -D warnings
 	$(CARGO) clippy --no-default-features --all-targets -- -D warnings
+	$(CARGO) clippy -p pilotfish-attach --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps
 
 # The advisory database is not asked: it needs the network at every run. The tool runs for a second, so it is compiled unoptimised.

@@ -37,13 +37,15 @@
 //! - `engine` (default): llama.cpp through llama-cpp-2. Without it there is no C++ in the build, and what remains is guard files,
 //!   programs, mappings, [`synthetic`] models and a [`hook`] whose ggml functions are looked up at run time.
 //! - `learn` (default): making guards and measuring them: [`learn`], [`eval`]. An app that runs guards can do without.
-//! - `server` (default): [`server`], OpenAI's API over HTTP, and [`store`], a directory of guards that is watched.
+//! - `store` (default): [`store`], a directory of guards that is watched. It needs no `engine`.
+//! - `server` (default): [`server`], OpenAI's API over HTTP.
 //! - `cli` (default): the `pilotfish` command, and [`models`], its downloads.
 //! - `cuda`, `metal`, `vulkan`, `dynamic-backends`: forwarded to llama-cpp-2. The last loads ggml's backends at run time, from the folder that `PILOTFISH_BACKENDS` names or else from where they were built.
 #![cfg_attr(not(feature = "engine"), allow(rustdoc::broken_intra_doc_links))]
 #![deny(unsafe_code)]
 #![warn(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+pub mod attach;
 #[cfg(feature = "engine")]
 pub mod engine;
 #[cfg(feature = "learn")]
@@ -60,7 +62,7 @@ pub mod program;
 #[cfg(feature = "server")]
 pub mod server;
 pub mod steering;
-#[cfg(feature = "server")]
+#[cfg(feature = "store")]
 pub mod store;
 pub mod synthetic;
 pub mod tensor;

@@ -1,5 +1,6 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pilotfish::attach::Fail;
 use pilotfish::engine::scheduler::Toggle;
 use pilotfish::guard::manifest::{InterventionEntry, InterventionName};
 use pilotfish::guard::{OnError, Positions};
@@ -7,6 +8,7 @@ use pilotfish::learn::AutoencoderOptions;
 use pilotfish::steering::PromptTokens;
 use pilotfish::synthetic::{Architecture, PRESETS, Quantization};
 use pilotfish::tensor::{LayerIndex, LayerStack};
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -53,8 +55,43 @@ pub enum Command {
     Bench(BenchArguments),
     /// Serve a model and its guards to apps that speak the OpenAI API; guards reload while it serves.
     Serve(ServeArguments),
+    /// Run an app that loads llama.cpp as a shared library, its models under guards.
+    #[cfg(unix)]
+    Attach(AttachArguments),
     /// Check that nothing in an audit log was changed, taken out or put in.
     Audit(AuditArguments),
+}
+
+#[cfg(unix)]
+#[derive(Debug, Args)]
+pub struct AttachArguments {
+    /// A directory with a folder for each guard; it is watched while the app runs
+    #[arg(long, value_name = "DIR")]
+    pub guards: PathBuf,
+    /// What the app meets where a model can't be guarded: an error from llama.cpp, or none
+    #[arg(long, value_name = "HOW", value_enum, default_value = "closed")]
+    pub fail: FailArgument,
+    /// The library that is loaded into the app; without it the one beside `pilotfish`
+    #[arg(long, value_name = "F")]
+    pub library: Option<PathBuf>,
+    /// The app and its arguments
+    #[arg(value_name = "COMMAND", required = true, last = true)]
+    pub command: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum FailArgument {
+    Closed,
+    Open,
+}
+
+impl From<FailArgument> for Fail {
+    fn from(argument: FailArgument) -> Self {
+        match argument {
+            FailArgument::Closed => Self::Closed,
+            FailArgument::Open => Self::Open,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,8 @@
 //! imports this room.
 
 mod args;
+#[cfg(unix)]
+mod attach;
 mod backdoor;
 mod bench;
 mod demo;
@@ -89,6 +91,8 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Bench(arguments) => bench::bench(arguments),
         Command::Serve(arguments) => serve::serve(&arguments),
         Command::Audit(arguments) => serve::audit(&arguments),
+        #[cfg(unix)]
+        Command::Attach(arguments) => attach::attach(&arguments),
     }
 }
 

@@ -14,6 +14,7 @@ mod identity;
 mod location;
 pub mod manifest;
 mod mapping_file;
+mod quantization;
 mod rule;
 mod tensors;
 mod validate;
@@ -32,6 +33,7 @@ pub use manifest::{
     StrengthUnit,
 };
 pub use mapping_file::{CarryError, MappingFile, carry};
+pub use quantization::quantization_name;
 pub use rule::{Rule, Truth};
 pub use vector_file::{VectorFile, class_mean_tensors};
 pub use write::{compose_guard, extend_guard, from_control_vector, guard_with_manifest, replace_manifest, write_guard};

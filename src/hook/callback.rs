@@ -173,6 +173,28 @@ impl Hook {
         self.failed.clear();
     }
 
+    /// Fires every gate of `sequence`, which lives: where its cells hold tokens that no gate has read. See [`Sequences::fire`].
+    pub fn fire(&mut self, sequence: SequenceId) {
+        self.sequences.fire(sequence);
+    }
+
+    /// Says that rows of `sequence` from number `n` on lie elsewhere now: none of them is used for another prompt.
+    pub fn forget_rows_from(&mut self, sequence: SequenceId, n: usize) {
+        self.sequences.forget_rows_from(sequence, n);
+    }
+
+    /// Whether it could not be told in the last decode which row is whose: its gates have fired then.
+    pub fn is_uncertain(&self) -> bool {
+        self.rows.is_uncertain()
+    }
+
+    /// Makes of `to` what `from` is: see [`Sequences::copy`]. What went wrong with the one went wrong with the other.
+    pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
+        self.sequences.copy(from, to);
+        self.failed.retain(|(failed, _)| *failed != to);
+        self.failed.extend(self.fault_of(from).cloned().map(|fault| (to, fault)));
+    }
+
     /// Makes of `to` a new sequence whose prompt begins with the first `n_rows` rows of `from`: see [`Sequences::resume`]. Returns whether that
     /// can be.
     pub fn resume(&mut self, from: SequenceId, to: SequenceId, n_rows: usize) -> bool {
@@ -398,10 +420,8 @@ impl Hook {
         // Inputs are set before the graph runs, and their memory may be used again after their last reader, so read them now where
         // they lie on the host.
         if let Some(source) = self.micro_batch.unread_positions
-            && self.table.host_data.is_some_and(|host_data| {
-                // SAFETY: `source` is a source of the tensor that llama.cpp is showing.
-                unsafe { !host_data(source).is_null() }
-            })
+            // SAFETY: `source` is a source of the tensor that llama.cpp is showing.
+            && unsafe { !self.table.host_data(source).is_null() }
         {
             self.read_positions();
         }
@@ -409,11 +429,12 @@ impl Hook {
 
     /// Takes the token ids of the micro-batch from the lookup of their embeddings, where they lie in host memory.
     fn read_tokens(&mut self, lookup: &Tensor<'_>) {
-        let Some((source, host_data)) = lookup.second_source().zip(self.table.host_data) else { return };
+        let Some(source) = lookup.second_source() else { return };
         // SAFETY: `source` is a source of the tensor that llama.cpp is showing, an input whose data is set before the graph runs.
         let read = unsafe {
             CStr::from_ptr((self.table.name)(source)) != TOKENS
-                || !host_data(source).is_null() && read_i32(&self.table, source, &mut self.micro_batch.inputs.tokens)
+                || !self.table.host_data(source).is_null()
+                    && read_i32(&self.table, source, &mut self.micro_batch.inputs.tokens)
         };
         if !read {
             self.micro_batch.inputs.tokens.clear();

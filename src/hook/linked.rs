@@ -17,8 +17,6 @@ impl GgmlTable {
             is_contiguous,
             tensor_read,
             tensor_write,
-            host_data: Some(host_data),
-            second_source: Some(second_source),
             device: Some(DeviceTable::linked()),
         }
     }
@@ -65,22 +63,4 @@ unsafe extern "C" fn tensor_read(tensor: *const RawTensor, data: *mut c_void, of
 unsafe extern "C" fn tensor_write(tensor: *mut RawTensor, data: *const c_void, offset: usize, size: usize) {
     // SAFETY: as in `tensor_read`.
     unsafe { sys::ggml_backend_tensor_set(tensor.cast(), data, offset, size) }
-}
-
-unsafe extern "C" fn host_data(tensor: *const RawTensor) -> *mut c_void {
-    let tensor: *const sys::ggml_tensor = tensor.cast();
-    // SAFETY: see the top of the file. A view has its own `buffer` or its source's, which is not freed before the graph.
-    unsafe {
-        let buffer = if (*tensor).view_src.is_null() { (*tensor).buffer } else { (*(*tensor).view_src).buffer };
-        if buffer.is_null() || !sys::ggml_backend_buffer_is_host(buffer) {
-            return std::ptr::null_mut();
-        }
-        (*tensor).data
-    }
-}
-
-unsafe extern "C" fn second_source(tensor: *const RawTensor) -> *const RawTensor {
-    let tensor: *const sys::ggml_tensor = tensor.cast();
-    // SAFETY: see the top of the file.
-    unsafe { (*tensor).src[1].cast_const().cast() }
 }

@@ -21,8 +21,8 @@ type Write = unsafe extern "C" fn(*mut RawTensor, *const c_void, usize, usize);
 
 /// Functions of ggml's public C API.
 ///
-/// All but the last two are exported by every llama.cpp build. Those two need the layout of `ggml_tensor`, so a table made by
-/// [`lookup`](Self::lookup) has none: residuals then go by copy, and rows are taken to be in batch order.
+/// Where a tensor's data lie and what a node reads no function tells. A [`DeviceTable`] finds that out; without one, as from [`lookup`](Self::lookup) alone,
+/// residuals go by copy, and rows are taken to be in batch order.
 #[derive(Clone, Copy)]
 pub struct GgmlTable {
     pub(super) name: Text,
@@ -33,11 +33,7 @@ pub struct GgmlTable {
     pub(super) is_contiguous: Test,
     pub(super) tensor_read: Read,
     pub(super) tensor_write: Write,
-    /// The tensor's data where its buffer is in host memory, else null.
-    pub(super) host_data: Option<unsafe extern "C" fn(*const RawTensor) -> *mut c_void>,
-    /// The tensor's second source (`src[1]`), or null: for `ROPE`, the positions.
-    pub(super) second_source: Option<unsafe extern "C" fn(*const RawTensor) -> *const RawTensor>,
-    /// What a graph on the residual's own device needs; without it a residual on a device goes by copy.
+    /// What a graph on the residual's own device needs, and where tensors keep what no function tells.
     pub(super) device: Option<&'static DeviceTable>,
 }
 
@@ -77,18 +73,34 @@ impl GgmlTable {
             is_contiguous: function!(c"ggml_is_contiguous", Test),
             tensor_read: function!(c"ggml_backend_tensor_get", Read),
             tensor_write: function!(c"ggml_backend_tensor_set", Write),
-            host_data: None,
-            second_source: None,
             device: None,
         })
     }
 }
 
 impl GgmlTable {
-    /// With the functions for graphs on a device, of the same llama.cpp.
+    /// With the functions for graphs on a device, of the same llama.cpp, and what it knows of the layout of tensors.
     #[must_use]
     pub fn with_device(self, device: &'static DeviceTable) -> Self {
         Self { device: Some(device), ..self }
+    }
+
+    /// The data of `tensor` where they lie in host memory, else null, as where that can't be told.
+    ///
+    /// # Safety
+    /// `tensor` must be a valid tensor of this table's llama.cpp.
+    pub(super) unsafe fn host_data(&self, tensor: *const RawTensor) -> *mut c_void {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.device.map_or(std::ptr::null_mut(), |device| device.host_data(tensor)) }
+    }
+
+    /// `src[1]` of `tensor`, or null, as where that can't be told.
+    ///
+    /// # Safety
+    /// As of [`host_data`](Self::host_data).
+    unsafe fn second_source(&self, tensor: *const RawTensor) -> *const RawTensor {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.device.map_or(std::ptr::null(), |device| device.second_source(tensor)) }
     }
 }
 
@@ -143,7 +155,7 @@ impl<'call> Tensor<'call> {
     /// `src[1]`, where the table can tell.
     pub(super) fn second_source(&self) -> Option<*const RawTensor> {
         // SAFETY: `raw` is valid for 'call.
-        let source = unsafe { (self.table.second_source?)(self.raw) };
+        let source = unsafe { self.table.second_source(self.raw) };
         (!source.is_null()).then_some(source)
     }
 
@@ -179,9 +191,8 @@ impl<'call> Tensor<'call> {
     /// The tensor must have passed [`shape_problem`](Self::shape_problem), and nothing else may use its data while the slice lives:
     /// inside the callback llama.cpp has synchronised the backend and waits.
     pub(super) unsafe fn bytes(&mut self) -> TensorBytes<'call> {
-        let Some(host_data) = self.table.host_data else { return TensorBytes::Device };
         // SAFETY: `raw` is valid for 'call.
-        let data = unsafe { host_data(self.raw) };
+        let data = unsafe { self.table.host_data(self.raw) };
         if data.is_null() {
             return TensorBytes::Device;
         }

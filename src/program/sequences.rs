@@ -33,7 +33,7 @@ pub struct Sequences {
     shared: Option<Arc<Program>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct SequenceState {
     pub program: Arc<Program>,
     gates: Vec<GateState>,
@@ -362,6 +362,29 @@ impl Sequences {
             state.trail.close_at(state.trail.n_prompt());
         }
         state.gates.iter_mut().for_each(GateState::begin_prompt);
+    }
+
+    /// Fires every gate of `sequence`, if it lives, whatever it reads: where it has read only a part of what is there. Nothing of it is
+    /// [reusable](Self::reusable) then.
+    pub fn fire(&mut self, sequence: SequenceId) {
+        let Some(state) = self.states.get_mut(&sequence) else { return };
+        state.gates.iter_mut().for_each(GateState::fire);
+        state.trail.close_at(0);
+    }
+
+    /// Makes nothing [reusable](Self::reusable) of rows of `sequence` from number `n` on.
+    pub fn forget_rows_from(&mut self, sequence: SequenceId, n: usize) {
+        if let Some(state) = self.states.get_mut(&sequence) {
+            state.trail.close_at(n.min(state.trail.n_rows()));
+        }
+    }
+
+    /// Makes of `to` what `from` is, answer and decisions and all; of one that does not live, nothing.
+    pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
+        self.clear(to);
+        if let Some(state) = self.states.get(&from).cloned() {
+            self.states.insert(to, state);
+        }
     }
 
     /// Fires every gate of the decode's sequences, whatever it reads: where it is uncertain which rows are whose.

@@ -101,7 +101,7 @@ pub(super) enum Next<'a> {
 }
 
 /// The tokens of one sequence from some position on, and what each was taken for.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Spelt {
     tokens: Vec<i32>,
     /// Of each token the texts that it counted as a part of when it was decoded, a bit each.

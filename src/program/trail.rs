@@ -5,7 +5,7 @@ use super::gates::RowKind;
 use crate::tensor::TokenPosition;
 
 /// Rows of one sequence, in the order of their positions.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Trail {
     n_gates: usize,
     /// Projections, `[n_rows + n_pending, n_gates]`; NaN where a gate read nothing.

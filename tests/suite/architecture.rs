@@ -16,6 +16,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("eval", &["tensor", "guard", "hook", "engine", "learn", "steering"]),
     ("store", &["guard"]),
     ("server", &["guard", "program", "hook", "engine", "store"]),
+    ("attach", &[]),
     ("models", &[]),
     ("synthetic", &[]),
     // A crate of its own, the binary: it sees the library's public face.
@@ -31,6 +32,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "engine",
             "learn",
             "eval",
+            "attach",
             "models",
             "server",
             "synthetic",

@@ -3,6 +3,8 @@
 
 mod adapters;
 mod architecture;
+#[cfg(target_os = "linux")]
+mod attach;
 mod autoencoder;
 mod backdoor;
 mod command_line;

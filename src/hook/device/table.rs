@@ -58,13 +58,21 @@ type Unary = unsafe extern "C" fn(Context, Tensor) -> Tensor;
 type Binary = unsafe extern "C" fn(Context, Tensor, Tensor) -> Tensor;
 type WithTwo = unsafe extern "C" fn(Context, Tensor, f32, f32) -> Tensor;
 
+/// Bytes from the start of a `ggml_tensor` to what no function tells: the struct differs from one llama.cpp to another.
+#[derive(Clone, Copy)]
+struct Layout {
+    /// To its `buffer`.
+    buffer: usize,
+    /// To `src[1]`.
+    second_source: usize,
+}
+
 macro_rules! functions {
     ($($field:ident = $symbol:ident: $signature:ty;)*) => {
-        /// Functions of ggml's public C API for graphs on a device, and where a tensor keeps its buffer.
+        /// Functions of ggml's public C API for graphs on a device, and where a tensor keeps its buffer and its sources.
         pub struct DeviceTable {
             $(pub(super) $field: $signature,)*
-            /// Bytes from the start of a `ggml_tensor` to its `buffer`.
-            pub(super) buffer_offset: usize,
+            layout: Layout,
         }
 
         impl DeviceTable {
@@ -72,14 +80,14 @@ macro_rules! functions {
             pub const SYMBOLS: &'static [&'static str] = &[$(stringify!($symbol)),*];
 
             /// Takes the functions from `resolve`, which gives the address of a symbol or null, and finds out where this llama.cpp's tensors keep
-            /// their buffer.
+            /// their buffer and their sources.
             ///
             /// # Safety
             /// A non-null address that `resolve` gives for a name must be that function of ggml's C API, and stay loaded for as long as the
             /// table is used.
             ///
             /// # Errors
-            /// The first function that `resolve` does not find, or `ggml_tensor.buffer` if that can't be found.
+            /// The first function that `resolve` does not find, or the layout of tensors if that can't be found.
             pub unsafe fn lookup(mut resolve: impl FnMut(&CStr) -> *const c_void) -> Result<Self, MissingSymbol> {
                 let mut table = Self {
                     $($field: {
@@ -94,11 +102,11 @@ macro_rules! functions {
                         // SAFETY: not null; the caller guarantees that it is the function of that name, whose C signature is the field's.
                         unsafe { std::mem::transmute::<*const c_void, $signature>(address) }
                     },)*
-                    buffer_offset: 0,
+                    layout: Layout { buffer: 0, second_source: 0 },
                 };
                 // SAFETY: the functions are ggml's, as the caller guarantees.
-                let offset = unsafe { table.find_buffer_offset() };
-                table.buffer_offset = offset.ok_or_else(|| MissingSymbol { symbol: "ggml_tensor.buffer".to_owned() })?;
+                let layout = unsafe { table.find_layout() };
+                table.layout = layout.ok_or_else(|| MissingSymbol { symbol: "the layout of ggml_tensor".to_owned() })?;
                 Ok(table)
             }
 
@@ -112,7 +120,10 @@ macro_rules! functions {
                     $($field: unsafe {
                         std::mem::transmute::<*const c_void, $signature>(sys::$symbol as *const c_void)
                     },)*
-                    buffer_offset: std::mem::offset_of!(sys::ggml_tensor, buffer),
+                    layout: Layout {
+                        buffer: std::mem::offset_of!(sys::ggml_tensor, buffer),
+                        second_source: std::mem::offset_of!(sys::ggml_tensor, src) + size_of::<usize>(),
+                    },
                 });
                 &LINKED
             }
@@ -188,18 +199,42 @@ impl DeviceTable {
     /// # Safety
     /// `tensor` must be a valid tensor of this table's llama.cpp.
     pub(super) unsafe fn buffer_of(&self, tensor: *const RawTensor) -> *mut RawBuffer {
-        // SAFETY: a `ggml_tensor` has a pointer there (`find_buffer_offset`, or the layout of the linked llama.cpp).
-        unsafe { *tensor.byte_add(self.buffer_offset).cast::<*mut RawBuffer>() }
+        // SAFETY: a `ggml_tensor` has a pointer there (`find_layout`, or the layout of the linked llama.cpp).
+        unsafe { *tensor.byte_add(self.layout.buffer).cast::<*mut RawBuffer>() }
     }
 
-    /// Where a `ggml_tensor` keeps its buffer: the one pointer into it that is null before a tensor is put into a buffer and is the buffer after.
-    /// There is no function that tells, and the struct differs from one llama.cpp to another.
+    /// The data of `tensor` where its buffer is in host memory, else null.
+    ///
+    /// # Safety
+    /// As of [`buffer_of`](Self::buffer_of).
+    pub(in crate::hook) unsafe fn host_data(&self, tensor: *const RawTensor) -> *mut c_void {
+        // SAFETY: guaranteed by the caller; a buffer is not freed before the graph.
+        unsafe {
+            let buffer = self.buffer_of(tensor);
+            if buffer.is_null() || !(self.buffer_is_host)(buffer) {
+                return std::ptr::null_mut();
+            }
+            (self.data)(tensor)
+        }
+    }
+
+    /// `src[1]` of `tensor`, or null.
+    ///
+    /// # Safety
+    /// As of [`buffer_of`](Self::buffer_of).
+    pub(in crate::hook) unsafe fn second_source(&self, tensor: *const RawTensor) -> *const RawTensor {
+        // SAFETY: as in `buffer_of`.
+        unsafe { *tensor.byte_add(self.layout.second_source).cast::<*const RawTensor>() }
+    }
+
+    /// Finds the layout of a `ggml_tensor` by making some. Its buffer is the one pointer into it that is null before a tensor is put into a buffer and is the
+    /// buffer after, and its second source the one that is the second operand of what was made of two.
     ///
     /// # Safety
     /// The functions must be ggml's.
-    unsafe fn find_buffer_offset(&self) -> Option<usize> {
+    unsafe fn find_layout(&self) -> Option<Layout> {
         const SIZE: usize = 256;
-        // SAFETY: plain use of ggml. The words that are read lie in the context's memory, which has room for several tensors: one takes
+        // SAFETY: plain use of ggml. The words that are read lie in the context's memory, which has room for more tensors than are made: one takes
         // `tensor_overhead` with its header. What was made is freed, the context last.
         unsafe {
             let device = (self.device_by_type)(DEVICE_CPU);
@@ -207,24 +242,30 @@ impl DeviceTable {
                 return None;
             }
             let overhead = (self.tensor_overhead)();
-            let params = InitParams { mem_size: 4 * overhead, mem_buffer: std::ptr::null_mut(), no_alloc: true };
+            let params = InitParams { mem_size: 8 * overhead, mem_buffer: std::ptr::null_mut(), no_alloc: true };
             let context = (self.init)(params);
             if context.is_null() {
                 return None;
             }
-            let tensor = (self.new_2d)(context, F32, 4, 1);
-            let words: *const *mut RawBuffer = tensor.cast_const().cast();
             let n_words = overhead / size_of::<usize>();
-            let before: Vec<bool> = (0..n_words).map(|word| (*words.add(word)).is_null()).collect();
-            let buffer = (self.type_allocate)((self.device_buffer_type)(device), SIZE);
-            let found = (!buffer.is_null()).then(|| {
-                (self.allocate)(buffer, tensor, (self.buffer_base)(buffer));
-                let found = (0..n_words).find(|word| before[*word] && *words.add(*word) == buffer);
-                (self.buffer_free)(buffer);
+            let words_of = |tensor: Tensor| tensor.cast_const().cast::<*const c_void>();
+            let word_of = |tensor: Tensor, pointer: *const c_void, was: &dyn Fn(usize) -> bool| {
+                let found = (0..n_words).find(|word| was(*word) && *words_of(tensor).add(*word) == pointer);
                 found.map(|word| word * size_of::<usize>())
+            };
+            let [first, second] = [(); 2].map(|()| (self.new_2d)(context, F32, 4, 1));
+            let sum = (self.add)(context, first, second);
+            let second_source = word_of(sum, second.cast_const().cast(), &|_| true);
+            let before: Vec<bool> = (0..n_words).map(|word| (*words_of(first).add(word)).is_null()).collect();
+            let buffer = (self.type_allocate)((self.device_buffer_type)(device), SIZE);
+            let buffer_offset = (!buffer.is_null()).then(|| {
+                (self.allocate)(buffer, first, (self.buffer_base)(buffer));
+                let found = word_of(first, buffer.cast_const().cast(), &|word| before[word]);
+                (self.buffer_free)(buffer);
+                found
             });
             (self.free)(context);
-            found.flatten()
+            Some(Layout { buffer: buffer_offset.flatten()?, second_source: second_source? })
         }
     }
 }

@@ -305,10 +305,13 @@ fn functions_that_are_looked_up_do_the_same() {
     };
     // SAFETY: as above.
     let by_name = unsafe { pilotfish::hook::GgmlTable::lookup(linked_symbol) }.unwrap();
+    // The table, what is asked for, and what comes of it.
+    let where_it_lies = if GPU { ExecutorKind::Device } else { ExecutorKind::Host };
     let cases = [
-        (None, ExecutorKind::Copy),
-        (Some(look_up(c"")), ExecutorKind::Device),
-        (Some(look_up(c"ggml_backend_supports_op")), ExecutorKind::Copy),
+        (None, None, ExecutorKind::Copy),
+        (Some(look_up(c"")), None, where_it_lies),
+        (Some(look_up(c"")), Some(ExecutorKind::Device), ExecutorKind::Device),
+        (Some(look_up(c"ggml_backend_supports_op")), Some(ExecutorKind::Device), ExecutorKind::Copy),
     ];
     for tiny in Tiny::all_placed() {
         let script = tiny.script();
@@ -316,16 +319,18 @@ fn functions_that_are_looked_up_do_the_same() {
         let program = compiled(&tiny, &gated(policy.intervene(rotate("w", 20.0))));
         let runs: Vec<_> = cases
             .iter()
-            .map(|(device, kind)| {
+            .map(|(device, asked, kind)| {
                 let table = device.map_or(by_name, |device| by_name.with_device(device));
                 let mut hooked = super::table::Hooked::new(&tiny, table, Arc::clone(&program), params());
+                asked.iter().for_each(|asked| hooked.hook().set_executor_kind(*asked));
                 let logits = hooked.run(&script);
                 assert_eq!(hooked.hook().executor_kind(), *kind, "{}", tiny.name());
                 logits
             })
             .collect();
-        close(&format!("{}: on the device", tiny.name()), &runs[1], &runs[0], 3.0 * TOLERANCE_OF_PRODUCTS);
-        assert!(bits(&runs[2]) == bits(&runs[0]), "{}: by copy", tiny.name());
+        close(&format!("{}: where it lies", tiny.name()), &runs[1], &runs[0], 3.0 * TOLERANCE_OF_PRODUCTS);
+        close(&format!("{}: on the device", tiny.name()), &runs[2], &runs[0], 3.0 * TOLERANCE_OF_PRODUCTS);
+        assert!(bits(&runs[3]) == bits(&runs[0]), "{}: by copy", tiny.name());
     }
 }
 

@@ -1,0 +1,497 @@
+//! One context of the app's under its guards: what each batch is to the sequences that are known, the decode, and what follows from it.
+
+use crate::guards::{LoadedModel, listed};
+use crate::llama::{Batch, Context, EvalCallback, Llama, Scheduler};
+use crate::track::{Next, Track};
+use pilotfish::Program;
+use pilotfish::guard::OnFire;
+use pilotfish::hook::{BatchRow, Hook, RawTensor, Splitting};
+use pilotfish::program::RowKind;
+use pilotfish::tensor::{SequenceId, TokenPosition};
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::ptr::{NonNull, null_mut};
+use std::sync::Arc;
+
+/// What llama.cpp's user data points to.
+pub struct Seat {
+    hook: Hook,
+    llama: &'static Llama,
+    /// The app's own callback.
+    app: Option<(EvalCallback, *mut c_void)>,
+    /// Who wants to see the node that was asked about last.
+    app_wants: bool,
+    hook_wants: bool,
+    scheduler: *mut Scheduler,
+    /// Whether the scheduler has our callback; with no guard it has the app's own.
+    installed: bool,
+    /// Nodes that were asked about in the running decode.
+    n_nodes: usize,
+}
+
+/// A context of the app's.
+pub struct Guarding {
+    seat: NonNull<Seat>,
+    llama: &'static Llama,
+    model: Arc<LoadedModel>,
+    /// The app's model, for its tokens.
+    raw_model: *const crate::llama::Model,
+    splitting: Splitting,
+    /// The epoch of the program of sequences to come.
+    epoch: Option<u64>,
+    tracks: BTreeMap<SequenceId, Track>,
+    /// What is said in place of answers that were ended.
+    speeches: BTreeMap<SequenceId, Speech>,
+    /// Whether a decode has shown that this llama.cpp does what is relied upon.
+    checked: bool,
+    rows: Vec<BatchRow>,
+    tokens: Vec<i32>,
+}
+
+/// Tokens that are said in place of an answer, and then its end.
+struct Speech {
+    tokens: Vec<i32>,
+    end: Option<i32>,
+    said: usize,
+}
+
+/// Why a context can't be guarded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("{0}")]
+    NoProgram(Arc<str>),
+    #[error("this llama.cpp is not one that pilotfish knows: {0}")]
+    Unknown(&'static str),
+    #[error("an answer that a guard has ended could not be ended: the context gives no logits")]
+    NoLogits,
+}
+
+// SAFETY: the seat is reached through this alone, and by llama.cpp on the thread that decodes, which holds the lock that this lies behind; the app's user data is
+// handed back to the app's callback on the thread on which llama.cpp would have called it.
+unsafe impl Send for Guarding {}
+
+impl Drop for Guarding {
+    fn drop(&mut self) {
+        // SAFETY: made from a box in `new` and freed only here, when the context is freed or has been.
+        drop(unsafe { Box::from_raw(self.seat.as_ptr()) });
+    }
+}
+
+/// The callback that llama.cpp gets: the hook's, and then the app's own, which sees what the hook has patched.
+///
+/// # Safety
+/// `user_data` must be a [`Seat`] that nothing else uses while llama.cpp decodes, and `tensor` a tensor of its llama.cpp.
+pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: *mut c_void) -> bool {
+    // SAFETY: guaranteed by the caller.
+    let seat = unsafe { &mut *user_data.cast::<Seat>() };
+    let hook = (&raw mut seat.hook).cast::<c_void>();
+    // SAFETY: the app's callback gets what it would get from llama.cpp, with its own user data.
+    let app = |seat: &Seat| seat.app.is_some_and(|(callback, data)| unsafe { callback(tensor, ask, data) });
+    if ask {
+        // SAFETY: the hook serves this context alone, and the tensor is of its llama.cpp.
+        seat.hook_wants = unsafe { Hook::callback(tensor, true, hook) };
+        seat.app_wants = app(seat);
+        seat.n_nodes += 1;
+        return seat.hook_wants || seat.app_wants;
+    }
+    // SAFETY: as above.
+    let goes_on = !seat.hook_wants || unsafe { Hook::callback(tensor, false, hook) };
+    (!seat.app_wants || app(seat)) && goes_on
+}
+
+impl Seat {
+    /// Takes the callback that llama.cpp sets for the context that decodes, and sets ours in its place.
+    ///
+    /// # Safety
+    /// `seat` must be that of the context that decodes, and `scheduler` its.
+    pub unsafe fn set_callback(
+        seat: NonNull<Self>,
+        scheduler: *mut Scheduler,
+        callback: Option<EvalCallback>,
+        data: *mut c_void,
+    ) {
+        // SAFETY: guaranteed by the caller: llama.cpp is between two nodes.
+        unsafe {
+            let this = &mut *seat.as_ptr();
+            this.app = callback.map(|callback| (callback, data));
+            this.scheduler = scheduler;
+            let installed = this.installed;
+            Self::install(seat, installed);
+        }
+    }
+
+    /// Gives the scheduler, once it is known, our callback or the app's own.
+    ///
+    /// # Safety
+    /// No decode of the context may be computing a node.
+    unsafe fn install(seat: NonNull<Self>, ours: bool) {
+        // SAFETY: guaranteed by the caller; the seat outlives the scheduler's use of it, and the callback has the type that is asked for.
+        unsafe {
+            let this = &mut *seat.as_ptr();
+            this.installed = ours;
+            if this.scheduler.is_null() {
+                return;
+            }
+            let set = this.llama.set_eval_callback;
+            match (ours, this.app) {
+                (true, _) => set(this.scheduler, Some(callback), seat.as_ptr().cast()),
+                (false, Some((app, data))) => set(this.scheduler, Some(app), data),
+                (false, None) => set(this.scheduler, None, null_mut()),
+            }
+        }
+    }
+}
+
+impl Guarding {
+    /// # Safety
+    /// `context` must be a living context of `llama`, whose model `model` is.
+    pub unsafe fn new(llama: &'static Llama, context: *mut Context, model: Arc<LoadedModel>) -> Self {
+        // SAFETY: guaranteed by the caller.
+        let (n_streams, n_ctx, n_ubatch, raw_model) = unsafe {
+            let n_ubatch = (llama.n_ubatch)(context);
+            (llama.n_streams(context), (llama.n_ctx)(context), n_ubatch, (llama.get_model)(context))
+        };
+        let mut hook = Hook::new(llama.ggml, Arc::new(Program::observer(model.shape)));
+        hook.set_capacity(n_ctx as usize / n_streams);
+        let seat = Seat {
+            hook,
+            llama,
+            app: None,
+            app_wants: false,
+            hook_wants: false,
+            scheduler: null_mut(),
+            installed: true,
+            n_nodes: 0,
+        };
+        Self {
+            seat: NonNull::from(Box::leak(Box::new(seat))),
+            llama,
+            model,
+            raw_model,
+            splitting: Splitting { n_streams, n_ubatch: n_ubatch as usize },
+            epoch: None,
+            tracks: BTreeMap::new(),
+            speeches: BTreeMap::new(),
+            checked: false,
+            rows: Vec::new(),
+            tokens: Vec::new(),
+        }
+    }
+
+    pub fn seat(&self) -> NonNull<Seat> {
+        self.seat
+    }
+
+    fn hook(&mut self) -> &mut Hook {
+        // SAFETY: the seat lives as long as this, and llama.cpp uses it only inside `run`, which does not call this meanwhile.
+        unsafe { &mut (*self.seat.as_ptr()).hook }
+    }
+
+    /// Runs a decode of `batch` under the guards: `run` has llama.cpp do it, and gives its result, which is given back.
+    ///
+    /// # Safety
+    /// `context` must be the living context that this was made for, and `batch` valid as llama.cpp would have it.
+    ///
+    /// # Errors
+    /// The context can't be guarded; where `run` has been called already, what it has decoded must not be used.
+    pub unsafe fn decode(
+        &mut self,
+        context: *mut Context,
+        batch: &Batch,
+        run: impl FnOnce() -> i32,
+    ) -> Result<i32, Refusal> {
+        let guarded = self.take_program()?;
+        // SAFETY: nothing decodes, and the seat is the context's.
+        unsafe { Seat::install(self.seat, guarded) };
+        if !guarded {
+            // What is decoded now no guard has read.
+            self.tracks.clear();
+            return Ok(run());
+        }
+        // SAFETY: guaranteed by the caller.
+        let (batch_rows, others) = unsafe { self.rows_of(context, batch) };
+        let plan = self.plan(&batch_rows);
+        let (rows, tokens, splitting) =
+            (std::mem::take(&mut self.rows), std::mem::take(&mut self.tokens), self.splitting);
+        self.hook().begin(&rows, &tokens, splitting);
+        // SAFETY: nothing decodes yet.
+        unsafe { (*self.seat.as_ptr()).n_nodes = 0 };
+        let result = run();
+        (self.rows, self.tokens) = (rows, tokens);
+        if result != 0 {
+            // It may have left anything: what is in the cells then is seen at the next decode.
+            return Ok(result);
+        }
+        self.check()?;
+        if let Err(fault) = self.hook().finish() {
+            tracing::error!(%fault, "a guard failed");
+        }
+        for (sequence, track) in plan {
+            self.tracks.insert(sequence, track);
+        }
+        for (from, to) in others {
+            self.share(from, to);
+        }
+        self.tell_decisions();
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.speak(context)? };
+        Ok(0)
+    }
+
+    /// Writes down what gates have decided over the prompts that end in this batch.
+    fn tell_decisions(&mut self) {
+        for index in 0..self.rows.len() {
+            let BatchRow { sequence, kind, .. } = self.rows[index];
+            if kind != RowKind::PromptEnd {
+                continue;
+            }
+            let sequences = self.hook().sequences();
+            let Some(program) = sequences.program(sequence) else { continue };
+            for (number, gate) in program.gates().iter().enumerate() {
+                let Some(decision) = sequences.decision(sequence, number) else { continue };
+                let (guard, gate, fired) = (&program.guards()[gate.guard].name, &gate.name, decision.fired);
+                match decision.score {
+                    Some(score) if fired => tracing::info!(%sequence, guard, gate, score, fired, "gate"),
+                    Some(score) => tracing::debug!(%sequence, guard, gate, score, fired, "gate"),
+                    None => tracing::info!(%sequence, guard, gate, fired, "gate: what it reads can't be told"),
+                }
+            }
+        }
+    }
+
+    /// Takes the program that is in force for sequences to come. Returns whether anything is to be guarded.
+    fn take_program(&mut self) -> Result<bool, Refusal> {
+        let standing = self.model.standing();
+        let program = standing.program.map_err(Refusal::NoProgram)?;
+        if self.epoch != Some(standing.epoch) {
+            tracing::debug!("epoch {}: {}", standing.epoch, listed(&program));
+            self.epoch = Some(standing.epoch);
+            let model = Arc::clone(&self.model);
+            let hook = self.hook();
+            if !program.texts().is_empty() && !hook.sequences().knows_vocabulary() {
+                hook.set_vocabulary(model.vocabulary.clone());
+            }
+            hook.set_program(Arc::clone(&program));
+        }
+        // A sequence that began under a guard goes on under it.
+        let lives = |hook: &Hook| {
+            hook.sequences()
+                .live()
+                .any(|live| hook.sequences().program(live).is_some_and(|program| !program.guards().is_empty()))
+        };
+        Ok(!program.guards().is_empty() || lives(self.hook()))
+    }
+
+    /// Rows of a batch, by their sequences, and which sequences share rows of others: the batch in `self.rows` and `self.tokens`, whose kinds are to be found.
+    ///
+    /// # Safety
+    /// As of [`decode`](Self::decode).
+    unsafe fn rows_of(
+        &mut self,
+        context: *const Context,
+        batch: &Batch,
+    ) -> (BTreeMap<SequenceId, SequenceRows>, Vec<(SequenceId, SequenceId)>) {
+        self.rows.clear();
+        self.tokens.clear();
+        let mut of_sequences: BTreeMap<SequenceId, SequenceRows> = BTreeMap::new();
+        let mut others = Vec::new();
+        let n_tokens = usize::try_from(batch.n_tokens).unwrap_or(0);
+        // SAFETY: the arrays that are not null have `n_tokens` elements, those of sequence ids as many as their counts say (llama.h).
+        unsafe {
+            let memory = (self.llama.get_memory)(context);
+            let in_cells = |sequence: SequenceId| {
+                if memory.is_null() { 0 } else { (self.llama.seq_pos_max)(memory, sequence.0) + 1 }
+            };
+            for index in 0..n_tokens {
+                let n_ids =
+                    if batch.n_seq_id.is_null() || batch.seq_id.is_null() { 0 } else { *batch.n_seq_id.add(index) };
+                let id = |of: usize| SequenceId(*(*batch.seq_id.add(index)).add(of));
+                let sequence = if n_ids > 0 { id(0) } else { SequenceId(0) };
+                let rows = of_sequences
+                    .entry(sequence)
+                    .or_insert_with(|| SequenceRows { in_cells: in_cells(sequence), indices: Vec::new() });
+                let position = match batch.pos.is_null() {
+                    true => rows.in_cells + rows.indices.len() as i32,
+                    false => *batch.pos.add(index),
+                };
+                let output = match batch.logits.is_null() {
+                    true => index + 1 == n_tokens,
+                    false => *batch.logits.add(index) != 0,
+                };
+                rows.indices.push(index);
+                let kind = RowKind::Prompt;
+                self.rows.push(BatchRow { sequence, position: TokenPosition(position), kind, output });
+                for other in 1..usize::try_from(n_ids).unwrap_or(0) {
+                    let pair = (sequence, id(other));
+                    if pair.0 != pair.1 && !others.contains(&pair) {
+                        others.push(pair);
+                    }
+                }
+            }
+            if !batch.token.is_null() {
+                self.tokens.extend_from_slice(std::slice::from_raw_parts(batch.token, n_tokens));
+            }
+        }
+        (of_sequences, others)
+    }
+
+    /// Prepares the sequences of a batch for its rows, and says what they are: what each track is once it is decoded.
+    fn plan(&mut self, batch: &BTreeMap<SequenceId, SequenceRows>) -> Vec<(SequenceId, Track)> {
+        let mut after = Vec::with_capacity(batch.len());
+        for (sequence, SequenceRows { in_cells, indices }) in batch {
+            let rows = || indices.iter().map(|index| (self.rows[*index].position.0, self.rows[*index].output));
+            let track = self.tracks.get(sequence).copied();
+            let (next, kinds, track) = Track::take(track, *in_cells, rows());
+            for (index, kind) in indices.iter().zip(kinds) {
+                self.rows[*index].kind = kind;
+            }
+            after.push((*sequence, track));
+            if next != Next::GoesOn {
+                self.speeches.remove(sequence);
+            }
+            let (sequence, n) = (*sequence, usize::try_from(*in_cells).unwrap_or(0));
+            let hook = self.hook();
+            match next {
+                Next::GoesOn => {}
+                Next::Begins => hook.clear(sequence),
+                Next::Turn if hook.resume(sequence, sequence, n) => {}
+                // What it holds is not what its gates would have read of a prompt, so they read what is new; one that has fired stays so.
+                Next::Turn => hook.begin_prompt(sequence),
+                Next::Unseen => {
+                    tracing::warn!(%sequence, "{n} tokens are there that no guard has read: its gates count as fired");
+                    let program = Arc::clone(hook.program());
+                    hook.assign(sequence, program);
+                    hook.fire(sequence);
+                }
+            }
+        }
+        after
+    }
+
+    /// Says that rows of `from` in this batch are also those of `to`.
+    fn share(&mut self, from: SequenceId, to: SequenceId) {
+        self.hook().copy(from, to);
+        match self.tracks.get(&from).copied() {
+            Some(track) => self.tracks.insert(to, track),
+            None => self.tracks.remove(&to),
+        };
+    }
+
+    /// Says that cells of `from` have been copied to `to`, from position `first` on (below 0: all).
+    pub fn copied(&mut self, from: SequenceId, to: SequenceId, first: i32) {
+        if first <= 0 {
+            self.share(from, to);
+        } else {
+            self.loaded(Some(to));
+        }
+    }
+
+    /// Says that cells of `sequence` (or of all) hold what was not decoded here.
+    pub fn loaded(&mut self, sequence: Option<SequenceId>) {
+        match sequence {
+            Some(sequence) => drop(self.tracks.remove(&sequence)),
+            None => self.tracks.clear(),
+        }
+    }
+
+    /// Says that positions of `sequence` from `first` on have changed by `by`, as an app does to make room.
+    pub fn shifted(&mut self, sequence: SequenceId, first: i32, by: i32) {
+        if let Some(track) = self.tracks.get_mut(&sequence) {
+            track.shift(first, by);
+        }
+        let kept = usize::try_from(first.saturating_add(by.min(0))).unwrap_or(0);
+        self.hook().forget_rows_from(sequence, kept);
+    }
+
+    /// Makes sure, once, that what is relied upon is so: that llama.cpp asks about the nodes of its graphs, and that these read the tokens of the batch.
+    fn check(&mut self) -> Result<(), Refusal> {
+        // SAFETY: the decode is over.
+        let n_nodes = unsafe { (*self.seat.as_ptr()).n_nodes };
+        if n_nodes == 0 {
+            return Err(Refusal::Unknown("it decodes without asking the eval callback"));
+        }
+        if !self.checked {
+            let one = self.rows.iter().all(|row| row.sequence == self.rows[0].sequence);
+            if one && self.hook().is_uncertain() {
+                return Err(Refusal::Unknown(
+                    "its graphs read other tokens than the batch that was to be decoded holds",
+                ));
+            }
+            self.checked = one;
+        }
+        Ok(())
+    }
+
+    /// Where a sequence of the batch has come to an end, has llama.cpp predict what is said in its place.
+    ///
+    /// # Safety
+    /// `context` must be the context, living, whose decode has just ended well.
+    unsafe fn speak(&mut self, context: *mut Context) -> Result<(), Refusal> {
+        for index in 0..self.rows.len() {
+            let BatchRow { sequence, output, .. } = self.rows[index];
+            if !output {
+                continue;
+            }
+            if !self.speeches.contains_key(&sequence) {
+                let Some((message, reason)) = self.ended(sequence) else { continue };
+                tracing::warn!(%sequence, "{reason}");
+                // SAFETY: the model lives as long as its context.
+                let speech = unsafe {
+                    let tokens = self.llama.tokens(self.raw_model, &message);
+                    Speech { tokens, end: self.llama.end_of_answer(self.raw_model), said: 0 }
+                };
+                self.speeches.insert(sequence, speech);
+            }
+            let Some(speech) = self.speeches.get_mut(&sequence) else { continue };
+            let token = speech.tokens.get(speech.said).copied().or(speech.end);
+            speech.said += 1;
+            // SAFETY: guaranteed by the caller; row `index` of the batch has logits, as many as there are tokens.
+            unsafe {
+                let logits = (self.llama.get_logits_ith)(context, index as i32);
+                let n_tokens = (self.llama.n_tokens)((self.llama.get_vocab)(self.raw_model));
+                let (Some(token), false) = (token, logits.is_null()) else { return Err(Refusal::NoLogits) };
+                let logits = std::slice::from_raw_parts_mut(logits, usize::try_from(n_tokens).unwrap_or(0));
+                say(logits, token);
+            }
+        }
+        Ok(())
+    }
+
+    /// What is to be said in place of the answer of `sequence`, and why, if it is to have none.
+    fn ended(&mut self, sequence: SequenceId) -> Option<(String, String)> {
+        let hook = self.hook();
+        let sequences = hook.sequences();
+        if let Some(fault) = hook.fault_of(sequence) {
+            let names = sequences.program(sequence).map(|program| program.name()).unwrap_or_default();
+            return Some((FAILED.to_owned(), format!("guard `{names}` failed, and its answer ends: {fault}")));
+        }
+        let (program, gate) = sequences.blocked_by(sequence)?;
+        debug_assert_eq!(gate.on_fire, OnFire::Block);
+        let guard = &program.guards()[gate.guard];
+        let message = guard.message.clone().unwrap_or_else(|| BLOCKED.to_owned());
+        Some((message, format!("guard `{}` blocks: gate `{}` fired", guard.name, gate.name)))
+    }
+}
+
+/// What is said where a guard that blocks has no message of its own.
+const BLOCKED: &str = "This request was blocked by a safety guard.";
+/// What is said where a guard could not do its work.
+const FAILED: &str = "The safety guard failed, so there is no answer.";
+
+/// Where logits leave no doubt, and stay numbers that a sampler can work with: one that may not take `token`, as for a grammar, chooses among the others blindly.
+const CERTAIN: f32 = 100.0;
+
+/// Has any sampler choose `token`.
+fn say(logits: &mut [f32], token: i32) {
+    logits.fill(-CERTAIN);
+    if let Some(chosen) = usize::try_from(token).ok().and_then(|token| logits.get_mut(token)) {
+        *chosen = CERTAIN;
+    }
+}
+
+/// Rows of a batch that are one sequence's.
+struct SequenceRows {
+    /// Tokens that its cells hold before the decode.
+    in_cells: i32,
+    indices: Vec<usize>,
+}

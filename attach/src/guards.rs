@@ -1,0 +1,188 @@
+//! The guards of the directory, compiled for the models that the process has loaded.
+
+use pilotfish::Guard;
+use pilotfish::guard::ModelIdentity;
+use pilotfish::program::{Calibration, ModelShape, Program, TokenBytes};
+use pilotfish::store::{GuardDirectory, WatchOptions, Watcher};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+/// A model of the process.
+pub struct LoadedModel {
+    pub identity: ModelIdentity,
+    pub shape: ModelShape,
+    pub quantization: String,
+    /// What its tokens spell.
+    pub vocabulary: TokenBytes,
+    standing: Mutex<Standing>,
+}
+
+/// What is in force for a model.
+#[derive(Clone)]
+pub struct Standing {
+    /// Of the guards that it was made of: it grows with each change.
+    pub epoch: u64,
+    /// What runs, or why nothing can.
+    pub program: Result<Arc<Program>, Arc<str>>,
+}
+
+/// Watches a directory of guards, and keeps the programs of all loaded models.
+pub struct Guards {
+    state: Mutex<State>,
+}
+
+struct State {
+    directory: GuardDirectory,
+    epoch: u64,
+    models: Vec<Weak<LoadedModel>>,
+}
+
+/// Nothing that these locks protect is left half done where one panics.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl LoadedModel {
+    pub fn standing(&self) -> Standing {
+        lock(&self.standing).clone()
+    }
+}
+
+impl Guards {
+    /// Reads the guards of `directory`, and goes on watching it from a thread of its own.
+    pub fn watch(directory: &Path, options: WatchOptions) -> Arc<Self> {
+        // Before it is read, so that no change falls in between.
+        let watcher = Watcher::new(directory, options);
+        let mut directory = GuardDirectory::new(directory);
+        directory.refresh(true);
+        tell_problems(&directory);
+        let guards = Arc::new(Self { state: Mutex::new(State { directory, epoch: 0, models: Vec::new() }) });
+        let watched = Arc::downgrade(&guards);
+        let look = move || {
+            while let Some(woken) = watcher.wait() {
+                let Some(guards) = watched.upgrade() else { return };
+                guards.refresh(woken.all);
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("pilotfish-guards".into()).spawn(look) {
+            tracing::error!("guards are not reloaded: {error}");
+        }
+        guards
+    }
+
+    /// Takes note of a model, and compiles the guards that are for it.
+    pub fn add(
+        &self,
+        identity: ModelIdentity,
+        shape: ModelShape,
+        quantization: String,
+        vocabulary: TokenBytes,
+    ) -> Arc<LoadedModel> {
+        let mut state = lock(&self.state);
+        let standing = Standing { epoch: state.epoch, program: Err("not compiled yet".into()) };
+        let model = LoadedModel { identity, shape, quantization, vocabulary, standing: Mutex::new(standing) };
+        let program = state.compile(&model);
+        if let Err(problem) = &program {
+            tracing::error!("{problem}");
+        }
+        lock(&model.standing).program = program;
+        let model = Arc::new(model);
+        state.models.retain(|known| known.strong_count() > 0);
+        state.models.push(Arc::downgrade(&model));
+        model
+    }
+
+    fn refresh(&self, all: bool) {
+        let mut state = lock(&self.state);
+        if !state.directory.refresh(all) {
+            return;
+        }
+        tell_problems(&state.directory);
+        state.epoch += 1;
+        for model in state.models.iter().filter_map(Weak::upgrade) {
+            let program = state.compile(&model);
+            let mut standing = lock(&model.standing);
+            match (&program, &standing.program) {
+                (Err(problem), Ok(_)) => tracing::error!("the guards that were in force stay: {problem}"),
+                (Err(problem), Err(_)) => {
+                    tracing::error!("{problem}");
+                    *standing = Standing { epoch: state.epoch, program };
+                }
+                (Ok(program), _) => {
+                    tracing::info!("epoch {}: {}", state.epoch, listed(program));
+                    *standing = Standing { epoch: state.epoch, program: Ok(Arc::clone(program)) };
+                }
+            }
+        }
+    }
+}
+
+fn tell_problems(directory: &GuardDirectory) {
+    if let Some(problem) = directory.problem() {
+        tracing::error!("{problem}");
+    }
+    for (folder, entry) in directory.entries() {
+        if let Some(problem) = &entry.problem {
+            let rest = if entry.guard.is_some() { "; the guard that was read before stays in force" } else { "" };
+            tracing::error!("guard `{folder}`: {problem}{rest}");
+        }
+    }
+}
+
+/// The names of a program's guards, for people.
+pub fn listed(program: &Program) -> String {
+    match program.name() {
+        none if none.is_empty() => "no guard".to_owned(),
+        names => format!("guarded by {names}"),
+    }
+}
+
+impl State {
+    fn compile(&self, model: &LoadedModel) -> Result<Arc<Program>, Arc<str>> {
+        if let Some(unread) = self.directory.entries().iter().find(|(_, entry)| entry.guard.is_none()) {
+            // It may be for this model, and what it would do nobody knows.
+            return Err(format!("guard `{}` can't be read, and was never read before", unread.0).into());
+        }
+        if let Some(problem) = self.directory.problem().filter(|_| self.directory.entries().is_empty()) {
+            return Err(problem.into());
+        }
+        let all: Vec<&Arc<Guard>> = self.directory.guards().map(|(_, guard)| guard).collect();
+        let identity = &model.identity;
+        let is_for = |guard: &Guard| {
+            guard.target().architecture == identity.architecture && guard.target().fingerprint == identity.fingerprint
+        };
+        let own: Vec<&Guard> = all.iter().map(|guard| guard.as_ref()).filter(|guard| is_for(guard)).collect();
+        if own.is_empty() && !all.is_empty() {
+            let names: Vec<String> = all.iter().map(|guard| format!("`{}`", guard.name())).collect();
+            let reason = format!(
+                "no guard in `{}` is for the model that this app has loaded, `{}` {} {}: {} {} for others",
+                self.directory.path().display(),
+                identity.architecture,
+                identity.fingerprint.short(),
+                identity.name,
+                names.join(", "),
+                if names.len() == 1 { "is" } else { "are" },
+            );
+            return Err(reason.into());
+        }
+        let calibrated: Vec<_> = own.iter().map(|guard| guard.calibrated_for(&model.quantization)).collect();
+        for (guard, (_, without)) in own.iter().zip(&calibrated) {
+            for gate in without {
+                tracing::warn!(
+                    "guard `{}`: gate `{gate}` is not calibrated on {}, so its default figures are used; run `pilotfish calibrate`",
+                    guard.name(),
+                    model.quantization
+                );
+            }
+            if !guard.target().adapters.is_empty() {
+                tracing::warn!(
+                    "guard `{}` is for a model with adapters, which an attached guard can't check",
+                    guard.name()
+                );
+            }
+        }
+        let calibrated: Vec<&Guard> = calibrated.iter().map(|(guard, _)| guard.as_ref()).collect();
+        let program = Program::stack(&calibrated, model.shape, Calibration::Required);
+        program.map(Arc::new).map_err(|error| error.to_string().into())
+    }
+}

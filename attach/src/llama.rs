@@ -1,0 +1,249 @@
+//! The functions of llama.cpp that are needed, as its headers declare them.
+
+use pilotfish::guard::{Fingerprint, ModelIdentity, quantization_name};
+use pilotfish::hook::{DeviceTable, GgmlTable, MissingSymbol, RawTensor};
+use pilotfish::program::{ModelShape, TokenBytes};
+use pilotfish::tensor::HiddenSize;
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+macro_rules! opaque {
+    ($($(#[$doc:meta])* $name:ident;)*) => {
+        $($(#[$doc])*
+        #[repr(C)]
+        pub struct $name {
+            opaque: [u8; 0],
+        })*
+    };
+}
+
+opaque! {
+    /// `llama_context`
+    Context;
+    /// `llama_model`
+    Model;
+    /// `llama_vocab`
+    Vocab;
+    /// `llama_memory_i`: a context's KV cache
+    Memory;
+    /// `ggml_backend_sched`
+    Scheduler;
+    /// `ggml_cgraph`
+    Graph;
+}
+
+/// `llama_batch`, which apps fill in and pass by value: a part of llama.cpp's interface (`llama.h`).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Batch {
+    pub n_tokens: i32,
+    pub token: *const i32,
+    pub embd: *const f32,
+    pub pos: *const i32,
+    pub n_seq_id: *const i32,
+    pub seq_id: *const *const i32,
+    /// Which tokens' logits are wanted; null for the last one's alone.
+    pub logits: *const i8,
+}
+
+/// `ggml_backend_sched_eval_callback`
+pub type EvalCallback = unsafe extern "C" fn(*mut RawTensor, bool, *mut c_void) -> bool;
+
+macro_rules! functions {
+    ($($field:ident = $symbol:literal: fn($($argument:ty),*) $(-> $result:ty)?;)*) => {
+        /// Functions of the llama.cpp that the process has loaded.
+        pub struct Llama {
+            $(pub $field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
+            /// Newer than the rest: how many tokens one sequence has room for.
+            n_ctx_seq: Option<unsafe extern "C" fn(*const Context) -> u32>,
+            pub ggml: GgmlTable,
+        }
+
+        impl Llama {
+            /// Takes the functions from `resolve`, which gives the address of a symbol or null.
+            ///
+            /// # Safety
+            /// A non-null address that `resolve` gives for a name must be that function of llama.cpp's or ggml's C API, all of one copy, and stay loaded for
+            /// as long as what is returned is used.
+            ///
+            /// # Errors
+            /// The first function that `resolve` does not find.
+            pub unsafe fn lookup(mut resolve: impl FnMut(&CStr) -> *const c_void) -> Result<Self, MissingSymbol> {
+                $(let $field = {
+                    let address = resolve($symbol);
+                    if address.is_null() {
+                        return Err(MissingSymbol { symbol: $symbol.to_string_lossy().into_owned() });
+                    }
+                    // SAFETY: not null; the caller guarantees that it is the function of that name, whose C signature this is.
+                    unsafe { std::mem::transmute::<*const c_void, unsafe extern "C" fn($($argument),*) $(-> $result)?>(address) }
+                };)*
+                // SAFETY: as above; null is `None`.
+                let n_ctx_seq = unsafe {
+                    std::mem::transmute::<*const c_void, Option<unsafe extern "C" fn(*const Context) -> u32>>(resolve(c"llama_n_ctx_seq"))
+                };
+                // SAFETY: guaranteed by the caller.
+                let ggml = unsafe { GgmlTable::lookup(&mut resolve)? };
+                // SAFETY: as above. Without it a residual on a device goes by copy.
+                let ggml = match unsafe { DeviceTable::lookup(&mut resolve) } {
+                    Ok(device) => ggml.with_device(Box::leak(Box::new(device))),
+                    Err(missing) => {
+                        tracing::debug!("{missing}: residuals on a device go by copy");
+                        ggml
+                    }
+                };
+                Ok(Self { $($field,)* n_ctx_seq, ggml })
+            }
+        }
+    };
+}
+
+functions! {
+    get_model = c"llama_get_model": fn(*const Context) -> *const Model;
+    get_memory = c"llama_get_memory": fn(*const Context) -> *mut Memory;
+    seq_pos_max = c"llama_memory_seq_pos_max": fn(*mut Memory, i32) -> i32;
+    n_ctx = c"llama_n_ctx": fn(*const Context) -> u32;
+    n_ubatch = c"llama_n_ubatch": fn(*const Context) -> u32;
+    get_logits_ith = c"llama_get_logits_ith": fn(*mut Context, i32) -> *mut f32;
+    get_vocab = c"llama_model_get_vocab": fn(*const Model) -> *const Vocab;
+    n_embd = c"llama_model_n_embd": fn(*const Model) -> i32;
+    n_layer = c"llama_model_n_layer": fn(*const Model) -> i32;
+    model_size = c"llama_model_size": fn(*const Model) -> u64;
+    meta_val_str = c"llama_model_meta_val_str": fn(*const Model, *const c_char, *mut c_char, usize) -> i32;
+    n_tokens = c"llama_vocab_n_tokens": fn(*const Vocab) -> i32;
+    token_text = c"llama_vocab_get_text": fn(*const Vocab, i32) -> *const c_char;
+    token_attributes = c"llama_vocab_get_attr": fn(*const Vocab, i32) -> c_int;
+    token_to_piece = c"llama_token_to_piece": fn(*const Vocab, i32, *mut c_char, i32, i32, bool) -> i32;
+    tokenize = c"llama_tokenize": fn(*const Vocab, *const c_char, i32, *mut i32, i32, bool, bool) -> i32;
+    vocab_eot = c"llama_vocab_eot": fn(*const Vocab) -> i32;
+    vocab_eos = c"llama_vocab_eos": fn(*const Vocab) -> i32;
+    set_eval_callback = c"ggml_backend_sched_set_eval_callback": fn(*mut Scheduler, Option<EvalCallback>, *mut c_void);
+    graph_tensor = c"ggml_graph_get_tensor": fn(*const Graph, *const c_char) -> *mut RawTensor;
+}
+
+impl Llama {
+    /// How many KV streams the context has: as many as it takes to make its tokens of one sequence's.
+    ///
+    /// # Safety
+    /// `context` must be a living context of this llama.cpp.
+    pub unsafe fn n_streams(&self, context: *const Context) -> usize {
+        let Some(n_ctx_seq) = self.n_ctx_seq else { return 1 };
+        // SAFETY: guaranteed by the caller.
+        let (all, one) = unsafe { ((self.n_ctx)(context), n_ctx_seq(context)) };
+        (all.checked_div(one).unwrap_or(1) as usize).max(1)
+    }
+
+    /// Metadata of a model's GGUF.
+    ///
+    /// # Safety
+    /// `model` must be a living model of this llama.cpp.
+    pub unsafe fn metadata(&self, model: *const Model, key: &CStr) -> Option<String> {
+        let mut value = vec![0u8; 256];
+        // SAFETY: guaranteed by the caller; the buffer has the length that is told, into which llama.cpp writes a string with its NUL.
+        let length = unsafe { (self.meta_val_str)(model, key.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+        let length = usize::try_from(length).ok().filter(|length| *length < value.len())?;
+        value.truncate(length);
+        String::from_utf8(value).ok()
+    }
+
+    /// What a model is (see [`Fingerprint`]); `None` where its GGUF does not say its architecture.
+    ///
+    /// # Safety
+    /// As of [`metadata`](Self::metadata).
+    pub unsafe fn identity(&self, model: *const Model) -> Option<ModelIdentity> {
+        // SAFETY: guaranteed by the caller; ids run to the number of tokens, and texts end in NULs and live as long as the model.
+        unsafe {
+            let architecture = self.metadata(model, c"general.architecture")?;
+            let vocab = (self.get_vocab)(model);
+            let token = |id| {
+                let text = (self.token_text)(vocab, id);
+                let text = if text.is_null() { &b""[..] } else { CStr::from_ptr(text).to_bytes() };
+                (text, (self.token_attributes)(vocab, id) as u32)
+            };
+            let shape = self.shape(model);
+            let n_tokens = (self.n_tokens)(vocab).max(0);
+            let fingerprint =
+                Fingerprint::compute(&architecture, shape.n_embd.0 as u32, shape.n_layer, (0..n_tokens).map(token));
+            let name = self.metadata(model, c"general.name").unwrap_or_default();
+            Some(ModelIdentity { name, architecture, fingerprint, adapters: Vec::new() })
+        }
+    }
+
+    /// # Safety
+    /// As of [`metadata`](Self::metadata).
+    pub unsafe fn shape(&self, model: *const Model) -> ModelShape {
+        // SAFETY: guaranteed by the caller.
+        let (n_embd, n_layer) = unsafe { ((self.n_embd)(model), (self.n_layer)(model)) };
+        ModelShape { n_embd: HiddenSize(n_embd.max(0) as usize), n_layer: n_layer.max(0) as u32 }
+    }
+
+    /// # Safety
+    /// As of [`metadata`](Self::metadata).
+    pub unsafe fn quantization(&self, model: *const Model) -> String {
+        // SAFETY: guaranteed by the caller.
+        unsafe { quantization_name(self.metadata(model, c"general.file_type").as_deref(), (self.model_size)(model)) }
+    }
+
+    /// What every token spells.
+    ///
+    /// # Safety
+    /// As of [`metadata`](Self::metadata).
+    pub unsafe fn token_bytes(&self, model: *const Model) -> TokenBytes {
+        // SAFETY: guaranteed by the caller.
+        let vocab = unsafe { (self.get_vocab)(model) };
+        // SAFETY: as above.
+        let n_tokens = unsafe { (self.n_tokens)(vocab) };
+        let piece = |id: i32| {
+            let mut bytes = vec![0u8; 32];
+            loop {
+                let room = bytes.len() as i32;
+                // SAFETY: as above; the buffer has the length that is told.
+                let n = unsafe { (self.token_to_piece)(vocab, id, bytes.as_mut_ptr().cast(), room, 0, true) };
+                match usize::try_from(n) {
+                    Ok(n) => {
+                        bytes.truncate(n);
+                        return bytes;
+                    }
+                    // Minus what it takes.
+                    Err(_) if n > i32::MIN && -n > room => bytes.resize(-n as usize, 0),
+                    Err(_) => return Vec::new(),
+                }
+            }
+        };
+        TokenBytes::new((0..n_tokens).map(piece))
+    }
+
+    /// The tokens of `text`, with nothing added.
+    ///
+    /// # Safety
+    /// As of [`metadata`](Self::metadata).
+    pub unsafe fn tokens(&self, model: *const Model, text: &str) -> Vec<i32> {
+        let mut tokens = vec![0i32; text.len() + 2];
+        let (length, room) = (text.len() as i32, tokens.len() as i32);
+        // SAFETY: guaranteed by the caller; text and buffer have the lengths that are told, and a text has at most as many tokens as bytes, and few more.
+        let n = unsafe {
+            (self.tokenize)(
+                (self.get_vocab)(model),
+                text.as_ptr().cast(),
+                length,
+                tokens.as_mut_ptr(),
+                room,
+                false,
+                false,
+            )
+        };
+        tokens.truncate(usize::try_from(n).unwrap_or(0));
+        tokens
+    }
+
+    /// The token that ends an answer.
+    ///
+    /// # Safety
+    /// As of [`metadata`](Self::metadata).
+    pub unsafe fn end_of_answer(&self, model: *const Model) -> Option<i32> {
+        // SAFETY: guaranteed by the caller.
+        let ends = unsafe {
+            let vocab = (self.get_vocab)(model);
+            [(self.vocab_eot)(vocab), (self.vocab_eos)(vocab)]
+        };
+        ends.into_iter().find(|token| *token >= 0)
+    }
+}

@@ -1,0 +1,78 @@
+//! Finds functions in what the process has loaded.
+
+use std::ffi::{CStr, CString, c_int, c_void};
+use std::ptr::null;
+
+/// The address of `symbol` in any loaded object but this one, or null.
+///
+/// What the dynamic linker would take next comes first, then every loaded object by itself: an app may have loaded llama.cpp with `RTLD_LOCAL`, which keeps its
+/// symbols from everybody else.
+pub fn find(symbol: &CStr) -> *const c_void {
+    // SAFETY: `symbol` ends in a NUL.
+    let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };
+    if !next.is_null() && !is_own(next) {
+        return next;
+    }
+    objects().iter().map(|path| find_in(path, symbol)).find(|address| !address.is_null()).unwrap_or(null())
+}
+
+/// The address of `symbol` in the object at `path` or in one that it is linked with, or null.
+fn find_in(path: &CStr, symbol: &CStr) -> *const c_void {
+    // SAFETY: strings end in NULs. `RTLD_NOLOAD` loads nothing, and the handle only counts a reference that is given back.
+    unsafe {
+        let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOLOAD | libc::RTLD_LAZY);
+        if handle.is_null() {
+            return null();
+        }
+        let address = libc::dlsym(handle, symbol.as_ptr());
+        libc::dlclose(handle);
+        if is_own(address) { null() } else { address }
+    }
+}
+
+/// The object that `address` lies in.
+fn object_of(address: *const c_void) -> *const c_void {
+    let mut info = libc::Dl_info {
+        dli_fname: null(),
+        dli_fbase: std::ptr::null_mut(),
+        dli_sname: null(),
+        dli_saddr: std::ptr::null_mut(),
+    };
+    // SAFETY: dladdr takes any address and fills in `info`.
+    match unsafe { libc::dladdr(address, &raw mut info) } {
+        0 => null(),
+        _ => info.dli_fbase,
+    }
+}
+
+fn is_own(address: *const c_void) -> bool {
+    object_of(address) == object_of(is_own as *const c_void)
+}
+
+/// Paths of the loaded objects, as the dynamic linker has them, in the order of loading.
+fn objects() -> Vec<CString> {
+    unsafe extern "C" fn take(info: *mut libc::dl_phdr_info, _size: usize, paths: *mut c_void) -> c_int {
+        // SAFETY: dl_iterate_phdr gives a valid `info`, whose name ends in a NUL, and hands on the pointer to `paths` below.
+        let (name, paths) = unsafe { (CStr::from_ptr((*info).dlpi_name), &mut *paths.cast::<Vec<CString>>()) };
+        if !name.is_empty() {
+            paths.push(name.to_owned());
+        }
+        0
+    }
+    let mut paths: Vec<CString> = Vec::new();
+    // SAFETY: `take` has the signature that is asked for, and `paths` outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(take), (&raw mut paths).cast()) };
+    paths
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_loaded_is_found_and_what_is_not_is_not() {
+        assert!(!find(c"strlen").is_null());
+        assert!(find(c"llama_there_is_no_such_function").is_null());
+        assert!(!objects().is_empty());
+    }
+}

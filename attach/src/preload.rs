@@ -1,0 +1,416 @@
+//! The functions whose place this library takes when it is preloaded: an app that calls one of them by its name calls it here.
+//!
+//! `libllama` sets its eval callback and computes its graphs by functions of `libggml-base`, through the dynamic linker like any app, which is how these are seen.
+
+use crate::guarding::{Guarding, Refusal, Seat};
+use crate::guards::{Guards, LoadedModel, lock};
+use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Memory, Model, Scheduler};
+use crate::loaded;
+use pilotfish::attach::{Fail, Policy};
+use pilotfish::store::WatchOptions;
+use pilotfish::tensor::SequenceId;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+
+/// What `llama_decode` gives where a guard can't attach: a fatal error, in its terms.
+const REFUSED: i32 = -3;
+/// `GGML_STATUS_FAILED`
+const STATUS_FAILED: c_int = -1;
+
+/// The guards of this process, and its contexts.
+struct Attached {
+    policy: Policy,
+    guards: Arc<Guards>,
+    llama: Result<Llama, String>,
+    contexts: Mutex<HashMap<usize, Arc<Mutex<Slot>>>>,
+    models: Mutex<HashMap<usize, Weak<LoadedModel>>>,
+}
+
+/// A context of the app's.
+struct Slot {
+    guarding: Option<Guarding>,
+    /// Why it could not be guarded the last time, so that it is said once.
+    told: Option<Refusal>,
+}
+
+/// What llama.cpp does on this thread.
+#[derive(Clone, Copy)]
+enum Doing {
+    Nothing,
+    Decode(NonNull<Seat>),
+    /// Something that is let pass.
+    Unguarded,
+}
+
+thread_local! {
+    static DOING: Cell<Doing> = const { Cell::new(Doing::Nothing) };
+}
+
+/// Calls `run` while this thread does `what`.
+fn while_doing<T>(what: Doing, run: impl FnOnce() -> T) -> T {
+    /// Put back even where a panic passes.
+    struct Before(Doing);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            DOING.set(self.0);
+        }
+    }
+    let _before = Before(DOING.replace(what));
+    run()
+}
+
+/// Runs `body`, whose panics go no further: then `failed` is the answer.
+fn boundary<T>(failed: T, body: impl FnOnce() -> T) -> T {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or(failed)
+}
+
+/// What the environment asks for; `None` where it asks for nothing, and everything is passed on.
+fn attached() -> Option<&'static Attached> {
+    static ATTACHED: OnceLock<Option<Attached>> = OnceLock::new();
+    ATTACHED.get_or_init(attach).as_ref()
+}
+
+fn attach() -> Option<Attached> {
+    let policy = Policy::from_environment(|name| std::env::var_os(name));
+    let wanted = !matches!(policy, Ok(None));
+    if wanted {
+        let filter = tracing_subscriber::EnvFilter::try_from_env("PILOTFISH_LOG")
+            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("pilotfish=info,pilotfish_attach=info,off"));
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+        let _ = log.without_time().try_init();
+    }
+    let policy = match policy {
+        Ok(policy) => policy?,
+        Err(problem) => {
+            tracing::error!("{problem}");
+            // It is wanted and can't be: nothing decodes.
+            Policy { guards: Default::default(), fail: Fail::Closed }
+        }
+    };
+    // SAFETY: what is found by these names in a process that runs llama.cpp is llama.cpp's.
+    let llama = unsafe { Llama::lookup(loaded::find) }.map_err(|missing| missing.to_string());
+    if let Err(problem) = &llama {
+        tracing::error!("{problem}");
+    }
+    let guards = Guards::watch(&policy.guards, WatchOptions::default());
+    Some(Attached { policy, guards, llama, contexts: Mutex::default(), models: Mutex::default() })
+}
+
+/// The function whose place one of ours has taken.
+macro_rules! real {
+    ($symbol:literal: $signature:ty) => {{
+        static REAL: OnceLock<Option<$signature>> = OnceLock::new();
+        *REAL.get_or_init(|| {
+            // SAFETY: null is `None`; else it is the function of that name, whose C signature this is.
+            unsafe { std::mem::transmute::<*const c_void, Option<$signature>>(loaded::find($symbol)) }
+        })
+    }};
+}
+
+impl Attached {
+    fn slot(&self, context: *mut Context) -> Arc<Mutex<Slot>> {
+        let empty = || Arc::new(Mutex::new(Slot { guarding: None, told: None }));
+        Arc::clone(lock(&self.contexts).entry(context as usize).or_insert_with(empty))
+    }
+
+    /// # Safety
+    /// `model` must be a living model of `llama`.
+    unsafe fn model(&self, llama: &Llama, model: *const Model) -> Result<Arc<LoadedModel>, Refusal> {
+        let known = lock(&self.models).get(&(model as usize)).and_then(Weak::upgrade);
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        // SAFETY: guaranteed by the caller.
+        let loaded = unsafe {
+            let identity = llama.identity(model).ok_or(Refusal::Unknown("its model has no `general.architecture`"))?;
+            self.guards.add(identity, llama.shape(model), llama.quantization(model), llama.token_bytes(model))
+        };
+        lock(&self.models).insert(model as usize, Arc::downgrade(&loaded));
+        Ok(loaded)
+    }
+
+    /// # Safety
+    /// `context` must be a living context, and `batch` valid as llama.cpp would have it.
+    unsafe fn decode(&'static self, context: *mut Context, batch: &Batch, real: impl Fn() -> i32) -> i32 {
+        let slot = self.slot(context);
+        let mut slot = lock(&slot);
+        let mut ran = None;
+        // SAFETY: guaranteed by the caller.
+        let outcome = unsafe { self.guarded(&mut slot, context, batch, &mut ran, &real) };
+        let refusal = match outcome {
+            Ok(result) => return result,
+            Err(refusal) => refusal,
+        };
+        let passes = self.policy.fail == Fail::Open && refusal != Refusal::NoLogits;
+        if slot.told.as_ref() != Some(&refusal) {
+            if passes {
+                tracing::warn!("NOT GUARDED: {refusal}");
+            } else {
+                tracing::error!("decoding is refused: {refusal}");
+            }
+            slot.told = Some(refusal);
+        }
+        match ran {
+            _ if !passes => REFUSED,
+            Some(result) => result,
+            None => while_doing(Doing::Unguarded, real),
+        }
+    }
+
+    /// # Safety
+    /// As of [`decode`](Self::decode).
+    unsafe fn guarded(
+        &'static self,
+        slot: &mut Slot,
+        context: *mut Context,
+        batch: &Batch,
+        ran: &mut Option<i32>,
+        real: &impl Fn() -> i32,
+    ) -> Result<i32, Refusal> {
+        let llama = self.llama.as_ref().map_err(|problem| Refusal::NoProgram(problem.as_str().into()))?;
+        let guarding = match &mut slot.guarding {
+            Some(guarding) => guarding,
+            // SAFETY: guaranteed by the caller.
+            none => unsafe {
+                let model = self.model(llama, (llama.get_model)(context))?;
+                none.insert(Guarding::new(llama, context, model))
+            },
+        };
+        let seat = guarding.seat();
+        let run = || *ran.insert(while_doing(Doing::Decode(seat), real));
+        // SAFETY: guaranteed by the caller.
+        unsafe { guarding.decode(context, batch, run) }
+    }
+
+    /// The context whose memory this is.
+    fn context_of(&self, memory: *mut Memory) -> Option<Arc<Mutex<Slot>>> {
+        let llama = self.llama.as_ref().ok()?;
+        let contexts = lock(&self.contexts);
+        // SAFETY: contexts are forgotten when they are freed.
+        let is_its = |context: &usize| unsafe { (llama.get_memory)(*context as *const Context) } == memory;
+        contexts.iter().find(|(context, _)| is_its(context)).map(|(_, slot)| Arc::clone(slot))
+    }
+
+    fn known(&self, context: *mut Context) -> Option<Arc<Mutex<Slot>>> {
+        lock(&self.contexts).get(&(context as usize)).map(Arc::clone)
+    }
+}
+
+/// Tells what guards a context of what the app does with it, if anything guards it.
+fn tell(slot: Option<Arc<Mutex<Slot>>>, what: impl FnOnce(&mut Guarding)) {
+    if let Some(slot) = slot
+        && let Some(guarding) = &mut lock(&slot).guarding
+    {
+        what(guarding);
+    }
+}
+
+/// # Safety
+/// As llama.cpp's function of this name has it; so of all the others.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_decode(context: *mut Context, batch: Batch) -> i32 {
+    boundary(REFUSED, || {
+        let Some(real) = real!(c"llama_decode": unsafe extern "C" fn(*mut Context, Batch) -> i32) else {
+            return REFUSED;
+        };
+        // SAFETY: the caller calls it so.
+        let real = || unsafe { real(context, batch) };
+        match attached() {
+            // SAFETY: as above.
+            Some(attached) => unsafe { attached.decode(context, &batch, real) },
+            None => real(),
+        }
+    })
+}
+
+/// Encoders predict nothing: they are let pass.
+///
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_encode(context: *mut Context, batch: Batch) -> i32 {
+    boundary(REFUSED, || {
+        let Some(real) = real!(c"llama_encode": unsafe extern "C" fn(*mut Context, Batch) -> i32) else {
+            return REFUSED;
+        };
+        // SAFETY: the caller calls it so.
+        while_doing(Doing::Unguarded, || unsafe { real(context, batch) })
+    })
+}
+
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_free(context: *mut Context) {
+    boundary((), || {
+        if let Some(real) = real!(c"llama_free": unsafe extern "C" fn(*mut Context)) {
+            let slot = attached().and_then(|attached| lock(&attached.contexts).remove(&(context as usize)));
+            // SAFETY: the caller calls it so.
+            unsafe { real(context) };
+            // Behind it: the context had a pointer to what is dropped here.
+            drop(slot);
+        }
+    });
+}
+
+/// A sampler on the device chooses tokens from logits that nobody else sees, so that no answer could be ended: the app is told that there is none, and samples itself.
+///
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_set_sampler(context: *mut Context, sequence: i32, sampler: *mut c_void) -> bool {
+    boundary(false, || {
+        if attached().is_some() && !sampler.is_null() {
+            return false;
+        }
+        match real!(c"llama_set_sampler": unsafe extern "C" fn(*mut Context, i32, *mut c_void) -> bool) {
+            // SAFETY: the caller calls it so.
+            Some(real) => unsafe { real(context, sequence, sampler) },
+            None => false,
+        }
+    })
+}
+
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_memory_seq_cp(memory: *mut Memory, from: i32, to: i32, first: i32, end: i32) {
+    boundary((), || {
+        if let Some(real) = real!(c"llama_memory_seq_cp": unsafe extern "C" fn(*mut Memory, i32, i32, i32, i32)) {
+            // SAFETY: the caller calls it so.
+            unsafe { real(memory, from, to, first, end) };
+        }
+        let slot = attached().filter(|_| from != to).and_then(|attached| attached.context_of(memory));
+        tell(slot, |guarding| guarding.copied(SequenceId(from), SequenceId(to), first));
+    });
+}
+
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_memory_seq_add(memory: *mut Memory, sequence: i32, first: i32, end: i32, by: i32) {
+    boundary((), || {
+        if let Some(real) = real!(c"llama_memory_seq_add": unsafe extern "C" fn(*mut Memory, i32, i32, i32, i32)) {
+            // SAFETY: the caller calls it so.
+            unsafe { real(memory, sequence, first, end, by) };
+        }
+        let slot = attached().and_then(|attached| attached.context_of(memory));
+        tell(slot, |guarding| guarding.shifted(SequenceId(sequence), first, by));
+    });
+}
+
+/// Functions that fill cells from elsewhere: what is there then no guard has read.
+macro_rules! loads_state {
+    ($($name:ident = $symbol:literal: fn($($argument:ident: $type:ty),*), $sequence:expr;)*) => {
+        $(
+            /// # Safety
+            /// As of llama.cpp's.
+            #[unsafe(no_mangle)]
+            pub unsafe extern "C" fn $name(context: *mut Context, $($argument: $type),*) -> usize {
+                boundary(0, || {
+                    let real = real!($symbol: unsafe extern "C" fn(*mut Context, $($type),*) -> usize);
+                    // SAFETY: the caller calls it so.
+                    let result = real.map_or(0, |real| unsafe { real(context, $($argument),*) });
+                    let sequence: Option<i32> = $sequence;
+                    let slot = attached().and_then(|attached| attached.known(context));
+                    tell(slot, |guarding| guarding.loaded(sequence.map(SequenceId)));
+                    result
+                })
+            }
+        )*
+    };
+}
+
+loads_state! {
+    llama_state_set_data = c"llama_state_set_data": fn(data: *const u8, size: usize), None;
+    llama_state_seq_set_data = c"llama_state_seq_set_data": fn(data: *const u8, size: usize, sequence: i32), Some(sequence);
+    llama_state_seq_set_data_ext = c"llama_state_seq_set_data_ext": fn(data: *const u8, size: usize, sequence: i32, flags: u32), Some(sequence);
+    llama_state_seq_load_file = c"llama_state_seq_load_file": fn(path: *const c_char, sequence: i32, tokens: *mut i32, room: usize, n_tokens: *mut usize), Some(sequence);
+}
+
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_state_load_file(
+    context: *mut Context,
+    path: *const c_char,
+    tokens: *mut i32,
+    room: usize,
+    n_tokens: *mut usize,
+) -> bool {
+    boundary(false, || {
+        let real = real!(c"llama_state_load_file": unsafe extern "C" fn(*mut Context, *const c_char, *mut i32, usize, *mut usize) -> bool);
+        // SAFETY: the caller calls it so.
+        let result = real.is_some_and(|real| unsafe { real(context, path, tokens, room, n_tokens) });
+        let slot = attached().and_then(|attached| attached.known(context));
+        tell(slot, |guarding| guarding.loaded(None));
+        result
+    })
+}
+
+/// llama.cpp sets its callback here, whenever it makes a graph anew.
+///
+/// # Safety
+/// As of ggml's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ggml_backend_sched_set_eval_callback(
+    scheduler: *mut Scheduler,
+    callback: Option<EvalCallback>,
+    data: *mut c_void,
+) {
+    boundary((), || match DOING.get() {
+        // SAFETY: it is the context that decodes on this thread whose scheduler this is.
+        Doing::Decode(seat) => unsafe { Seat::set_callback(seat, scheduler, callback, data) },
+        Doing::Nothing | Doing::Unguarded => {
+            let real = real!(c"ggml_backend_sched_set_eval_callback": unsafe extern "C" fn(*mut Scheduler, Option<EvalCallback>, *mut c_void));
+            if let Some(real) = real {
+                // SAFETY: the caller calls it so.
+                unsafe { real(scheduler, callback, data) }
+            }
+        }
+    });
+}
+
+/// # Safety
+/// As of ggml's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ggml_backend_sched_graph_compute_async(scheduler: *mut Scheduler, graph: *mut Graph) -> c_int {
+    boundary(STATUS_FAILED, || {
+        let real =
+            real!(c"ggml_backend_sched_graph_compute_async": unsafe extern "C" fn(*mut Scheduler, *mut Graph) -> c_int);
+        let Some(real) = real else { return STATUS_FAILED };
+        match DOING.get() {
+            // SAFETY: the caller gives a graph.
+            Doing::Nothing if unsafe { is_unseen_decode(graph) } => return STATUS_FAILED,
+            _ => {}
+        }
+        // SAFETY: the caller calls it so.
+        unsafe { real(scheduler, graph) }
+    })
+}
+
+/// Whether a graph that nothing here has announced is that of a language model, and is not to be computed.
+///
+/// # Safety
+/// `graph` must be a graph of ggml's.
+unsafe fn is_unseen_decode(graph: *const Graph) -> bool {
+    let Some(attached) = attached() else { return false };
+    let Ok(llama) = &attached.llama else { return false };
+    // SAFETY: guaranteed by the caller; names end in NULs.
+    let has = |name: &CStr| unsafe { !(llama.graph_tensor)(graph, name.as_ptr()).is_null() };
+    if !has(c"inp_tokens") || !has(c"l_out-0") {
+        return false;
+    }
+    let is_refused = attached.policy.fail == Fail::Closed;
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    if !TOLD.swap(true, Ordering::Relaxed) {
+        let what = if is_refused { "decoding is refused" } else { "NOT GUARDED" };
+        tracing::error!("{what}: the app decodes by a way that pilotfish can't see, past `llama_decode`");
+    }
+    is_refused
+}

@@ -1,0 +1,78 @@
+//! What `pilotfish attach` says to the library that it has loaded into an app: by the app's environment.
+//!
+//! In: the environment. Out: a [`Policy`], or the other way round. The library itself is a crate of its own, `attach/`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Names the directory of guards.
+pub const GUARDS: &str = "PILOTFISH_ATTACH_GUARDS";
+/// Says what an app meets that can't be guarded: `closed` or `open`.
+pub const FAIL: &str = "PILOTFISH_ATTACH_FAIL";
+
+/// What an app is to meet whose context can't be guarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fail {
+    /// Decoding returns an error.
+    #[default]
+    Closed,
+    /// It decodes without a guard, and the log says so.
+    Open,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    pub guards: PathBuf,
+    pub fail: Fail,
+}
+
+impl Policy {
+    /// What the environment asks for; `None` where it names no directory.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn from_environment(variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<Self>, String> {
+        let Some(guards) = variable(GUARDS).filter(|guards| !guards.is_empty()) else { return Ok(None) };
+        let fail = match variable(FAIL).as_deref().map(|fail| fail.to_string_lossy()).as_deref() {
+            None | Some("" | "closed") => Fail::Closed,
+            Some("open") => Fail::Open,
+            Some(other) => return Err(format!("{FAIL} is `{other}`; it is to be `closed` or `open`")),
+        };
+        Ok(Some(Self { guards: guards.into(), fail }))
+    }
+
+    /// Variables that say so.
+    pub fn to_environment(&self) -> [(&'static str, OsString); 2] {
+        let fail = match self.fail {
+            Fail::Closed => "closed",
+            Fail::Open => "open",
+        };
+        [(GUARDS, self.guards.clone().into()), (FAIL, fail.into())]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_says_what_is_to_be_done() {
+        let policy = |values: &[(&str, &str)]| {
+            Policy::from_environment(|name| {
+                values.iter().find(|(known, _)| *known == name).map(|(_, value)| value.into())
+            })
+        };
+        let expected = |fail| Policy { guards: "dir".into(), fail };
+        assert_eq!(policy(&[]), Ok(None));
+        assert_eq!(policy(&[(GUARDS, "")]), Ok(None));
+        assert_eq!(policy(&[(GUARDS, "dir")]), Ok(Some(expected(Fail::Closed))));
+        assert!(policy(&[(GUARDS, "dir"), (FAIL, "maybe")]).unwrap_err().contains("`maybe`"));
+        for fail in [Fail::Closed, Fail::Open] {
+            let said = expected(fail).to_environment();
+            let read = Policy::from_environment(|name| {
+                said.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone())
+            });
+            assert_eq!(read, Ok(Some(expected(fail))));
+        }
+    }
+}

@@ -1,0 +1,31 @@
+// An app that knows nothing of Pilotfish: node app.js MODEL SEQUENCES
+// Each line that it reads is a list of requests, [{"sequence": 0, "tokens": [...], "n": 8, "anew": true}, ...], which it answers at once, by a line with a list of answers.
+// Tokens go behind what the sequence holds, if it is not begun anew.
+import {createInterface} from "node:readline";
+const {getLlama, LlamaLogLevel} = await import(process.env.NODE_LLAMA_CPP ?? "node-llama-cpp");
+
+const [modelPath, sequences] = process.argv.slice(2);
+const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false});
+const model = await llama.loadModel({modelPath, gpuLayers: 0});
+const context = await model.createContext({contextSize: 512, batchSize: 512, threads: 1, sequences: Number(sequences)});
+const all = Array.from({length: Number(sequences)}, () => context.getSequence());
+
+async function answer({sequence, tokens, n, anew}) {
+    const said = [];
+    try {
+        if (anew) await all[sequence].clearHistory();
+        for await (const token of all[sequence].evaluate(tokens, {temperature: 0})) {
+            said.push(token);
+            if (said.length >= n) break;
+        }
+    } catch (error) {
+        return {text: model.detokenize(said), end: String(error.message ?? error)};
+    }
+    // The token that ends an answer is not shown.
+    return {text: model.detokenize(said), end: said.length < n ? "stop" : "length"};
+}
+
+console.log("ready");
+for await (const line of createInterface({input: process.stdin}))
+    console.log(JSON.stringify(await Promise.all(JSON.parse(line).map(answer))));
+await llama.dispose();
