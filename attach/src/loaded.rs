@@ -8,8 +8,8 @@ use std::ptr::null;
 /// What the dynamic linker would take next comes first, then every loaded object by itself: an app may have loaded llama.cpp with `RTLD_LOCAL`, which keeps its
 /// symbols from everybody else.
 pub fn find(symbol: &CStr) -> *const c_void {
-    // SAFETY: `symbol` ends in a NUL.
-    let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };
+    // SAFETY: a handle that there always is.
+    let next = unsafe { dlsym(libc::RTLD_NEXT, symbol) };
     if !next.is_null() && !is_own(next) {
         return next;
     }
@@ -24,10 +24,23 @@ fn find_in(path: &CStr, symbol: &CStr) -> *const c_void {
         if handle.is_null() {
             return null();
         }
-        let address = libc::dlsym(handle, symbol.as_ptr());
+        let address = dlsym(handle, symbol);
         libc::dlclose(handle);
         if is_own(address) { null() } else { address }
     }
+}
+
+/// The C library's `dlsym`: the one that this library may have in its place gives what is not looked for here.
+///
+/// # Safety
+/// `handle` must be one of the dynamic linker's.
+unsafe fn dlsym(handle: *mut c_void, symbol: &CStr) -> *mut c_void {
+    #[cfg(all(target_os = "linux", target_env = "gnu", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let real = crate::lookup::real();
+    #[cfg(not(all(target_os = "linux", target_env = "gnu", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+    let real = libc::dlsym;
+    // SAFETY: guaranteed by the caller; `symbol` ends in a NUL.
+    unsafe { real(handle, symbol.as_ptr()) }
 }
 
 /// The object that `address` lies in.
@@ -45,7 +58,7 @@ fn object_of(address: *const c_void) -> *const c_void {
     }
 }
 
-fn is_own(address: *const c_void) -> bool {
+pub fn is_own(address: *const c_void) -> bool {
     object_of(address) == object_of(is_own as *const c_void)
 }
 

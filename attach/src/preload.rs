@@ -210,6 +210,31 @@ fn tell(slot: Option<Arc<Mutex<Slot>>>, what: impl FnOnce(&mut Guarding)) {
     }
 }
 
+/// Our function in the place of llama.cpp's `name`.
+pub fn taken(name: &CStr) -> Option<*const c_void> {
+    macro_rules! own {
+        ($($function:ident),*) => {
+            match name.to_bytes() {
+                $(bytes if bytes == stringify!($function).as_bytes() => Some($function as *const c_void),)*
+                _ => None,
+            }
+        };
+    }
+    own!(
+        llama_decode,
+        llama_encode,
+        llama_free,
+        llama_set_sampler,
+        llama_memory_seq_cp,
+        llama_memory_seq_add,
+        llama_state_set_data,
+        llama_state_seq_set_data,
+        llama_state_seq_set_data_ext,
+        llama_state_seq_load_file,
+        llama_state_load_file
+    )
+}
+
 /// # Safety
 /// As llama.cpp's function of this name has it; so of all the others.
 #[unsafe(no_mangle)]

@@ -1,0 +1,112 @@
+"""An app that knows nothing of Pilotfish and looks llama.cpp's functions up by name: app.py FOLDER MODEL SEQUENCES
+
+FOLDER has the shared libraries. Each line that it reads is a list of things to do, one after another; it answers with a line of their results:
+["decode", [[token, position, sequence, wants_logits], ...]]  result of llama_decode, and the likeliest token of each row that wants logits
+["copy", from, to] ["remove", sequence, from, end] ["shift", sequence, from, end, by] ["save", sequence] ["load", sequence]
+"""
+
+import ctypes as c
+import glob
+import json
+import os
+import sys
+
+
+class Parameters(c.Structure):
+    """Of a model or a context: larger than any llama.cpp has them, which takes and gives them by value in memory."""
+
+    _fields_ = [("words", c.c_uint32 * 256)]
+
+
+class Batch(c.Structure):
+    _fields_ = [
+        ("n_tokens", c.c_int32),
+        ("token", c.POINTER(c.c_int32)),
+        ("embd", c.POINTER(c.c_float)),
+        ("pos", c.POINTER(c.c_int32)),
+        ("n_seq_id", c.POINTER(c.c_int32)),
+        ("seq_id", c.POINTER(c.POINTER(c.c_int32))),
+        ("logits", c.POINTER(c.c_int8)),
+    ]
+
+
+folder, model_path, n_sequences = sys.argv[1], sys.argv[2], int(sys.argv[3])
+[llama_path] = glob.glob(os.path.join(folder, "libllama.*so*"))
+llama = c.CDLL(llama_path)
+[ggml_path] = glob.glob(os.path.join(folder, "libggml.*so*"))
+ggml = c.CDLL(ggml_path)
+ggml.ggml_backend_load_all_from_path(folder.encode())
+
+
+def function(name, result, *arguments):
+    found = getattr(llama, name)
+    found.restype, found.argtypes = result, arguments
+    return found
+
+
+quiet = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)(lambda *_: None)
+llama.llama_log_set(quiet, None)
+llama.llama_backend_init()
+model_parameters = function("llama_model_default_params", Parameters)()
+model = function("llama_model_load_from_file", c.c_void_p, c.c_char_p, Parameters)(model_path.encode(), model_parameters)
+parameters = function("llama_context_default_params", Parameters)()
+# n_ctx, n_batch, n_ubatch, n_seq_max
+parameters.words[0:4] = [512 * n_sequences, 512, 512, n_sequences]
+context = function("llama_init_from_model", c.c_void_p, c.c_void_p, Parameters)(model, parameters)
+function("llama_set_n_threads", None, c.c_void_p, c.c_int32, c.c_int32)(context, 1, 1)
+memory = function("llama_get_memory", c.c_void_p, c.c_void_p)(context)
+vocab = function("llama_model_get_vocab", c.c_void_p, c.c_void_p)(model)
+n_vocab = function("llama_vocab_n_tokens", c.c_int32, c.c_void_p)(vocab)
+decode = function("llama_decode", c.c_int32, c.c_void_p, Batch)
+logits_of = function("llama_get_logits_ith", c.POINTER(c.c_float), c.c_void_p, c.c_int32)
+sequence_copy = function("llama_memory_seq_cp", None, c.c_void_p, c.c_int32, c.c_int32, c.c_int32, c.c_int32)
+sequence_remove = function("llama_memory_seq_rm", c.c_bool, c.c_void_p, c.c_int32, c.c_int32, c.c_int32)
+sequence_shift = function("llama_memory_seq_add", None, c.c_void_p, c.c_int32, c.c_int32, c.c_int32, c.c_int32)
+state_size = function("llama_state_seq_get_size", c.c_size_t, c.c_void_p, c.c_int32)
+state_get = function("llama_state_seq_get_data", c.c_size_t, c.c_void_p, c.c_void_p, c.c_size_t, c.c_int32)
+state_set = function("llama_state_seq_set_data", c.c_size_t, c.c_void_p, c.c_void_p, c.c_size_t, c.c_int32)
+saved = None
+
+
+def run(rows):
+    n = len(rows)
+    batch = Batch(
+        n,
+        (c.c_int32 * n)(*(row[0] for row in rows)),
+        None,
+        (c.c_int32 * n)(*(row[1] for row in rows)),
+        (c.c_int32 * n)(*([1] * n)),
+        (c.POINTER(c.c_int32) * n)(*((c.c_int32 * 1)(row[2]) for row in rows)),
+        (c.c_int8 * n)(*(int(row[3]) for row in rows)),
+    )
+    result = decode(context, batch)
+    if result:
+        return [result]
+    likeliest = []
+    for index in (index for index, row in enumerate(rows) if row[3]):
+        logits = logits_of(context, index)[:n_vocab]
+        likeliest.append(max(range(n_vocab), key=logits.__getitem__))
+    return [result, *likeliest]
+
+
+def do(what, *arguments):
+    global saved
+    if what == "decode":
+        return run(*arguments)
+    if what == "copy":
+        return sequence_copy(memory, *arguments, -1, -1)
+    if what == "remove":
+        return sequence_remove(memory, *arguments)
+    if what == "shift":
+        return sequence_shift(memory, *arguments)
+    if what == "save":
+        saved = c.create_string_buffer(state_size(context, *arguments))
+        return state_get(context, saved, len(saved), *arguments)
+    if what == "load":
+        return state_set(context, saved, len(saved), *arguments)
+    raise ValueError(what)
+
+
+print("ready", flush=True)
+for line in sys.stdin:
+    print(json.dumps([do(*thing) for thing in json.loads(line)]), flush=True)
