@@ -1,28 +1,29 @@
-// An app that knows nothing of Pilotfish: node app.js MODEL SEQUENCES
+// An app that knows nothing of Pilotfish: node app.js MODEL SEQUENCES [THREADS]
 // Each line that it reads is a list of requests, [{"sequence": 0, "tokens": [...], "n": 8, "anew": true}, ...], which it answers at once, by a line with a list of answers.
 // Tokens go behind what the sequence holds, if it is not begun anew.
 import {createInterface} from "node:readline";
 const {getLlama, LlamaLogLevel} = await import(process.env.NODE_LLAMA_CPP ?? "node-llama-cpp");
 
-const [modelPath, sequences] = process.argv.slice(2);
-const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false});
+const [modelPath, sequences, threads = "1"] = process.argv.slice(2);
+const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false, maxThreads: Number(threads)});
 const model = await llama.loadModel({modelPath, gpuLayers: 0});
-const context = await model.createContext({contextSize: 512, batchSize: 512, threads: 1, sequences: Number(sequences)});
+const context = await model.createContext({contextSize: 512, batchSize: 512, threads: Number(threads), sequences: Number(sequences)});
 const all = Array.from({length: Number(sequences)}, () => context.getSequence());
 
 async function answer({sequence, tokens, n, anew}) {
-    const said = [];
+    const said = [], times = [];
     try {
         if (anew) await all[sequence].clearHistory();
         for await (const token of all[sequence].evaluate(tokens, {temperature: 0})) {
             said.push(token);
+            times.push(performance.now());
             if (said.length >= n) break;
         }
     } catch (error) {
         return {text: model.detokenize(said), end: String(error.message ?? error)};
     }
     // The token that ends an answer is not shown.
-    return {text: model.detokenize(said), end: said.length < n ? "stop" : "length"};
+    return {text: model.detokenize(said), end: said.length < n ? "stop" : "length", tokensPerSecond: 1000 * (times.length - 1) / (times.at(-1) - times[0])};
 }
 
 console.log("ready");

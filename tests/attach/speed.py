@@ -1,0 +1,75 @@
+"""What attaching costs: the decoding speed of an app alone, attached with no guard, and then with a guard that is moved in while it runs.
+
+Each round begins two of the app anew, one attached, since where a process has its memory alone makes some per cent. The ratios are those of rounds.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--pilotfish", required=True)
+parser.add_argument("--node-llama-cpp", required=True, help="its dist/index.js")
+parser.add_argument("--model", required=True)
+parser.add_argument("--guard", required=True)
+parser.add_argument("--threads", type=int, default=os.cpu_count())
+parser.add_argument("--tokens", type=int, default=128)
+parser.add_argument("--rounds", type=int, default=20)
+arguments = parser.parse_args()
+
+folder = tempfile.mkdtemp()
+guards, aside = os.path.join(folder, "guards"), os.path.join(folder, "aside")
+os.mkdir(guards)
+shutil.copytree(arguments.guard, aside)
+with open(os.path.join(folder, "prompts.jsonl"), "w") as file:
+    print(json.dumps({"prompt": "Write a long story about a small fish that swims beside a large one."}), file=file)
+command = [arguments.pilotfish, "tokens", "--model", arguments.model, "--prompts", file.name, "--json"]
+tokens = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["tokens"]
+model = subprocess.run([arguments.pilotfish, "models", "path", arguments.model], capture_output=True, check=True, text=True).stdout.strip()
+
+app = ["node", os.path.join(os.path.dirname(os.path.abspath(__file__)), "app.js"), model, "1", str(arguments.threads)]
+environment = os.environ | {"NODE_LLAMA_CPP": arguments.node_llama_cpp, "PILOTFISH_LOG": "off"}
+
+
+def start(*prefix):
+    process = subprocess.Popen([*prefix, *app], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def speed(process):
+    request = {"sequence": 0, "tokens": tokens, "n": arguments.tokens, "anew": True}
+    print(json.dumps([request]), file=process.stdin, flush=True)
+    [answer] = json.loads(process.stdout.readline())
+    assert answer["end"] == "length", answer
+    return answer["tokensPerSecond"]
+
+
+speeds = {name: [] for name in ["alone", "no guard", "guard"]}
+for number in range(arguments.rounds):
+    prefixes = {"alone": [], "no guard": [arguments.pilotfish, "attach", "--guards", guards, "--"]}
+    # What was begun first may be slower, too.
+    begun = {name: start(*prefix) for name, prefix in sorted(prefixes.items(), reverse=number // 2 % 2 == 0)}
+    alone, attached = begun["alone"], begun["no guard"]
+    for process in [alone, attached]:
+        speed(process)
+    for name, process in sorted(begun.items(), key=lambda item: item[0], reverse=number % 2 == 0):
+        speeds[name].append(speed(process))
+    os.rename(aside, os.path.join(guards, "guard"))
+    time.sleep(0.5)
+    speeds["guard"].append(speed(attached))
+    os.rename(os.path.join(guards, "guard"), aside)
+    for process in [alone, attached]:
+        process.kill()
+        process.wait()
+shutil.rmtree(folder)
+print(f"tokens per second, medians of {arguments.rounds}: " + ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in speeds.items()))
+for name, than in [("no guard", "alone"), ("guard", "alone"), ("guard", "no guard")]:
+    ratios = [one / other for one, other in zip(speeds[name], speeds[than])]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(f"{name} to {than}: {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})")
