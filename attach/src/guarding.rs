@@ -120,6 +120,18 @@ impl Seat {
         }
     }
 
+    /// Says that a scheduler is about to be freed: an app may make its context anew from within.
+    ///
+    /// # Safety
+    /// No decode of the context may be computing a node.
+    pub unsafe fn forget_scheduler(seat: NonNull<Self>, scheduler: *mut Scheduler) {
+        // SAFETY: guaranteed by the caller.
+        let this = unsafe { &mut *seat.as_ptr() };
+        if this.scheduler == scheduler {
+            this.scheduler = null_mut();
+        }
+    }
+
     /// Gives the scheduler, once it is known, our callback or the app's own.
     ///
     /// # Safety

@@ -404,6 +404,33 @@ pub unsafe extern "C" fn ggml_backend_sched_set_eval_callback(
 /// # Safety
 /// As of ggml's.
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn ggml_backend_sched_free(scheduler: *mut Scheduler) {
+    boundary((), || {
+        match DOING.get() {
+            // SAFETY: the context that decodes on this thread has made itself another.
+            Doing::Decode(seat) => unsafe { Seat::forget_scheduler(seat, scheduler) },
+            Doing::Nothing | Doing::Unguarded => {
+                let contexts = attached().map(|attached| lock(&attached.contexts).values().map(Arc::clone).collect());
+                let contexts: Vec<Arc<Mutex<Slot>>> = contexts.unwrap_or_default();
+                // One that decodes on another thread is not freed meanwhile.
+                for slot in contexts.iter().filter_map(|slot| slot.try_lock().ok()) {
+                    if let Some(guarding) = &slot.guarding {
+                        // SAFETY: it does not decode, since its lock is here.
+                        unsafe { Seat::forget_scheduler(guarding.seat(), scheduler) };
+                    }
+                }
+            }
+        }
+        if let Some(real) = real!(c"ggml_backend_sched_free": unsafe extern "C" fn(*mut Scheduler)) {
+            // SAFETY: the caller calls it so.
+            unsafe { real(scheduler) };
+        }
+    });
+}
+
+/// # Safety
+/// As of ggml's.
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn ggml_backend_sched_graph_compute_async(scheduler: *mut Scheduler, graph: *mut Graph) -> c_int {
     boundary(STATUS_FAILED, || {
         let real =

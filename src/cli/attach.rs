@@ -1,6 +1,7 @@
 use super::Outcome;
 use super::args::AttachArguments;
 use anyhow::{Context, bail, ensure};
+use memchr::memmem;
 use pilotfish::attach::Policy;
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -97,8 +98,19 @@ fn check(executable: &Path) -> anyhow::Result<()> {
             executable.display()
         );
     }
+    let mut rest = Vec::new();
+    file.read_to_end(&mut rest)?;
+    if [head, rest].iter().any(|part| memmem::find(part, LINKED_IN).is_some()) {
+        bail!(
+            "`{}` has llama.cpp linked into it, where nothing can be put between: run its model with `pilotfish serve`, or link a guard into it",
+            executable.display()
+        );
+    }
     Ok(())
 }
+
+/// What llama.cpp says when it loads a model, and apps that load it as a library do not.
+const LINKED_IN: &[u8] = b"llama_model_loader: ";
 
 /// Whether `head` begins an ELF executable that asks for no dynamic linker. A script or anything else is left to the system.
 fn is_static(head: &[u8]) -> bool {

@@ -412,6 +412,8 @@ fn commands_that_nothing_can_be_attached_to_are_told() {
         (library.path().to_str().unwrap(), &["true"], "is no directory"),
         (folder, &["pilotfish-there-is-no-such-command"], "there is no command"),
         (folder, &["/nowhere/at/all"], "can't read `/nowhere/at/all`"),
+        (folder, &[env!("CARGO_BIN_EXE_pilotfish"), "--version"], "has llama.cpp linked into it"),
+        (folder, &["/sbin/ldconfig", "--version"], "is linked statically"),
     ] {
         let ran = attach(guards, command);
         assert!(ran.code == 2 && ran.stderr.contains(said), "{ran:?}");
