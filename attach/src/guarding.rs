@@ -1,15 +1,15 @@
 //! One context of the app's under its guards: what each batch is to the sequences that are known, the decode, and what follows from it.
 
 use crate::guards::{LoadedModel, listed};
-use crate::llama::{Batch, Context, EvalCallback, Llama, Scheduler};
+use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Scheduler};
 use crate::track::{Next, Track};
 use pilotfish::Program;
 use pilotfish::guard::OnFire;
 use pilotfish::hook::{BatchRow, Hook, RawTensor, Splitting};
 use pilotfish::program::RowKind;
-use pilotfish::tensor::{SequenceId, TokenPosition};
-use std::collections::BTreeMap;
-use std::ffi::c_void;
+use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{c_int, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
@@ -23,10 +23,22 @@ pub struct Seat {
     app_wants: bool,
     hook_wants: bool,
     scheduler: *mut Scheduler,
-    /// Whether the scheduler has our callback; with no guard it has the app's own.
+    /// Whether the scheduler has our callback; with no guard, or with one that only reads, it has the app's own.
     installed: bool,
     /// Nodes that were asked about in the running decode.
     n_nodes: usize,
+    /// Whether the running decode only reads residuals, so that its graphs need not stop for it.
+    only_reads: bool,
+    /// Rows of the batch that is decoded.
+    n_rows: usize,
+    /// Layers whose residuals a graph was told to keep, by graph.
+    kept: HashMap<usize, Vec<LayerIndex>>,
+    /// Whether it has been seen that it does, for batches of one row and of several.
+    proven: [Option<bool>; 2],
+    /// While that is tried out: residuals and what they held.
+    samples: Option<Vec<(*mut RawTensor, Vec<u8>)>>,
+    /// Nodes of the running graph that are to be shown when it is done.
+    to_show: Vec<*mut RawTensor>,
 }
 
 /// A context of the app's.
@@ -96,6 +108,10 @@ pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: 
     }
     // SAFETY: as above.
     let goes_on = !seat.hook_wants || unsafe { Hook::callback(tensor, false, hook) };
+    if let (true, Some(samples)) = (seat.hook_wants, &mut seat.samples) {
+        // SAFETY: the callback's tensor has just been computed.
+        samples.push((tensor, unsafe { seat.llama.contents(tensor) }));
+    }
     (!seat.app_wants || app(seat)) && goes_on
 }
 
@@ -120,6 +136,77 @@ impl Seat {
         }
     }
 
+    /// Takes note that a graph, when it was given memory, was told to keep the residuals of `layers`.
+    ///
+    /// # Safety
+    /// `seat` must be that of the context that decodes.
+    pub unsafe fn kept(seat: NonNull<Self>, graph: *mut Graph, layers: Vec<LayerIndex>) {
+        // SAFETY: guaranteed by the caller: nothing computes.
+        unsafe { (*seat.as_ptr()).kept.insert(graph as usize, layers) };
+    }
+
+    /// Has a graph computed by `compute`, and reads what guards read: as it goes, by the callback, or, where they do nothing but read, when it is done, so
+    /// that it need not stop. Whether residuals are then still what they were is tried out first, by reading them both ways.
+    ///
+    /// # Safety
+    /// `seat` must be that of the context that decodes, `graph` its, with memory and with its inputs set, and `scheduler` what it is computed by.
+    pub unsafe fn compute(
+        seat: NonNull<Self>,
+        scheduler: *mut Scheduler,
+        graph: *mut Graph,
+        compute: impl FnOnce() -> c_int,
+    ) -> c_int {
+        // SAFETY: guaranteed by the caller; until `compute` is called, and when the scheduler is synchronised, nothing computes. No reference to the seat is
+        // held while it does.
+        unsafe {
+            let this = seat.as_ptr();
+            if !(*this).only_reads {
+                return compute();
+            }
+            let kept = (*this).kept.get(&(graph as usize));
+            let keeps = |layer: &LayerIndex| kept.is_some_and(|kept| kept.contains(layer));
+            let all_kept = (*this).hook.wanted().iter().all(keeps);
+            let of = usize::from((*this).n_rows > 1);
+            match (*this).proven[of] {
+                Some(true) if all_kept => {}
+                None if all_kept => {
+                    (*this).samples = Some(Vec::new());
+                    Self::install(seat, true);
+                    let status = compute();
+                    ((*this).llama.synchronize)(scheduler);
+                    let samples = (*this).samples.take().unwrap_or_default();
+                    let same = samples.iter().all(|(node, bytes)| (*this).llama.contents(*node) == *bytes);
+                    tracing::debug!("residuals of {} layers are kept to the end of a graph: {same}", samples.len());
+                    (*this).proven[of] = Some(same && !samples.is_empty());
+                    return status;
+                }
+                _ => {
+                    Self::install(seat, true);
+                    return compute();
+                }
+            }
+            // An earlier graph of this decode may have needed it.
+            Self::install(seat, false);
+            let hook = (&raw mut (*this).hook).cast::<c_void>();
+            (*this).to_show.clear();
+            for index in 0..((*this).llama.graph_n_nodes)(graph) {
+                let node = ((*this).llama.graph_node)(graph, index);
+                if Hook::callback(node, true, hook) {
+                    (*this).to_show.push(node);
+                }
+                (*this).n_nodes += 1;
+            }
+            let status = compute();
+            if status == 0 {
+                ((*this).llama.synchronize)(scheduler);
+                for index in 0..(*this).to_show.len() {
+                    Hook::callback((&(*this).to_show)[index], false, hook);
+                }
+            }
+            status
+        }
+    }
+
     /// Says that a scheduler is about to be freed: an app may make its context anew from within.
     ///
     /// # Safety
@@ -129,6 +216,8 @@ impl Seat {
         let this = unsafe { &mut *seat.as_ptr() };
         if this.scheduler == scheduler {
             this.scheduler = null_mut();
+            this.kept.clear();
+            this.proven = [None; 2];
         }
     }
 
@@ -174,6 +263,12 @@ impl Guarding {
             scheduler: null_mut(),
             installed: true,
             n_nodes: 0,
+            only_reads: false,
+            n_rows: 0,
+            kept: HashMap::new(),
+            proven: [None; 2],
+            samples: None,
+            to_show: Vec::new(),
         };
         Self {
             seat: NonNull::from(Box::leak(Box::new(seat))),
@@ -213,9 +308,12 @@ impl Guarding {
         run: impl FnOnce() -> i32,
     ) -> Result<i32, Refusal> {
         let guarded = self.take_program()?;
-        // SAFETY: nothing decodes, and the seat is the context's.
-        unsafe { Seat::install(self.seat, guarded) };
         if !guarded {
+            // SAFETY: nothing decodes, and the seat is the context's.
+            unsafe {
+                (*self.seat.as_ptr()).only_reads = false;
+                Seat::install(self.seat, false);
+            }
             // What is decoded now no guard has read.
             self.tracks.clear();
             return Ok(run());
@@ -226,8 +324,13 @@ impl Guarding {
         let (rows, tokens, splitting) =
             (std::mem::take(&mut self.rows), std::mem::take(&mut self.tokens), self.splitting);
         self.hook().begin(&rows, &tokens, splitting);
-        // SAFETY: nothing decodes yet.
-        unsafe { (*self.seat.as_ptr()).n_nodes = 0 };
+        let only_reads = self.hook().only_reads();
+        // SAFETY: nothing decodes yet, and the seat is the context's.
+        unsafe {
+            let seat = &mut *self.seat.as_ptr();
+            (seat.n_nodes, seat.n_rows, seat.only_reads) = (0, rows.len(), only_reads);
+            Seat::install(self.seat, !only_reads);
+        }
         let result = run();
         (self.rows, self.tokens) = (rows, tokens);
         if result != 0 {

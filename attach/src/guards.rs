@@ -4,6 +4,8 @@ use pilotfish::Guard;
 use pilotfish::guard::ModelIdentity;
 use pilotfish::program::{Calibration, ModelShape, Program, TokenBytes};
 use pilotfish::store::{GuardDirectory, WatchOptions, Watcher};
+use pilotfish::tensor::LayerIndex;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -90,6 +92,13 @@ impl Guards {
         state.models.retain(|known| known.strong_count() > 0);
         state.models.push(Arc::downgrade(&model));
         model
+    }
+
+    /// Layers whose residual any of the guards reads or patches, in order.
+    pub fn layers(&self) -> Vec<LayerIndex> {
+        let state = lock(&self.state);
+        let layers = state.directory.guards().flat_map(|(_, guard)| guard.vectors().iter().map(|vector| vector.layer));
+        layers.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     fn refresh(&self, all: bool) {

@@ -3,8 +3,8 @@
 use pilotfish::guard::{Fingerprint, ModelIdentity, quantization_name};
 use pilotfish::hook::{DeviceTable, GgmlTable, MissingSymbol, RawTensor};
 use pilotfish::program::{ModelShape, TokenBytes};
-use pilotfish::tensor::HiddenSize;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use pilotfish::tensor::{HiddenSize, LayerIndex};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 macro_rules! opaque {
     ($($(#[$doc:meta])* $name:ident;)*) => {
@@ -116,10 +116,48 @@ functions! {
     vocab_eot = c"llama_vocab_eot": fn(*const Vocab) -> i32;
     vocab_eos = c"llama_vocab_eos": fn(*const Vocab) -> i32;
     set_eval_callback = c"ggml_backend_sched_set_eval_callback": fn(*mut Scheduler, Option<EvalCallback>, *mut c_void);
+    n_bytes = c"ggml_nbytes": fn(*const RawTensor) -> usize;
+    read = c"ggml_backend_tensor_get": fn(*const RawTensor, *mut c_void, usize, usize);
+    synchronize = c"ggml_backend_sched_synchronize": fn(*mut Scheduler);
+    set_output = c"ggml_set_output": fn(*mut RawTensor);
+    graph_n_nodes = c"ggml_graph_n_nodes": fn(*mut Graph) -> c_int;
+    graph_node = c"ggml_graph_node": fn(*mut Graph, c_int) -> *mut RawTensor;
     graph_tensor = c"ggml_graph_get_tensor": fn(*const Graph, *const c_char) -> *mut RawTensor;
 }
 
 impl Llama {
+    /// What `tensor` holds.
+    ///
+    /// # Safety
+    /// `tensor` must be a tensor of this llama.cpp, in memory, that nothing computes meanwhile.
+    pub unsafe fn contents(&self, tensor: *const RawTensor) -> Vec<u8> {
+        // SAFETY: guaranteed by the caller; there is room for all of it.
+        unsafe {
+            let mut bytes = vec![0u8; (self.n_bytes)(tensor)];
+            (self.read)(tensor, bytes.as_mut_ptr().cast(), 0, bytes.len());
+            bytes
+        }
+    }
+
+    /// Has `graph`, when it is given memory or that is planned, keep the residuals of `layers` to its end. Returns those that it has.
+    ///
+    /// # Safety
+    /// `graph` must be a graph of this llama.cpp that is not in memory yet.
+    pub unsafe fn keep_residuals(&self, graph: *const Graph, layers: &[LayerIndex]) -> Vec<LayerIndex> {
+        let is_there = |layer: &LayerIndex| {
+            let Ok(name) = CString::new(format!("l_out-{layer}")) else { return false };
+            // SAFETY: guaranteed by the caller; the name ends in a NUL.
+            unsafe {
+                let residual = (self.graph_tensor)(graph, name.as_ptr());
+                if !residual.is_null() {
+                    (self.set_output)(residual);
+                }
+                !residual.is_null()
+            }
+        };
+        layers.iter().copied().filter(is_there).collect()
+    }
+
     /// How many KV streams the context has: as many as it takes to make its tokens of one sequence's.
     ///
     /// # Safety

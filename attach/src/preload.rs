@@ -8,9 +8,9 @@ use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Memory, Model, Sc
 use crate::loaded;
 use pilotfish::attach::{Fail, Policy};
 use pilotfish::store::WatchOptions;
-use pilotfish::tensor::SequenceId;
+use pilotfish::tensor::{LayerIndex, SequenceId};
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
@@ -406,6 +406,7 @@ pub unsafe extern "C" fn ggml_backend_sched_set_eval_callback(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ggml_backend_sched_free(scheduler: *mut Scheduler) {
     boundary((), || {
+        lock(&PLANS).remove(&(scheduler as usize));
         match DOING.get() {
             // SAFETY: the context that decodes on this thread has made itself another.
             Doing::Decode(seat) => unsafe { Seat::forget_scheduler(seat, scheduler) },
@@ -436,13 +437,87 @@ pub unsafe extern "C" fn ggml_backend_sched_graph_compute_async(scheduler: *mut 
         let real =
             real!(c"ggml_backend_sched_graph_compute_async": unsafe extern "C" fn(*mut Scheduler, *mut Graph) -> c_int);
         let Some(real) = real else { return STATUS_FAILED };
-        match DOING.get() {
-            // SAFETY: the caller gives a graph.
-            Doing::Nothing if unsafe { is_unseen_decode(graph) } => return STATUS_FAILED,
-            _ => {}
-        }
         // SAFETY: the caller calls it so.
-        unsafe { real(scheduler, graph) }
+        let compute = || unsafe { real(scheduler, graph) };
+        match DOING.get() {
+            // SAFETY: it is the context that decodes on this thread whose graph this is.
+            Doing::Decode(seat) => unsafe { Seat::compute(seat, scheduler, graph, compute) },
+            // SAFETY: the caller gives a graph.
+            Doing::Nothing if unsafe { is_unseen_decode(graph) } => STATUS_FAILED,
+            Doing::Nothing | Doing::Unguarded => compute(),
+        }
+    })
+}
+
+/// What a scheduler has planned: the layers whose residuals its memory has room for to the end of a graph.
+static PLANS: Mutex<BTreeMap<usize, Vec<LayerIndex>>> = Mutex::new(BTreeMap::new());
+
+/// Has a graph by which a scheduler plans its memory keep what guards read.
+///
+/// # Safety
+/// As of ggml's functions that plan.
+unsafe fn plan(scheduler: *mut Scheduler, graph: *mut Graph) {
+    let Some(attached) = attached() else { return };
+    let Ok(llama) = &attached.llama else { return };
+    // SAFETY: the caller gives a graph that is not in memory.
+    let kept = unsafe { llama.keep_residuals(graph, &attached.guards.layers()) };
+    lock(&PLANS).insert(scheduler as usize, kept);
+}
+
+/// # Safety
+/// As of ggml's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ggml_backend_sched_reserve(scheduler: *mut Scheduler, graph: *mut Graph) -> bool {
+    boundary(false, || {
+        let real = real!(c"ggml_backend_sched_reserve": unsafe extern "C" fn(*mut Scheduler, *mut Graph) -> bool);
+        // SAFETY: the caller calls it so.
+        unsafe {
+            plan(scheduler, graph);
+            real.is_some_and(|real| real(scheduler, graph))
+        }
+    })
+}
+
+/// # Safety
+/// As of ggml's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ggml_backend_sched_reserve_size(
+    scheduler: *mut Scheduler,
+    graph: *mut Graph,
+    sizes: *mut usize,
+) {
+    boundary((), || {
+        let real =
+            real!(c"ggml_backend_sched_reserve_size": unsafe extern "C" fn(*mut Scheduler, *mut Graph, *mut usize));
+        // SAFETY: the caller calls it so.
+        unsafe {
+            plan(scheduler, graph);
+            if let Some(real) = real {
+                real(scheduler, graph, sizes);
+            }
+        }
+    });
+}
+
+/// # Safety
+/// As of ggml's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ggml_backend_sched_alloc_graph(scheduler: *mut Scheduler, graph: *mut Graph) -> bool {
+    boundary(false, || {
+        let planned = lock(&PLANS).get(&(scheduler as usize)).cloned();
+        let llama = attached().and_then(|attached| attached.llama.as_ref().ok());
+        if let Some((llama, planned)) = llama.zip(planned) {
+            // Every graph of the scheduler's: it may plan anew by any.
+            // SAFETY: the caller gives a graph that is not in memory.
+            let kept = unsafe { llama.keep_residuals(graph, &planned) };
+            if let Doing::Decode(seat) = DOING.get() {
+                // SAFETY: it is the context that decodes on this thread whose graph this is.
+                unsafe { Seat::kept(seat, graph, kept) };
+            }
+        }
+        let real = real!(c"ggml_backend_sched_alloc_graph": unsafe extern "C" fn(*mut Scheduler, *mut Graph) -> bool);
+        // SAFETY: the caller calls it so.
+        real.is_some_and(|real| unsafe { real(scheduler, graph) })
     })
 }
 

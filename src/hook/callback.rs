@@ -282,6 +282,17 @@ impl Hook {
         self.working_on = None;
     }
 
+    /// Whether residuals are only read in the decode that has begun: then it is no matter when they are shown, as long as they are what they were.
+    pub fn only_reads(&self) -> bool {
+        let rows = self.rows.batch().iter().map(|row| (row.sequence, row.kind));
+        self.replacement.is_none() && !self.sequences.may_act(rows)
+    }
+
+    /// Layers whose residual is asked for in the decode that has begun, in order.
+    pub fn wanted(&self) -> &[LayerIndex] {
+        &self.wanted
+    }
+
     /// Ends a decode: fires the gates of sequences that it could not tell apart, and latches what went wrong for the sequences that it
     /// went wrong with. [`fault_of`](Self::fault_of) then tells of each; for one whose guards say `pass` a warning is all.
     ///

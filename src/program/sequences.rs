@@ -243,6 +243,28 @@ impl Sequences {
         self.following.insert(sequence, near);
     }
 
+    /// Whether a patch may act on any of these rows of a decode that has begun, or whether it is certain that none does.
+    pub fn may_act(&self, rows: impl Iterator<Item = (SequenceId, RowKind)>) -> bool {
+        let mut seen = None;
+        rows.filter(|row| seen.replace(*row) != Some(*row)).any(|(sequence, kind)| {
+            let Some(SequenceState { program, gates, .. }) = self.states.get(&sequence) else { return true };
+            let mut patches = program.points.iter().flat_map(|point| &point.patches);
+            patches.any(|Patch { condition, .. }| {
+                // Within a prompt its gates may yet decide.
+                if kind != RowKind::Generated {
+                    return true;
+                }
+                if matches!(condition.positions, Positions::Prompt | Positions::Matching(_)) {
+                    return false;
+                }
+                let Some(rule) = &condition.when else { return true };
+                let reads_answers = |gate: &usize| matches!(program.gates[*gate].scope, Scope::Token { .. });
+                rule.gates().iter().any(reads_answers)
+                    || holds(rule, |gate| gates[gate].standing(&program.gates[gate], kind, false))
+            })
+        })
+    }
+
     /// Finds the rows of a decode that has [begun](Self::begin) that spell texts of their programs: `marks` becomes [`Row::matched`] of each of
     /// `rows`, or stays empty where no program looks for a text. `tokens` are their ids, or none where these are not known: then all count.
     ///
