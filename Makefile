@@ -9,6 +9,7 @@
 # make attach        the library that `pilotfish attach` loads into apps
 # make soak           the server under 32 clients while a guard is rewritten, ten minutes
 # make bench-server   the server's throughput beside llama.cpp's own
+# make bench-attach  the speed of an app with guards attached beside the same app alone
 # make bench          ratios of guarded to unguarded speed
 # make setup          install what is missing (cmake, a C++ compiler, libclang)
 
@@ -18,7 +19,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test attach attached-app test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test attach attached-app bench-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -76,6 +77,10 @@ $(TOOLS)/%/installed: tests/%/requirements.txt
 bench-server: models
 	@scripts/setup-llama-server.sh $(TOOLS)/llama-server
 	python3 tests/clients/throughput.py --pilotfish $(PILOTFISH) --llama-server $(TOOLS)/llama-server/bin/llama-server --guards guards/harm-gate-gemma3-to-smollm2
+
+bench-attach: models attach attached-app
+	for threads in 1 2; do python3 tests/attach/speed.py --pilotfish $(PILOTFISH) --node-llama-cpp $(TOOLS)/attach/node_modules/node-llama-cpp/dist/index.js \
+	    --model smollm2-135m-instruct --guard guards/harm-gate-gemma3-to-smollm2 --threads $$threads; done
 
 soak: models
 	python3 tests/clients/soak.py --pilotfish $(PILOTFISH) --model smollm2-135m-instruct --guard guards/refusal-smollm2 --seconds 600

@@ -1,16 +1,16 @@
-"""What attaching costs: the decoding speed of an app alone, attached with no guard, and then with a guard that is moved in while it runs.
+"""What attaching costs: the decoding speed of an app alone, attached with no guard, and attached with one.
 
-Each round begins two of the app anew, one attached, since where a process has its memory alone makes some per cent. The ratios are those of rounds.
+Each round begins three of the app anew, in another order, since where a process has its memory alone makes some per cent. The ratios are those of rounds.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import tempfile
-import time
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--pilotfish", required=True)
@@ -19,13 +19,13 @@ parser.add_argument("--model", required=True)
 parser.add_argument("--guard", required=True)
 parser.add_argument("--threads", type=int, default=os.cpu_count())
 parser.add_argument("--tokens", type=int, default=128)
-parser.add_argument("--rounds", type=int, default=20)
+parser.add_argument("--rounds", type=int, default=18)
 arguments = parser.parse_args()
 
 folder = tempfile.mkdtemp()
-guards, aside = os.path.join(folder, "guards"), os.path.join(folder, "aside")
-os.mkdir(guards)
-shutil.copytree(arguments.guard, aside)
+for name in ["none", "guard"]:
+    os.mkdir(os.path.join(folder, name))
+shutil.copytree(arguments.guard, os.path.join(folder, "guard", "guard"))
 with open(os.path.join(folder, "prompts.jsonl"), "w") as file:
     print(json.dumps({"prompt": "Write a long story about a small fish that swims beside a large one."}), file=file)
 command = [arguments.pilotfish, "tokens", "--model", arguments.model, "--prompts", file.name, "--json"]
@@ -50,21 +50,17 @@ def speed(process):
     return answer["tokensPerSecond"]
 
 
-speeds = {name: [] for name in ["alone", "no guard", "guard"]}
+attach = lambda name: [arguments.pilotfish, "attach", "--guards", os.path.join(folder, name), "--"]
+prefixes = {"alone": [], "no guard": attach("none"), "guard": attach("guard")}
+speeds = {name: [] for name in prefixes}
+orders = list(itertools.permutations(prefixes))
 for number in range(arguments.rounds):
-    prefixes = {"alone": [], "no guard": [arguments.pilotfish, "attach", "--guards", guards, "--"]}
-    # What was begun first may be slower, too.
-    begun = {name: start(*prefix) for name, prefix in sorted(prefixes.items(), reverse=number // 2 % 2 == 0)}
-    alone, attached = begun["alone"], begun["no guard"]
-    for process in [alone, attached]:
+    apps = {name: start(*prefixes[name]) for name in orders[number % len(orders)]}
+    for process in apps.values():
         speed(process)
-    for name, process in sorted(begun.items(), key=lambda item: item[0], reverse=number % 2 == 0):
-        speeds[name].append(speed(process))
-    os.rename(aside, os.path.join(guards, "guard"))
-    time.sleep(0.5)
-    speeds["guard"].append(speed(attached))
-    os.rename(os.path.join(guards, "guard"), aside)
-    for process in [alone, attached]:
+    for name in orders[-1 - number % len(orders)]:
+        speeds[name].append(speed(apps[name]))
+    for process in apps.values():
         process.kill()
         process.wait()
 shutil.rmtree(folder)

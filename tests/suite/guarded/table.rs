@@ -101,6 +101,35 @@ fn captured(layers: Vec<CapturedLayer>) -> Vec<Vec<f32>> {
     layers.iter().flat_map(|layer| layer.each().map(|(_, values)| values.to_vec())).collect()
 }
 
+/// Where no patch can act it is no matter when residuals are read, of which who runs the hook may make use.
+#[test]
+fn a_decode_that_only_reads_is_told() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let gated = |threshold, on_fire, positions: Option<Positions>| {
+        let policy = tiny.policy().vector("g", 0).vector("v", 1).gate(gate("g", Aggregate::Last, threshold, on_fire));
+        let acts = |positions| InterventionEntry { when: Some("g".into()), positions, ..add("v") };
+        positions.into_iter().fold(policy, |policy, positions| policy.intervene(acts(positions))).guard()
+    };
+    let on_fire = OnFire::Steer;
+    // A guard, whether it only reads in a prompt, and in an answer.
+    let cases = [
+        ("a gate that blocks", gated(NEVER, OnFire::Block, None), true, true),
+        ("a gate that stays shut", gated(NEVER, on_fire, Some(Positions::Generated)), false, true),
+        ("a gate that opens", gated(-NEVER, on_fire, Some(Positions::Generated)), false, false),
+        ("a gate that opens for prompts", gated(-NEVER, on_fire, Some(Positions::Prompt)), false, true),
+        ("no gate", tiny.policy().vector("v", 1).intervene(add("v")).guard(), false, false),
+    ];
+    let script = tiny.script();
+    for (what, guard, in_prompt, in_answer) in cases {
+        let mut hooked = Hooked::new(&tiny, GgmlTable::linked(), compiled(&tiny, &guard), params());
+        for (index, rows) in script.decodes().into_iter().enumerate() {
+            let expected = if index == 0 { in_prompt } else { in_answer };
+            hooked.decode(&rows).unwrap();
+            assert_eq!(hooked.hook().only_reads(), expected, "{what}, decode {index}");
+        }
+    }
+}
+
 fn a_table_that_is_looked_up_does_what_the_linked_one_does(subject: &Subject) {
     // SAFETY: `linked_symbol` gives the functions of those names of the llama.cpp that runs the model, which is never unloaded.
     let looked_up = unsafe { GgmlTable::lookup(linked_symbol) }.unwrap();
