@@ -6,10 +6,10 @@
 # make test-clients   the server, asked by OpenAI's own client, LiteLLM's proxy and LangChain
 # make test-dashboard the server's page, in a headless Chromium
 # make test-deployment  the files in packaging/: nginx in front of real servers, the unit, the container's file, the alerts
-# make attach        the library that `pilotfish attach` loads into apps
+# make attach         the library that `pilotfish attach` loads into apps
 # make soak           the server under 32 clients while a guard is rewritten, ten minutes
 # make bench-server   the server's throughput beside llama.cpp's own
-# make bench-attach  the speed of an app with guards attached beside the same app alone
+# make bench-attach   the speed of an app with guards attached beside the same app alone
 # make bench          ratios of guarded to unguarded speed
 # make setup          install what is missing (cmake, a C++ compiler, libclang)
 

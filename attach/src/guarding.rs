@@ -4,8 +4,8 @@ use crate::guards::{LoadedModel, listed};
 use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Scheduler};
 use crate::track::{Next, Track};
 use pilotfish::Program;
-use pilotfish::guard::OnFire;
-use pilotfish::hook::{BatchRow, Hook, RawTensor, Splitting};
+use pilotfish::guard::BLOCKED;
+use pilotfish::hook::{BatchRow, Ended, Hook, RawTensor, Splitting};
 use pilotfish::program::RowKind;
 use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
 use std::collections::{BTreeMap, HashMap};
@@ -548,8 +548,17 @@ impl Guarding {
                 continue;
             }
             if !self.speeches.contains_key(&sequence) {
-                let Some((message, reason)) = self.ended(sequence) else { continue };
-                tracing::warn!(%sequence, "{reason}");
+                let Some(ended) = self.hook().ended(sequence) else { continue };
+                let message = match ended {
+                    Ended::Fault { guard, fault } => {
+                        tracing::warn!(%sequence, "guard `{guard}` failed, and its answer ends: {fault}");
+                        FAILED.to_owned()
+                    }
+                    Ended::Blocked { guard, gate, message } => {
+                        tracing::warn!(%sequence, "guard `{guard}` blocks: gate `{gate}` fired");
+                        message.unwrap_or_else(|| BLOCKED.to_owned())
+                    }
+                };
                 // SAFETY: the model lives as long as its context.
                 let speech = unsafe {
                     let tokens = self.llama.tokens(self.raw_model, &message);
@@ -571,25 +580,8 @@ impl Guarding {
         }
         Ok(())
     }
-
-    /// What is to be said in place of the answer of `sequence`, and why, if it is to have none.
-    fn ended(&mut self, sequence: SequenceId) -> Option<(String, String)> {
-        let hook = self.hook();
-        let sequences = hook.sequences();
-        if let Some(fault) = hook.fault_of(sequence) {
-            let names = sequences.program(sequence).map(|program| program.name()).unwrap_or_default();
-            return Some((FAILED.to_owned(), format!("guard `{names}` failed, and its answer ends: {fault}")));
-        }
-        let (program, gate) = sequences.blocked_by(sequence)?;
-        debug_assert_eq!(gate.on_fire, OnFire::Block);
-        let guard = &program.guards()[gate.guard];
-        let message = guard.message.clone().unwrap_or_else(|| BLOCKED.to_owned());
-        Some((message, format!("guard `{}` blocks: gate `{}` fired", guard.name, gate.name)))
-    }
 }
 
-/// What is said where a guard that blocks has no message of its own.
-const BLOCKED: &str = "This request was blocked by a safety guard.";
 /// What is said where a guard could not do its work.
 const FAILED: &str = "The safety guard failed, so there is no answer.";
 

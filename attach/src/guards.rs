@@ -157,10 +157,7 @@ impl State {
         }
         let all: Vec<&Arc<Guard>> = self.directory.guards().map(|(_, guard)| guard).collect();
         let identity = &model.identity;
-        let is_for = |guard: &Guard| {
-            guard.target().architecture == identity.architecture && guard.target().fingerprint == identity.fingerprint
-        };
-        let own: Vec<&Guard> = all.iter().map(|guard| guard.as_ref()).filter(|guard| is_for(guard)).collect();
+        let own: Vec<&Guard> = all.iter().map(|guard| guard.as_ref()).filter(|guard| guard.is_for(identity)).collect();
         if own.is_empty() && !all.is_empty() {
             let names: Vec<String> = all.iter().map(|guard| format!("`{}`", guard.name())).collect();
             let reason = format!(
@@ -174,24 +171,15 @@ impl State {
             );
             return Err(reason.into());
         }
-        let calibrated: Vec<_> = own.iter().map(|guard| guard.calibrated_for(&model.quantization)).collect();
-        for (guard, (_, without)) in own.iter().zip(&calibrated) {
-            for gate in without {
-                tracing::warn!(
-                    "guard `{}`: gate `{gate}` is not calibrated on {}, so its default figures are used; run `pilotfish calibrate`",
-                    guard.name(),
-                    model.quantization
-                );
-            }
-            if !guard.target().adapters.is_empty() {
-                tracing::warn!(
-                    "guard `{}` is for a model with adapters, which an attached guard can't check",
-                    guard.name()
-                );
-            }
+        for guard in own.iter().filter(|guard| !guard.target().adapters.is_empty()) {
+            tracing::warn!(
+                "guard `{}` is for a model with adapters, which an attached guard can't check",
+                guard.name()
+            );
         }
-        let calibrated: Vec<&Guard> = calibrated.iter().map(|(guard, _)| guard.as_ref()).collect();
-        let program = Program::stack(&calibrated, model.shape, Calibration::Required);
-        program.map(Arc::new).map_err(|error| error.to_string().into())
+        let stacked = Program::stack_for(&own, &model.quantization, model.shape, Calibration::Required);
+        let (program, uncalibrated) = stacked.map_err(|error| error.to_string())?;
+        uncalibrated.warn();
+        Ok(Arc::new(program))
     }
 }

@@ -63,8 +63,8 @@ pub(super) fn compile(
     activations: &mut dyn FnMut(&Probe) -> Result<Arc<Activations>, EngineError>,
 ) -> Result<Program, EngineError> {
     for guard in guards {
-        let target = guard.target();
-        if target.architecture != identity.architecture || target.fingerprint != identity.fingerprint {
+        if !guard.is_for(identity) {
+            let target = guard.target();
             return Err(EngineError::OtherModel {
                 guard: guard.name().into(),
                 expected: format!("`{}` {}", target.architecture, target.fingerprint.short()),
@@ -73,9 +73,7 @@ pub(super) fn compile(
         }
     }
     let quantization = quantization_of(weights.llama());
-    let of_this_file: Vec<_> = guards.iter().map(|guard| guard.calibrated_for(&quantization)).collect();
-    let calibrated: Vec<&Guard> = of_this_file.iter().map(|(guard, _)| guard.as_ref()).collect();
-    let program = Program::stack(&calibrated, weights.shape(), options.calibration)?;
+    let (program, uncalibrated) = Program::stack_for(guards, &quantization, weights.shape(), options.calibration)?;
     for guard in guards.iter().filter(|_| options.probe) {
         if let Some(probe) = &guard.target().probe {
             check_probe(guard, probe, &*activations(probe)?)?;
@@ -83,14 +81,7 @@ pub(super) fn compile(
     }
     // Of the right model only: what is another one has its error.
     if options.calibration == Calibration::Required {
-        for (guard, without) in &of_this_file {
-            for gate in without {
-                tracing::warn!(
-                    "guard `{}`: gate `{gate}` is not calibrated on {quantization}, so its default figures are used; run `pilotfish calibrate`",
-                    guard.name()
-                );
-            }
-        }
+        uncalibrated.warn();
     }
     Ok(program)
 }

@@ -51,6 +51,9 @@ pub const MAPPING_SUFFIX: &str = ".map.safetensors";
 /// The folder beside guards' folders whose mappings they share.
 pub const MAPPINGS_FOLDER: &str = "mappings";
 
+/// What a guard without words of its own says when it blocks.
+pub const BLOCKED: &str = "This was blocked by a guard.";
+
 /// Bytes a manifest may have.
 pub const MAX_MANIFEST_BYTES: u64 = 1 << 20;
 /// Bytes a tensor file or a mapping file may have.
@@ -299,6 +302,11 @@ impl Guard {
 
     pub fn target(&self) -> &Target {
         &self.target
+    }
+
+    /// Whether `model` is the one that it was made for, whatever its quantization.
+    pub fn is_for(&self, model: &ModelIdentity) -> bool {
+        self.target().architecture == model.architecture && self.target().fingerprint == model.fingerprint
     }
 
     /// The model that mapped vectors were learnt on.

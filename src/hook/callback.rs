@@ -2,7 +2,7 @@ use super::capture::{Capture, CapturedLayer, Replacement};
 use super::executor::{AutoExecutor, Executor, ExecutorKind, HostExecutor};
 use super::rows::{BatchRow, GraphInputs, RowTracker, Splitting};
 use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
-use super::{CopyExecutor, DeviceExecutor, HookFault};
+use super::{CopyExecutor, DeviceExecutor, Ended, HookFault};
 use crate::guard::OnError;
 use crate::program::{Program, Sequences, Setting, ToggleError, TokenBytes, panic_message};
 use crate::tensor::{LayerIndex, SequenceId};
@@ -240,6 +240,18 @@ impl Hook {
     /// What went wrong with `sequence` since it was cleared. Nothing that was decoded for it is to be used then.
     pub fn fault_of(&self, sequence: SequenceId) -> Option<&HookFault> {
         self.failed.iter().find_map(|(failed, fault)| (*failed == sequence).then_some(fault))
+    }
+
+    /// Why `sequence` is to get no more tokens, if it is not.
+    pub fn ended(&self, sequence: SequenceId) -> Option<Ended> {
+        if let Some(fault) = self.fault_of(sequence) {
+            let guard = self.sequences.program(sequence).map(|program| program.name()).unwrap_or_default();
+            return Some(Ended::Fault { guard, fault: fault.clone() });
+        }
+        let (program, gate) = self.sequences.blocked_by(sequence)?;
+        let guard = &program.guards()[gate.guard];
+        let (gate, message) = (gate.name.clone(), guard.message.clone());
+        Some(Ended::Blocked { guard: guard.name.clone(), gate, message })
     }
 
     pub fn set_capture(&mut self, capture: Option<Capture>) {

@@ -1,5 +1,5 @@
 use super::{
-    Adapters, BatchRow, Capture, CaptureRows, CapturedLayer, EvalCallbackParams, ExecutorKind, GgmlTable, Hook,
+    Adapters, BatchRow, Capture, CaptureRows, CapturedLayer, Ended, EvalCallbackParams, ExecutorKind, GgmlTable, Hook,
     HookFault, Replacement, Splitting,
 };
 use crate::program::{GateDecision, Program, RowKind, Setting, ToggleError, TokenBytes};
@@ -190,19 +190,9 @@ impl<'model> GuardedContext<'model> {
 
     /// Why `sequence` is to get no more tokens, if it is not.
     pub fn ended(&self, sequence: SequenceId) -> Option<ContextError> {
-        let hook = self.hook.as_ref();
-        let sequences = hook.sequences();
-        if let Some(fault) = hook.fault_of(sequence) {
-            let guard = sequences.program(sequence).map(|program| program.name()).unwrap_or_default();
-            return Some(ContextError::Fault { guard, fault: fault.clone() });
-        }
-        let (program, gate) = sequences.blocked_by(sequence)?;
-        let guard = &program.guards()[gate.guard];
-        Some(ContextError::Blocked {
-            guard: guard.name.clone(),
-            sequence,
-            gate: gate.name.clone(),
-            message: guard.message.clone(),
+        Some(match self.hook.as_ref().ended(sequence)? {
+            Ended::Fault { guard, fault } => ContextError::Fault { guard, fault },
+            Ended::Blocked { guard, gate, message } => ContextError::Blocked { guard, sequence, gate, message },
         })
     }
 

@@ -56,6 +56,15 @@ pub enum HookFault {
     MissingHookPoint { layer: LayerIndex },
 }
 
+/// Why a sequence gets no more tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ended {
+    /// Its guards, by their names, failed, and say `block` of that.
+    Fault { guard: String, fault: HookFault },
+    /// A gate that blocks has fired.
+    Blocked { guard: String, gate: String, message: Option<String> },
+}
+
 impl HookFault {
     /// The layer where it happened, where it happened at one.
     fn layer(&self) -> Option<LayerIndex> {

@@ -53,6 +53,25 @@ pub enum CompileError {
     Strengths(#[from] ToggleError),
 }
 
+/// Gates, each with its guard's name, that have no figures of the quantization that they are to run on and go by their default ones.
+#[derive(Debug)]
+pub struct Uncalibrated<'a> {
+    quantization: &'a str,
+    gates: Vec<(&'a str, &'a str)>,
+}
+
+impl Uncalibrated<'_> {
+    /// Writes a warning of each.
+    pub fn warn(&self) {
+        let quantization = self.quantization;
+        for (guard, gate) in &self.gates {
+            tracing::warn!(
+                "guard `{guard}`: gate `{gate}` is not calibrated on {quantization}, so its default figures are used; run `pilotfish calibrate`"
+            );
+        }
+    }
+}
+
 impl Program {
     /// A program that reads and patches nothing, for reading activations through the hook.
     pub fn observer(shape: ModelShape) -> Self {
@@ -88,6 +107,25 @@ impl Program {
     /// As [`stack`](Self::stack).
     pub fn compile(guard: &Guard, shape: ModelShape, calibration: Calibration) -> Result<Self, CompileError> {
         Self::stack(&[guard], shape, calibration)
+    }
+
+    /// [`stack`](Self::stack) of `guards` by their figures of that quantization, and which gates have none.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stack_for<'a>(
+        guards: &[&'a Guard],
+        quantization: &'a str,
+        shape: ModelShape,
+        calibration: Calibration,
+    ) -> Result<(Self, Uncalibrated<'a>), CompileError> {
+        let of_this_file: Vec<_> = guards.iter().map(|guard| guard.calibrated_for(quantization)).collect();
+        let calibrated: Vec<&Guard> = of_this_file.iter().map(|(guard, _)| guard.as_ref()).collect();
+        let program = Self::stack(&calibrated, shape, calibration)?;
+        let of_each = guards.iter().zip(of_this_file);
+        let gates =
+            of_each.flat_map(|(guard, (_, gates))| gates.into_iter().map(|gate| (guard.name(), gate))).collect();
+        Ok((program, Uncalibrated { quantization, gates }))
     }
 
     /// Compiles `guards` into one program for a model of `shape`. They act in the order given.

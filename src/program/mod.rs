@@ -17,7 +17,7 @@ mod spelling;
 mod toggle;
 mod trail;
 
-pub use compile::{Calibration, CompileError, ModelShape};
+pub use compile::{Calibration, CompileError, ModelShape, Uncalibrated};
 pub use gates::{GateDecision, Row, RowKind};
 pub(crate) use host::{Group, panic_message};
 pub use host::{RowFault, Scratch};

@@ -3,7 +3,7 @@
 use super::snapshot::Snapshot;
 use crate::engine::GateReading;
 use crate::engine::scheduler::{Block, End, Summary};
-use crate::guard::{Guard, Intervention};
+use crate::guard::{BLOCKED, Guard, Intervention};
 use crate::program::Program;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -42,9 +42,6 @@ pub(super) struct BlockReport {
     pub gate: String,
     pub message: Option<String>,
 }
-
-/// What a guard without words of its own says when it blocks.
-const BLOCKED: &str = "This was blocked by a guard.";
 
 impl GuardReport {
     /// Of requests under `snapshot` that came to these ends, under what became of its program for them.
