@@ -1,7 +1,7 @@
 //! One context of the app's under its guards: what each batch is to the sequences that are known, the decode, and what follows from it.
 
 use crate::guards::{LoadedModel, listed};
-use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Scheduler};
+use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Model, Scheduler};
 use crate::track::{Next, Track};
 use pilotfish::Program;
 use pilotfish::guard::BLOCKED;
@@ -9,7 +9,7 @@ use pilotfish::hook::{BatchRow, Ended, Hook, RawTensor, Splitting};
 use pilotfish::program::RowKind;
 use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
@@ -29,6 +29,10 @@ pub struct Seat {
     n_nodes: usize,
     /// Whether the running decode only reads residuals, so that its graphs need not stop for it.
     only_reads: bool,
+    /// What is known of the decode that runs.
+    announced: Announced,
+    /// Whether the app has set our callback itself, where nothing else sees its decodes.
+    is_linked: bool,
     /// Rows of the batch that is decoded.
     n_rows: usize,
     /// Layers whose residuals a graph was told to keep, by graph.
@@ -41,14 +45,27 @@ pub struct Seat {
     to_show: Vec<*mut RawTensor>,
 }
 
+/// What is known of a decode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Announced {
+    Nothing,
+    /// Nothing guards it.
+    Unguarded,
+    Guarded,
+}
+
 /// A context of the app's.
 pub struct Guarding {
     seat: NonNull<Seat>,
     llama: &'static Llama,
     model: Arc<LoadedModel>,
     /// The app's model, for its tokens.
-    raw_model: *const crate::llama::Model,
+    raw_model: *const Model,
+    /// The context, once it has decoded.
+    context: *mut Context,
     splitting: Splitting,
+    /// What becomes of the batch that is being decoded.
+    pending: Option<Pending>,
     /// The epoch of the program of sequences to come.
     epoch: Option<u64>,
     tracks: BTreeMap<SequenceId, Track>,
@@ -58,6 +75,14 @@ pub struct Guarding {
     checked: bool,
     rows: Vec<BatchRow>,
     tokens: Vec<i32>,
+}
+
+/// What a batch will have changed, once it is decoded.
+#[derive(Default)]
+struct Pending {
+    tracks: Vec<(SequenceId, Track)>,
+    /// Sequences that share rows of others.
+    shared: Vec<(SequenceId, SequenceId)>,
 }
 
 /// Tokens that are said in place of an answer, and then its end.
@@ -76,6 +101,12 @@ pub enum Refusal {
     Unknown(&'static str),
     #[error("an answer that a guard has ended could not be ended: the context gives no logits")]
     NoLogits,
+    #[error("a guarded context is for one context of llama.cpp, and this is another than it has decoded on")]
+    OtherContext,
+    #[error("the context is one of another model than it was to be guarded as")]
+    OtherModel,
+    #[error("a batch is begun, decoded and ended, one at a time: {0}")]
+    OutOfOrder(&'static str),
 }
 
 // SAFETY: the seat is reached through this alone, and by llama.cpp on the thread that decodes, which holds the lock that this lies behind; the app's user data is
@@ -99,6 +130,20 @@ pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: 
     let hook = (&raw mut seat.hook).cast::<c_void>();
     // SAFETY: the app's callback gets what it would get from llama.cpp, with its own user data.
     let app = |seat: &Seat| seat.app.is_some_and(|(callback, data)| unsafe { callback(tensor, ask, data) });
+    if seat.announced != Announced::Guarded {
+        if ask {
+            // SAFETY: the tensor is of this llama.cpp.
+            seat.hook_wants =
+                seat.is_linked && seat.announced == Announced::Nothing && unsafe { seat.is_logits(tensor) };
+            seat.app_wants = app(seat);
+            return seat.hook_wants || seat.app_wants;
+        }
+        if seat.hook_wants {
+            // SAFETY: as above; it has just been computed.
+            unsafe { seat.mute(tensor) };
+        }
+        return !seat.app_wants || app(seat);
+    }
     if ask {
         // SAFETY: the hook serves this context alone, and the tensor is of its llama.cpp.
         seat.hook_wants = unsafe { Hook::callback(tensor, true, hook) };
@@ -116,6 +161,30 @@ pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: 
 }
 
 impl Seat {
+    /// # Safety
+    /// `tensor` must be a tensor of this llama.cpp.
+    unsafe fn is_logits(&self, tensor: *mut RawTensor) -> bool {
+        // SAFETY: guaranteed by the caller; names end in NULs.
+        unsafe { CStr::from_ptr((self.llama.name)(tensor)) == c"result_output" }
+    }
+
+    /// Takes every meaning from the logits of a decode that was not announced, which no guard has read.
+    ///
+    /// # Safety
+    /// `tensor` must be a tensor of this llama.cpp, in memory, that nothing computes meanwhile.
+    unsafe fn mute(&mut self, tensor: *mut RawTensor) {
+        // SAFETY: guaranteed by the caller.
+        unsafe { (self.llama.memset)(tensor, 0, 0, (self.llama.n_bytes)(tensor)) };
+        tracing::error!(
+            "a decode was not announced, and its logits are all 0: call `pilotfish_context_begin` before each `llama_decode`"
+        );
+    }
+
+    /// Has the app's own callback run beside ours.
+    pub fn set_app_callback(&mut self, callback: Option<EvalCallback>, data: *mut c_void) {
+        self.app = callback.map(|callback| (callback, data));
+    }
+
     /// Takes the callback that llama.cpp sets for the context that decodes, and sets ours in its place.
     ///
     /// # Safety
@@ -129,7 +198,7 @@ impl Seat {
         // SAFETY: guaranteed by the caller: llama.cpp is between two nodes.
         unsafe {
             let this = &mut *seat.as_ptr();
-            this.app = callback.map(|callback| (callback, data));
+            this.set_app_callback(callback, data);
             this.scheduler = scheduler;
             let installed = this.installed;
             Self::install(seat, installed);
@@ -244,18 +313,18 @@ impl Seat {
 }
 
 impl Guarding {
+    /// What is to guard a context of the model `raw_model`, which is `model`. Its callback is set where llama.cpp sets its own, or (`is_linked`) by the app.
+    ///
     /// # Safety
-    /// `context` must be a living context of `llama`, whose model `model` is.
-    pub unsafe fn new(llama: &'static Llama, context: *mut Context, model: Arc<LoadedModel>) -> Self {
-        // SAFETY: guaranteed by the caller.
-        let (n_streams, n_ctx, n_ubatch, raw_model) = unsafe {
-            let n_ubatch = (llama.n_ubatch)(context);
-            (llama.n_streams(context), (llama.n_ctx)(context), n_ubatch, (llama.get_model)(context))
-        };
-        let mut hook = Hook::new(llama.ggml, Arc::new(Program::observer(model.shape)));
-        hook.set_capacity(n_ctx as usize / n_streams);
+    /// `raw_model` must be a model of `llama` that lives as long as the context.
+    pub unsafe fn new(
+        llama: &'static Llama,
+        raw_model: *const Model,
+        model: Arc<LoadedModel>,
+        is_linked: bool,
+    ) -> Self {
         let seat = Seat {
-            hook,
+            hook: Hook::new(llama.ggml, Arc::new(Program::observer(model.shape))),
             llama,
             app: None,
             app_wants: false,
@@ -264,6 +333,8 @@ impl Guarding {
             installed: true,
             n_nodes: 0,
             only_reads: false,
+            announced: Announced::Nothing,
+            is_linked,
             n_rows: 0,
             kept: HashMap::new(),
             proven: [None; 2],
@@ -275,7 +346,9 @@ impl Guarding {
             llama,
             model,
             raw_model,
-            splitting: Splitting { n_streams, n_ubatch: n_ubatch as usize },
+            context: null_mut(),
+            splitting: Splitting { n_streams: 1, n_ubatch: 1 },
+            pending: None,
             epoch: None,
             tracks: BTreeMap::new(),
             speeches: BTreeMap::new(),
@@ -289,15 +362,21 @@ impl Guarding {
         self.seat
     }
 
-    fn hook(&mut self) -> &mut Hook {
-        // SAFETY: the seat lives as long as this, and llama.cpp uses it only inside `run`, which does not call this meanwhile.
+    /// Whether a batch has begun and not ended: llama.cpp may be using the hook.
+    pub fn is_decoding(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// What guards the context. Not while a batch is decoded.
+    pub fn hook(&mut self) -> &mut Hook {
+        // SAFETY: the seat lives as long as this, and llama.cpp uses it only between `begin` and `end`, in which this is not called.
         unsafe { &mut (*self.seat.as_ptr()).hook }
     }
 
     /// Runs a decode of `batch` under the guards: `run` has llama.cpp do it, and gives its result, which is given back.
     ///
     /// # Safety
-    /// `context` must be the living context that this was made for, and `batch` valid as llama.cpp would have it.
+    /// As of [`begin`](Self::begin).
     ///
     /// # Errors
     /// The context can't be guarded; where `run` has been called already, what it has decoded must not be used.
@@ -305,22 +384,47 @@ impl Guarding {
         &mut self,
         context: *mut Context,
         batch: &Batch,
-        run: impl FnOnce() -> i32,
+        run: impl FnOnce(&Llama) -> i32,
     ) -> Result<i32, Refusal> {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            self.begin(context, batch)?;
+            let result = run(self.llama);
+            self.end(result)?;
+            Ok(result)
+        }
+    }
+
+    /// Prepares for the decode of `batch`, which the caller has llama.cpp do then, and ends by [`end`](Self::end).
+    ///
+    /// # Safety
+    /// `context` must be a living context of the model, always the same, and `batch` valid as llama.cpp would have it.
+    ///
+    /// # Errors
+    /// The context can't be guarded, and nothing is to be decoded.
+    pub unsafe fn begin(&mut self, context: *mut Context, batch: &Batch) -> Result<(), Refusal> {
+        if self.is_decoding() {
+            return Err(Refusal::OutOfOrder("the one before has not ended"));
+        }
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.bind(context)? };
         let guarded = self.take_program()?;
         if !guarded {
             // SAFETY: nothing decodes, and the seat is the context's.
             unsafe {
-                (*self.seat.as_ptr()).only_reads = false;
+                let seat = &mut *self.seat.as_ptr();
+                (seat.announced, seat.only_reads) = (Announced::Unguarded, false);
                 Seat::install(self.seat, false);
             }
             // What is decoded now no guard has read.
             self.tracks.clear();
-            return Ok(run());
+            self.rows.clear();
+            self.pending = Some(Pending::default());
+            return Ok(());
         }
         // SAFETY: guaranteed by the caller.
-        let (batch_rows, others) = unsafe { self.rows_of(context, batch) };
-        let plan = self.plan(&batch_rows);
+        let (batch_rows, shared) = unsafe { self.rows_of(batch) };
+        let tracks = self.plan(&batch_rows);
         let (rows, tokens, splitting) =
             (std::mem::take(&mut self.rows), std::mem::take(&mut self.tokens), self.splitting);
         self.hook().begin(&rows, &tokens, splitting);
@@ -329,28 +433,69 @@ impl Guarding {
         unsafe {
             let seat = &mut *self.seat.as_ptr();
             (seat.n_nodes, seat.n_rows, seat.only_reads) = (0, rows.len(), only_reads);
+            seat.announced = Announced::Guarded;
             Seat::install(self.seat, !only_reads);
         }
-        let result = run();
         (self.rows, self.tokens) = (rows, tokens);
-        if result != 0 {
-            // It may have left anything: what is in the cells then is seen at the next decode.
-            return Ok(result);
+        self.pending = Some(Pending { tracks, shared });
+        Ok(())
+    }
+
+    /// Ends what [`begin`](Self::begin) has begun: `result` is what llama.cpp's function gave.
+    ///
+    /// # Safety
+    /// The context must live.
+    ///
+    /// # Errors
+    /// The context can't be guarded: what was decoded must not be used.
+    pub unsafe fn end(&mut self, result: i32) -> Result<(), Refusal> {
+        let Some(Pending { tracks, shared }) = self.pending.take() else {
+            return Err(Refusal::OutOfOrder("none has begun"));
+        };
+        // SAFETY: the decode is over, and the seat is the context's.
+        let announced = unsafe { std::mem::replace(&mut (*self.seat.as_ptr()).announced, Announced::Nothing) };
+        // After an error there may be anything in the cells: it is seen at the next decode.
+        if announced == Announced::Unguarded || result != 0 {
+            return Ok(());
         }
         self.check()?;
         if let Err(fault) = self.hook().finish() {
             tracing::error!(%fault, "a guard failed");
         }
-        for (sequence, track) in plan {
+        for (sequence, track) in tracks {
             self.tracks.insert(sequence, track);
         }
-        for (from, to) in others {
+        for (from, to) in shared {
             self.share(from, to);
         }
         self.tell_decisions();
         // SAFETY: guaranteed by the caller.
-        unsafe { self.speak(context)? };
-        Ok(0)
+        unsafe { self.speak() }
+    }
+
+    /// Takes note of the context that this is for.
+    ///
+    /// # Safety
+    /// As of [`begin`](Self::begin).
+    unsafe fn bind(&mut self, context: *mut Context) -> Result<(), Refusal> {
+        if self.context == context {
+            return Ok(());
+        }
+        if !self.context.is_null() {
+            return Err(Refusal::OtherContext);
+        }
+        // SAFETY: guaranteed by the caller.
+        let (n_streams, n_ctx, n_ubatch, model) = unsafe {
+            let llama = self.llama;
+            (llama.n_streams(context), (llama.n_ctx)(context), (llama.n_ubatch)(context), (llama.get_model)(context))
+        };
+        if model != self.raw_model {
+            return Err(Refusal::OtherModel);
+        }
+        self.splitting = Splitting { n_streams, n_ubatch: n_ubatch as usize };
+        self.hook().set_capacity(n_ctx as usize / n_streams);
+        self.context = context;
+        Ok(())
     }
 
     /// Writes down what gates have decided over the prompts that end in this batch.
@@ -400,12 +545,8 @@ impl Guarding {
     /// Rows of a batch, by their sequences, and which sequences share rows of others: the batch in `self.rows` and `self.tokens`, whose kinds are to be found.
     ///
     /// # Safety
-    /// As of [`decode`](Self::decode).
-    unsafe fn rows_of(
-        &mut self,
-        context: *const Context,
-        batch: &Batch,
-    ) -> (BTreeMap<SequenceId, SequenceRows>, Vec<(SequenceId, SequenceId)>) {
+    /// As of [`begin`](Self::begin).
+    unsafe fn rows_of(&mut self, batch: &Batch) -> (BTreeMap<SequenceId, SequenceRows>, Vec<(SequenceId, SequenceId)>) {
         self.rows.clear();
         self.tokens.clear();
         let mut of_sequences: BTreeMap<SequenceId, SequenceRows> = BTreeMap::new();
@@ -413,7 +554,7 @@ impl Guarding {
         let n_tokens = usize::try_from(batch.n_tokens).unwrap_or(0);
         // SAFETY: the arrays that are not null have `n_tokens` elements, those of sequence ids as many as their counts say (llama.h).
         unsafe {
-            let memory = (self.llama.get_memory)(context);
+            let memory = (self.llama.get_memory)(self.context);
             let in_cells = |sequence: SequenceId| {
                 if memory.is_null() { 0 } else { (self.llama.seq_pos_max)(memory, sequence.0) + 1 }
             };
@@ -540,8 +681,8 @@ impl Guarding {
     /// Where a sequence of the batch has come to an end, has llama.cpp predict what is said in its place.
     ///
     /// # Safety
-    /// `context` must be the context, living, whose decode has just ended well.
-    unsafe fn speak(&mut self, context: *mut Context) -> Result<(), Refusal> {
+    /// The context must live, and its decode have just ended well.
+    unsafe fn speak(&mut self) -> Result<(), Refusal> {
         for index in 0..self.rows.len() {
             let BatchRow { sequence, output, .. } = self.rows[index];
             if !output {
@@ -571,7 +712,7 @@ impl Guarding {
             speech.said += 1;
             // SAFETY: guaranteed by the caller; row `index` of the batch has logits, as many as there are tokens.
             unsafe {
-                let logits = (self.llama.get_logits_ith)(context, index as i32);
+                let logits = (self.llama.get_logits_ith)(self.context, index as i32);
                 let n_tokens = (self.llama.n_tokens)((self.llama.get_vocab)(self.raw_model));
                 let (Some(token), false) = (token, logits.is_null()) else { return Err(Refusal::NoLogits) };
                 let logits = std::slice::from_raw_parts_mut(logits, usize::try_from(n_tokens).unwrap_or(0));

@@ -101,6 +101,26 @@ impl Guards {
         layers.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
+    /// Why the directory can't be read, where it never could be.
+    pub fn unreadable(&self) -> Option<String> {
+        let state = lock(&self.state);
+        state.directory.problem().filter(|_| state.directory.entries().is_empty()).map(str::to_owned)
+    }
+
+    /// What is wrong with the directory, its guards, and what they are to guard.
+    pub fn problems(&self) -> Vec<String> {
+        let state = lock(&self.state);
+        let models = state.models.iter().filter_map(Weak::upgrade);
+        let unguarded = models.filter_map(|model| model.standing().program.err().map(|problem| problem.to_string()));
+        problems(&state.directory).chain(unguarded).collect()
+    }
+
+    /// Looks at all of the directory now. Returns the epoch that is in force then.
+    pub fn reload(&self) -> u64 {
+        self.refresh(true);
+        lock(&self.state).epoch
+    }
+
     fn refresh(&self, all: bool) {
         let mut state = lock(&self.state);
         if !state.directory.refresh(all) {
@@ -127,15 +147,16 @@ impl Guards {
 }
 
 fn tell_problems(directory: &GuardDirectory) {
-    if let Some(problem) = directory.problem() {
-        tracing::error!("{problem}");
-    }
-    for (folder, entry) in directory.entries() {
-        if let Some(problem) = &entry.problem {
-            let rest = if entry.guard.is_some() { "; the guard that was read before stays in force" } else { "" };
-            tracing::error!("guard `{folder}`: {problem}{rest}");
-        }
-    }
+    problems(directory).for_each(|problem| tracing::error!("{problem}"));
+}
+
+fn problems(directory: &GuardDirectory) -> impl Iterator<Item = String> {
+    let of_entries = directory.entries().iter().filter_map(|(folder, entry)| {
+        let problem = entry.problem.as_ref()?;
+        let rest = if entry.guard.is_some() { "; the guard that was read before stays in force" } else { "" };
+        Some(format!("guard `{folder}`: {problem}{rest}"))
+    });
+    directory.problem().map(str::to_owned).into_iter().chain(of_entries)
 }
 
 /// The names of a program's guards, for people.

@@ -97,6 +97,7 @@ macro_rules! functions {
 }
 
 functions! {
+    decode = c"llama_decode": fn(*mut Context, Batch) -> i32;
     get_model = c"llama_get_model": fn(*const Context) -> *const Model;
     get_memory = c"llama_get_memory": fn(*const Context) -> *mut Memory;
     seq_pos_max = c"llama_memory_seq_pos_max": fn(*mut Memory, i32) -> i32;
@@ -116,8 +117,10 @@ functions! {
     vocab_eot = c"llama_vocab_eot": fn(*const Vocab) -> i32;
     vocab_eos = c"llama_vocab_eos": fn(*const Vocab) -> i32;
     set_eval_callback = c"ggml_backend_sched_set_eval_callback": fn(*mut Scheduler, Option<EvalCallback>, *mut c_void);
+    name = c"ggml_get_name": fn(*const RawTensor) -> *const c_char;
     n_bytes = c"ggml_nbytes": fn(*const RawTensor) -> usize;
     read = c"ggml_backend_tensor_get": fn(*const RawTensor, *mut c_void, usize, usize);
+    memset = c"ggml_backend_tensor_memset": fn(*mut RawTensor, u8, usize, usize);
     synchronize = c"ggml_backend_sched_synchronize": fn(*mut Scheduler);
     set_output = c"ggml_set_output": fn(*mut RawTensor);
     graph_n_nodes = c"ggml_graph_n_nodes": fn(*mut Graph) -> c_int;

@@ -1,17 +1,49 @@
 //! Finds functions in what the process has loaded.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::ptr::null;
 
-/// The address of `symbol` in any loaded object but this one, or null.
+/// The address of `symbol` in any loaded object but this one, or null. The object stays loaded from then on, whatever the app does.
 ///
 /// What the dynamic linker would take next comes first, then every loaded object by itself: an app may have loaded llama.cpp with `RTLD_LOCAL`, which keeps its
 /// symbols from everybody else.
 pub fn find(symbol: &CStr) -> *const c_void {
+    let found = find_first(symbol);
+    if !found.is_null() {
+        keep(found);
+    }
+    found
+}
+
+/// In how many loaded objects but this one `symbol` is: more than one copy of llama.cpp can't be told apart by the names of its functions.
+pub fn copies(symbol: &CStr) -> usize {
+    let found = objects().into_iter().map(|path| find_in(&path, symbol)).chain([find_first(symbol)]);
+    found.filter(|address| !address.is_null()).collect::<BTreeSet<_>>().len()
+}
+
+/// Keeps the object that `address` lies in from being unloaded.
+pub fn keep(address: *const c_void) {
+    let Some(info) = info(address) else { return };
+    if info.dli_fname.is_null() {
+        return;
+    }
+    // SAFETY: the name is the linker's own, and ends in a NUL. It loads nothing; a handle that is not closed is what keeps it. The app itself is not found by its
+    // name, and is never unloaded.
+    unsafe { libc::dlopen(info.dli_fname, libc::RTLD_NOLOAD | libc::RTLD_LAZY | libc::RTLD_NODELETE) };
+}
+
+fn find_first(symbol: &CStr) -> *const c_void {
     // SAFETY: a handle that there always is.
     let next = unsafe { dlsym(libc::RTLD_NEXT, symbol) };
     if !next.is_null() && !is_own(next) {
         return next;
+    }
+    // What comes before this library: an app that has llama.cpp linked in, and exports it.
+    // SAFETY: a handle that there always is.
+    let first = unsafe { dlsym(libc::RTLD_DEFAULT, symbol) };
+    if !first.is_null() && !is_own(first) {
+        return first;
     }
     objects().iter().map(|path| find_in(path, symbol)).find(|address| !address.is_null()).unwrap_or(null())
 }
@@ -43,8 +75,8 @@ unsafe fn dlsym(handle: *mut c_void, symbol: &CStr) -> *mut c_void {
     unsafe { real(handle, symbol.as_ptr()) }
 }
 
-/// The object that `address` lies in.
-fn object_of(address: *const c_void) -> *const c_void {
+/// What the dynamic linker knows of `address`.
+fn info(address: *const c_void) -> Option<libc::Dl_info> {
     let mut info = libc::Dl_info {
         dli_fname: null(),
         dli_fbase: std::ptr::null_mut(),
@@ -52,10 +84,12 @@ fn object_of(address: *const c_void) -> *const c_void {
         dli_saddr: std::ptr::null_mut(),
     };
     // SAFETY: dladdr takes any address and fills in `info`.
-    match unsafe { libc::dladdr(address, &raw mut info) } {
-        0 => null(),
-        _ => info.dli_fbase,
-    }
+    (unsafe { libc::dladdr(address, &raw mut info) } != 0).then_some(info)
+}
+
+/// The object that `address` lies in.
+fn object_of(address: *const c_void) -> *const c_void {
+    info(address).map_or(null(), |info| info.dli_fbase)
 }
 
 pub fn is_own(address: *const c_void) -> bool {
@@ -87,5 +121,6 @@ mod tests {
         assert!(!find(c"strlen").is_null());
         assert!(find(c"llama_there_is_no_such_function").is_null());
         assert!(!objects().is_empty());
+        assert_eq!((copies(c"strlen"), copies(c"llama_there_is_no_such_function")), (1, 0));
     }
 }

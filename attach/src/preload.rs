@@ -3,19 +3,19 @@
 //! `libllama` sets its eval callback and computes its graphs by functions of `libggml-base`, through the dynamic linker like any app, which is how these are seen.
 
 use crate::guarding::{Guarding, Refusal, Seat};
-use crate::guards::{Guards, LoadedModel, lock};
-use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Memory, Model, Scheduler};
-use crate::loaded;
+use crate::guards::{Guards, lock};
+use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Memory, Scheduler};
+use crate::models::Models;
+use crate::{begin_log, boundary, loaded};
 use pilotfish::attach::{Fail, Policy};
 use pilotfish::store::WatchOptions;
 use pilotfish::tensor::{LayerIndex, SequenceId};
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// What `llama_decode` gives where a guard can't attach: a fatal error, in its terms.
 const REFUSED: i32 = -3;
@@ -25,10 +25,9 @@ const STATUS_FAILED: c_int = -1;
 /// The guards of this process, and its contexts.
 struct Attached {
     policy: Policy,
-    guards: Arc<Guards>,
+    models: Models,
     llama: Result<Llama, String>,
     contexts: Mutex<HashMap<usize, Arc<Mutex<Slot>>>>,
-    models: Mutex<HashMap<usize, Weak<LoadedModel>>>,
 }
 
 /// A context of the app's.
@@ -64,11 +63,6 @@ fn while_doing<T>(what: Doing, run: impl FnOnce() -> T) -> T {
     run()
 }
 
-/// Runs `body`, whose panics go no further: then `failed` is the answer.
-fn boundary<T>(failed: T, body: impl FnOnce() -> T) -> T {
-    catch_unwind(AssertUnwindSafe(body)).unwrap_or(failed)
-}
-
 /// What the environment asks for; `None` where it asks for nothing, and everything is passed on.
 fn attached() -> Option<&'static Attached> {
     static ATTACHED: OnceLock<Option<Attached>> = OnceLock::new();
@@ -79,10 +73,7 @@ fn attach() -> Option<Attached> {
     let policy = Policy::from_environment(|name| std::env::var_os(name));
     let wanted = !matches!(policy, Ok(None));
     if wanted {
-        let filter = tracing_subscriber::EnvFilter::try_from_env("PILOTFISH_LOG")
-            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("pilotfish=info,pilotfish_attach=info,off"));
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
-        let _ = log.without_time().try_init();
+        begin_log(Some("pilotfish=info,pilotfish_attach=info,off"));
     }
     let policy = match policy {
         Ok(policy) => policy?,
@@ -97,8 +88,8 @@ fn attach() -> Option<Attached> {
     if let Err(problem) = &llama {
         tracing::error!("{problem}");
     }
-    let guards = Guards::watch(&policy.guards, WatchOptions::default());
-    Some(Attached { policy, guards, llama, contexts: Mutex::default(), models: Mutex::default() })
+    let models = Models::new(Guards::watch(&policy.guards, WatchOptions::default()));
+    Some(Attached { policy, models, llama, contexts: Mutex::default() })
 }
 
 /// The function whose place one of ours has taken.
@@ -116,22 +107,6 @@ impl Attached {
     fn slot(&self, context: *mut Context) -> Arc<Mutex<Slot>> {
         let empty = || Arc::new(Mutex::new(Slot { guarding: None, told: None }));
         Arc::clone(lock(&self.contexts).entry(context as usize).or_insert_with(empty))
-    }
-
-    /// # Safety
-    /// `model` must be a living model of `llama`.
-    unsafe fn model(&self, llama: &Llama, model: *const Model) -> Result<Arc<LoadedModel>, Refusal> {
-        let known = lock(&self.models).get(&(model as usize)).and_then(Weak::upgrade);
-        if let Some(known) = known {
-            return Ok(known);
-        }
-        // SAFETY: guaranteed by the caller.
-        let loaded = unsafe {
-            let identity = llama.identity(model).ok_or(Refusal::Unknown("its model has no `general.architecture`"))?;
-            self.guards.add(identity, llama.shape(model), llama.quantization(model), llama.token_bytes(model))
-        };
-        lock(&self.models).insert(model as usize, Arc::downgrade(&loaded));
-        Ok(loaded)
     }
 
     /// # Safety
@@ -177,12 +152,18 @@ impl Attached {
             Some(guarding) => guarding,
             // SAFETY: guaranteed by the caller.
             none => unsafe {
-                let model = self.model(llama, (llama.get_model)(context))?;
-                none.insert(Guarding::new(llama, context, model))
+                if loaded::copies(c"llama_decode") > 1 {
+                    return Err(Refusal::Unknown(
+                        "the process has loaded more than one copy of it, whose contexts can't be told apart",
+                    ));
+                }
+                let raw_model = (llama.get_model)(context);
+                let model = self.models.of(llama, raw_model)?;
+                none.insert(Guarding::new(llama, raw_model, model, false))
             },
         };
         let seat = guarding.seat();
-        let run = || *ran.insert(while_doing(Doing::Decode(seat), real));
+        let run = |_: &Llama| *ran.insert(while_doing(Doing::Decode(seat), real));
         // SAFETY: guaranteed by the caller.
         unsafe { guarding.decode(context, batch, run) }
     }
@@ -460,7 +441,7 @@ unsafe fn plan(scheduler: *mut Scheduler, graph: *mut Graph) {
     let Some(attached) = attached() else { return };
     let Ok(llama) = &attached.llama else { return };
     // SAFETY: the caller gives a graph that is not in memory.
-    let kept = unsafe { llama.keep_residuals(graph, &attached.guards.layers()) };
+    let kept = unsafe { llama.keep_residuals(graph, &attached.models.guards().layers()) };
     lock(&PLANS).insert(scheduler as usize, kept);
 }
 

@@ -19,8 +19,8 @@ mod trail;
 
 pub use compile::{Calibration, CompileError, ModelShape, Uncalibrated};
 pub use gates::{GateDecision, Row, RowKind};
-pub(crate) use host::{Group, panic_message};
-pub use host::{RowFault, Scratch};
+pub(crate) use host::Group;
+pub use host::{RowFault, Scratch, panic_message};
 pub(crate) use sequences::EVERY_TEXT;
 pub use sequences::Sequences;
 pub use spelling::{TokenBytes, tokens_spelling};

@@ -14,7 +14,7 @@ const HARM_GATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/harm-gate-g
 const REFUSAL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/refusal-smollm2");
 
 /// Where node-llama-cpp is, as `make test` installs it; `None`, and a word of it, where it or the library is not. Where real models are required, so are these.
-fn app() -> Option<PathBuf> {
+pub fn app() -> Option<PathBuf> {
     let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/attach/node_modules/node-llama-cpp");
     let package = std::env::var_os("PILOTFISH_TEST_NODE_LLAMA_CPP").map_or(package, PathBuf::from);
     let library = Path::new(env!("CARGO_BIN_EXE_pilotfish")).with_file_name("libpilotfish_attach.so");
@@ -162,7 +162,7 @@ struct Answer {
 }
 
 /// A directory with copies of guards.
-fn directory(guards: &[&Path]) -> TempDir {
+pub fn directory(guards: &[&Path]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for guard in guards {
         let to = folder.path().join(guard.file_name().unwrap());

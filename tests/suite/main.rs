@@ -7,6 +7,8 @@ mod architecture;
 mod attach;
 mod autoencoder;
 mod backdoor;
+#[cfg(target_os = "linux")]
+mod c_interface;
 mod command_line;
 #[path = "../support/counting_allocator.rs"]
 mod counting_allocator;

@@ -1,0 +1,44 @@
+//! The models that the process has loaded, each read once.
+
+use crate::guarding::Refusal;
+use crate::guards::{Guards, LoadedModel, lock};
+use crate::llama::{Llama, Model};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+
+pub struct Models {
+    guards: Arc<Guards>,
+    /// By their addresses. One that no context is guarded for any more may have been freed, and another lie there now.
+    known: Mutex<HashMap<usize, Weak<LoadedModel>>>,
+}
+
+impl Models {
+    pub fn new(guards: Arc<Guards>) -> Self {
+        Self { guards, known: Mutex::default() }
+    }
+
+    pub fn guards(&self) -> &Arc<Guards> {
+        &self.guards
+    }
+
+    /// What `model` is, and what guards it.
+    ///
+    /// # Safety
+    /// `model` must be a living model of `llama`.
+    ///
+    /// # Errors
+    /// It does not say what it is.
+    pub unsafe fn of(&self, llama: &Llama, model: *const Model) -> Result<Arc<LoadedModel>, Refusal> {
+        let known = lock(&self.known).get(&(model as usize)).and_then(Weak::upgrade);
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        // SAFETY: guaranteed by the caller.
+        let loaded = unsafe {
+            let identity = llama.identity(model).ok_or(Refusal::Unknown("its model has no `general.architecture`"))?;
+            self.guards.add(identity, llama.shape(model), llama.quantization(model), llama.token_bytes(model))
+        };
+        lock(&self.known).insert(model as usize, Arc::downgrade(&loaded));
+        Ok(loaded)
+    }
+}
