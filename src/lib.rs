@@ -46,6 +46,7 @@
 #![warn(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 pub mod attach;
+pub mod audit;
 #[cfg(feature = "engine")]
 pub mod engine;
 #[cfg(feature = "learn")]

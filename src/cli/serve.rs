@@ -3,6 +3,7 @@ use super::args::{AuditArguments, LoadArguments, ServeArguments};
 use super::models::load_named;
 use anyhow::{Context, ensure};
 use config::{Config, Environment, File, FileFormat};
+use pilotfish::audit::{Verified, verify};
 use pilotfish::server::{self, ServerConfig};
 use std::io::Write;
 
@@ -48,7 +49,7 @@ fn configuration(arguments: &ServeArguments) -> anyhow::Result<ServerConfig> {
 }
 
 pub fn audit(arguments: &AuditArguments) -> anyhow::Result<Outcome> {
-    let found = server::verify(&arguments.log)?;
+    let found = verify(&arguments.log)?;
     let mut out = std::io::stdout().lock();
     if arguments.json {
         let line = serde_json::json!({
@@ -60,7 +61,7 @@ pub fn audit(arguments: &AuditArguments) -> anyhow::Result<Outcome> {
         });
         writeln!(out, "{line}")?;
     } else {
-        let server::Verified { records, first_seq, last_seq, last_hash, files } = found;
+        let Verified { records, first_seq, last_seq, last_hash, files } = found;
         writeln!(out, "{records} records in {files} files are whole: {first_seq} to {last_seq}, hash {last_hash}")?;
     }
     Ok(Outcome::Done)

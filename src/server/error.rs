@@ -1,3 +1,4 @@
+use crate::audit::AuditError;
 use crate::engine::EngineError;
 use crate::store::GuardDirectory;
 use axum::Json;
@@ -32,7 +33,7 @@ pub enum ServerError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
-    Audit(#[from] super::AuditError),
+    Audit(#[from] AuditError),
     #[error("can't run: {0}")]
     System(#[from] std::io::Error),
     #[error("the thread that runs the model has ended: {0}")]

@@ -1,6 +1,5 @@
 //! From a configuration to a server that listens, until it is told to end.
 
-use super::audit::{AuditError, AuditLog, AuditOptions, AuditWriter};
 use super::body::refuse;
 use super::config::{ServerConfig, TlsConfig};
 use super::error::{ApiError, ServerError};
@@ -11,6 +10,7 @@ use super::state::{Places, State};
 use super::telemetry::Telemetry;
 use super::worker::Worker;
 use super::{chat, completion, dashboard, guards, health, model_list, score};
+use crate::audit::{AuditError, AuditLog, AuditOptions, AuditWriter};
 use crate::engine::scheduler::SchedulerOptions;
 use crate::engine::{ChatTemplate, Forms, Model};
 use crate::store::GuardDirectory;

@@ -4,7 +4,6 @@
 //! thread runs the model (`worker`), one keeps the guards (`keeper`), and the rest is axum on tokio. This room computes nothing that a guard is about.
 
 mod answer;
-mod audit;
 mod body;
 mod chat;
 mod completion;
@@ -28,9 +27,6 @@ mod state;
 mod telemetry;
 mod worker;
 
-pub use audit::{
-    Appended, AuditError, AuditLog, AuditOptions, AuditWriter, ChainFault, ChainHash, Receipt, Verified, verify,
-};
 pub use config::{AuditConfig, Limits, ReloadConfig, ServerConfig, TelemetryConfig, TlsConfig};
 pub use error::ServerError;
 pub use keys::{Key, Keys, Role};

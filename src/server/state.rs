@@ -1,4 +1,3 @@
-use super::audit::AuditWriter;
 use super::config::ServerConfig;
 use super::error::ApiError;
 use super::keeper::Keeper;
@@ -6,6 +5,7 @@ use super::keys::{Caller, Keys};
 use super::metrics::Metrics;
 use super::telemetry::Telemetry;
 use super::worker::WorkerHandle;
+use crate::audit::AuditWriter;
 use crate::engine::scheduler::Summary;
 use crate::engine::{ChatTemplate, Forms, Model};
 use arc_swap::ArcSwap;
