@@ -1,7 +1,10 @@
-//! What `pilotfish attach` says to the library that it has loaded into an app: by the app's environment.
+//! What is said to the library that `pilotfish attach` has loaded into an app: at the start by the app's environment, then over its socket.
 //!
-//! In: the environment. Out: a [`Policy`], or the other way round. The library itself is a crate of its own, `attach/`.
+//! In: the environment, lines of JSON. Out: a [`Policy`], what [`control`] has, or the other way round. The library itself is a crate of its own, `attach/`.
 
+pub mod control;
+
+use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -11,7 +14,8 @@ pub const GUARDS: &str = "PILOTFISH_ATTACH_GUARDS";
 pub const FAIL: &str = "PILOTFISH_ATTACH_FAIL";
 
 /// What an app is to meet whose context can't be guarded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Fail {
     /// Decoding returns an error.
     #[default]

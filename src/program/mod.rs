@@ -6,6 +6,7 @@
 //!
 //! Every patch but a rotation has the canonical form `y = κx + γU·g(Vx + c) + b`: see [`LowRank`].
 
+mod change;
 mod compile;
 mod form;
 mod fuse;
@@ -17,6 +18,7 @@ mod spelling;
 mod toggle;
 mod trail;
 
+pub use change::{Change, Changed};
 pub use compile::{Calibration, CompileError, ModelShape, Uncalibrated};
 pub use gates::{GateDecision, Row, RowKind};
 pub(crate) use host::Group;

@@ -3,10 +3,13 @@
 //! A program with an intervention turned is another program: the one that its guards would compile to at these strengths, bit for bit, with
 //! neighbours fused as they are then. It shares with the first whatever is as large as a matrix, so that making it costs microseconds.
 
+use super::change::is_meant;
 use super::form::Form;
 use super::fuse::fuse;
 use super::{Condition, HookPoint, Patch, Program};
 use crate::tensor::LayerIndex;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -68,12 +71,39 @@ impl FromStr for Setting {
     }
 }
 
+impl Serialize for Setting {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_str("off"),
+            Self::On => serializer.serialize_str("on"),
+            Self::Strength(strength) => serializer.serialize_f32(*strength),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Setting {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "a setting is `on`, `off` or a strength")]
+        enum Written {
+            Word(String),
+            Strength(f64),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Word(word) => word.parse().map_err(D::Error::custom),
+            Written::Strength(strength) if (strength as f32).is_finite() => Ok(Self::Strength(strength as f32)),
+            Written::Strength(strength) => Err(D::Error::custom(format!("the strength {strength} is out of range"))),
+        }
+    }
+}
+
 impl Setting {
-    fn of(self, dial: &Dial) -> f32 {
+    /// The strength of an intervention whose guard has it at `loaded`.
+    pub(super) fn strength(self, loaded: f32) -> f32 {
         match self {
             Self::Off => 0.0,
-            Self::On if dial.loaded == 0.0 => 1.0,
-            Self::On => dial.loaded,
+            Self::On if loaded == 0.0 => 1.0,
+            Self::On => loaded,
             Self::Strength(strength) => strength,
         }
     }
@@ -96,7 +126,7 @@ impl Program {
 
     /// Whether an intervention goes by that name, for [`with_setting`](Self::with_setting).
     pub fn has_intervention(&self, name: &str) -> bool {
-        self.dials.iter().any(|dial| dial.name == name || is_of(&dial.name, name))
+        is_meant(name, self.dials.iter().map(|dial| dial.name.as_str())).any(|is_meant| is_meant)
     }
 
     /// Whether the two are the same guards, loaded once, at whatever strengths.
@@ -110,10 +140,10 @@ impl Program {
             let known = self.dials.iter().map(|dial| dial.name.clone()).collect();
             return Err(ToggleError::Unknown { name: name.to_owned(), known });
         }
-        let is_one = self.dials.iter().any(|dial| dial.name == name);
-        let is_meant = |dial: &Dial| if is_one { dial.name == name } else { is_of(&dial.name, name) };
-        let set = |(dial, now): (&Dial, f32)| if is_meant(dial) { setting.of(dial) } else { now };
-        Ok(self.interventions().map(set).collect())
+        let meant = is_meant(name, self.dials.iter().map(|dial| dial.name.as_str()));
+        let set =
+            |((dial, now), is_meant): ((&Dial, f32), bool)| if is_meant { setting.strength(dial.loaded) } else { now };
+        Ok(self.interventions().zip(meant).map(set).collect())
     }
 
     /// This program at other strengths, one for each of its interventions.
@@ -152,11 +182,6 @@ impl Program {
     }
 }
 
-/// Whether `name` goes on from `group` with a dot.
-fn is_of(name: &str, group: &str) -> bool {
-    name.strip_prefix(group).is_some_and(|rest| rest.starts_with('.'))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,11 +194,14 @@ mod tests {
         for wrong in ["", "of", "inf", "NaN", "1,5"] {
             assert!(wrong.parse::<Setting>().is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn a_group_is_what_goes_on_with_a_dot() {
-        assert!(is_of("base.14", "base") && is_of("g/base.14", "g/base"));
-        assert!(!is_of("base", "base") && !is_of("base14", "base") && !is_of("other.base", "base"));
+        for (setting, written) in
+            [(Setting::Off, "\"off\""), (Setting::On, "\"on\""), (Setting::Strength(-0.5), "-0.5")]
+        {
+            assert_eq!(serde_json::to_string(&setting).unwrap(), written);
+            assert_eq!(serde_json::from_str::<Setting>(written).unwrap(), setting);
+        }
+        for wrong in ["null", "true", "1e300", "\"loud\""] {
+            assert!(serde_json::from_str::<Setting>(wrong).is_err(), "{wrong}");
+        }
     }
 }

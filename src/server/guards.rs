@@ -2,13 +2,13 @@
 
 use super::body::{Fields, refuse};
 use super::error::ApiError;
-use super::keeper::{Change, ChangeError};
+use super::keeper::ChangeError;
 use super::keys::{Caller, Role};
 use super::parameters::setting;
 use super::snapshot::{GuardState, Snapshot};
 use super::state::State;
-use crate::engine::Setting;
 use crate::guard::OnFire;
+use crate::program::Change;
 use axum::body::Body;
 use axum::extract::Path;
 use axum::extract::rejection::PathRejection;
@@ -100,15 +100,15 @@ fn guard_json(snapshot: &Snapshot, state: &GuardState) -> Value {
     let mut shown = json!({
         "object": "guard",
         "folder": state.folder,
-        "enabled": state.enabled,
-        "in_force": state.enabled && state.guard.is_some(),
+        "enabled": state.changed.enabled,
+        "in_force": state.changed.enabled && state.guard.is_some(),
         "problem": state.problem,
     });
     let Some(guard) = &state.guard else { return shown };
     let strength = |name: &str| {
         let name = snapshot.name_in_program(guard.name(), name);
         let found = snapshot.program.interventions().find(|(dial, _)| dial.name == name);
-        found.filter(|_| state.enabled).map(|(_, strength)| strength)
+        found.filter(|_| state.changed.enabled).map(|(_, strength)| strength)
     };
     let gates: Vec<Value> = guard
         .gates()
@@ -145,19 +145,11 @@ fn guard_json(snapshot: &Snapshot, state: &GuardState) -> Value {
         "source": guard.source().map(|source| json!({ "model": source.model, "fingerprint": source.fingerprint.to_string() })),
         "gates": gates,
         "interventions": interventions,
-        "settings": state.settings.iter().map(|(name, setting)| (name.clone(), setting_json(*setting))).collect::<serde_json::Map<_, _>>(),
+        "settings": state.changed.settings,
         "results": guard.results(),
     });
     if let (Value::Object(shown), Value::Object(more)) = (&mut shown, more) {
         shown.extend(more);
     }
     shown
-}
-
-fn setting_json(setting: Setting) -> Value {
-    match setting {
-        Setting::On => "on".into(),
-        Setting::Off => "off".into(),
-        Setting::Strength(strength) => strength.into(),
-    }
 }

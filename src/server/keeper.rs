@@ -3,33 +3,18 @@
 use super::error::ServerError;
 use super::history::{Happened, History};
 use super::metrics::Metrics;
-use super::snapshot::{GuardState, Snapshot, name_in};
-use crate::engine::{EngineError, GuardCompiler, Model, Setting};
+use super::snapshot::{GuardState, Snapshot};
+use crate::engine::{EngineError, GuardCompiler, Model};
 use crate::guard::Guard;
-use crate::program::Program;
+use crate::program::{Change, Changed, Program};
 use crate::store::{GuardDirectory, Waker, WatchOptions, Watcher};
 use arc_swap::ArcSwap;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 use tokio::sync::oneshot;
-
-/// What an admin asks of a guard.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Change {
-    Enabled(bool),
-    /// An intervention by its own name, or a group of them.
-    Set {
-        intervention: String,
-        setting: Setting,
-    },
-    /// An intervention as its guard has it again.
-    Reset {
-        intervention: String,
-    },
-}
 
 /// Why a change could not be made; nothing is changed then.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -256,8 +241,7 @@ fn begin(model: &Model, directory: Option<GuardDirectory>) -> Result<(Guards<'_>
         .map(|(folder, guard)| GuardState {
             folder: folder.to_owned(),
             guard: Some(Arc::clone(guard)),
-            enabled: true,
-            settings: BTreeMap::new(),
+            changed: Changed::default(),
             problem: None,
         })
         .collect();
@@ -290,7 +274,7 @@ impl Guards<'_> {
             return self.unchanged(now, states, self.directory.problem().map(str::to_owned));
         }
         let mut program = self.program(&states);
-        let unseen = states.iter().zip(&replaced).any(|(state, before)| before.is_some() && !state.enabled);
+        let unseen = states.iter().zip(&replaced).any(|(state, before)| before.is_some() && !state.changed.enabled);
         if program.is_err() || unseen {
             // Most often all is sound; where it is not, or nothing of it was compiled, each is looked at by itself.
             self.mend(&mut states, replaced);
@@ -319,19 +303,17 @@ impl Guards<'_> {
         let mut replaced = Vec::new();
         for (folder, entry) in self.directory.entries() {
             let old = now.guards.iter().find(|state| state.folder == *folder);
-            let (enabled, mut settings) =
-                old.map_or((true, BTreeMap::new()), |old| (old.enabled, old.settings.clone()));
+            let mut changed = old.map_or_else(Changed::default, |old| old.changed.clone());
             let before = old.and_then(|old| old.guard.clone());
             let same = match (&before, &entry.guard) {
                 (Some(before), Some(read)) => Arc::ptr_eq(before, read),
                 (_, read) => read.is_none(),
             };
             let guard = if same { before.clone() } else { entry.guard.clone() };
-            // What was set for an intervention that is gone is forgotten.
-            settings.retain(|name, _| guard.as_ref().is_some_and(|guard| has_intervention(guard, name)));
+            changed.forget_gone(guard.as_deref());
             let problem = entry.problem.as_ref().map(ToString::to_string);
             replaced.push((!same).then_some(before));
-            states.push(GuardState { folder: folder.clone(), guard, enabled, settings, problem });
+            states.push(GuardState { folder: folder.clone(), guard, changed, problem });
         }
         (states, replaced)
     }
@@ -352,27 +334,15 @@ impl Guards<'_> {
         let mut states = now.guards.clone();
         let meant = states.iter_mut().find(|state| state.is_called(name));
         let state = meant.ok_or_else(|| ChangeError::NoGuard(name.to_owned()))?;
-        for change in changes.iter().cloned() {
-            if let Change::Set { intervention, .. } | Change::Reset { intervention } = &change
-                && !state.guard.as_ref().is_some_and(|guard| has_intervention(guard, intervention))
-            {
-                return Err(ChangeError::Refused(format!("guard `{name}` has no intervention `{intervention}`")));
-            }
-            match change {
-                Change::Enabled(enabled) => state.enabled = enabled,
-                Change::Set { intervention, setting } => {
-                    state.settings.insert(intervention, setting);
-                }
-                Change::Reset { intervention } => {
-                    state.settings.remove(&intervention);
-                }
-            }
-        }
+        let guard = state.guard.as_deref();
+        let taken = state.changed.take(guard, changes);
+        taken.map_err(|error| ChangeError::Refused(format!("guard `{name}`: {error}")))?;
         let refused = |error: EngineError| ChangeError::Refused(error.to_string());
         let sets = changes.iter().any(|change| matches!(change, Change::Set { .. }));
-        if sets && !state.enabled {
+        if sets && !state.changed.enabled {
             // What can't be while it is enabled is not to be found out then.
-            let alone = GuardState { enabled: true, ..state.clone() };
+            let mut alone = state.clone();
+            alone.changed.enabled = true;
             self.program(&[alone]).map_err(refused)?;
         }
         let program = self.program(&states).map_err(refused)?;
@@ -383,11 +353,11 @@ impl Guards<'_> {
     fn without(&mut self, of: Arc<Snapshot>, left_out: &LeftOut) -> Result<Arc<Snapshot>, ChangeError> {
         let mut states = of.guards.clone();
         match left_out {
-            LeftOut::All => states.iter_mut().for_each(|state| state.enabled = false),
+            LeftOut::All => states.iter_mut().for_each(|state| state.changed.enabled = false),
             LeftOut::Some(names) => {
                 for name in names {
                     let state = states.iter_mut().find(|state| state.is_called(name));
-                    state.ok_or_else(|| ChangeError::NoGuard(name.clone()))?.enabled = false;
+                    state.ok_or_else(|| ChangeError::NoGuard(name.clone()))?.changed.enabled = false;
                 }
             }
         }
@@ -411,14 +381,13 @@ impl Guards<'_> {
 
     /// The program of what is enabled, at the strengths that are set.
     fn program(&mut self, states: &[GuardState]) -> Result<Arc<Program>, EngineError> {
-        let acting = || states.iter().filter(|state| state.enabled).filter(|state| state.guard.is_some());
+        let acting = || states.iter().filter(|state| state.changed.enabled).filter(|state| state.guard.is_some());
         let guards: Vec<&Guard> = acting().filter_map(|state| state.guard.as_deref()).collect();
         let mut program = self.compiler.compile(&guards)?;
         for state in acting() {
             let Some(guard) = &state.guard else { continue };
-            for (name, setting) in &state.settings {
-                let name = name_in(&program, guard.name(), name);
-                program = Arc::new(program.with_setting(&name, *setting)?);
+            if !state.changed.settings.is_empty() {
+                program = Arc::new(state.changed.apply(guard.name(), Arc::unwrap_or_clone(program))?);
             }
         }
         Ok(program)
@@ -435,19 +404,13 @@ impl Guards<'_> {
     }
 }
 
-/// Whether an intervention of `guard`, or a group of them, is called `name`.
-fn has_intervention(guard: &Guard, name: &str) -> bool {
-    let is_of = |other: &str| other == name || other.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
-    guard.interventions().iter().any(|intervention| is_of(&intervention.name))
-}
-
 /// What was in force of a folder, if anything was.
 type Before = Option<Arc<Guard>>;
 
 /// Whether the same guards act in both, the very same and in one order.
 fn acts_alike(some: &[GuardState], others: &[GuardState]) -> bool {
     let acting = |states: &[GuardState]| -> Vec<(String, *const Guard)> {
-        let enabled = states.iter().filter(|state| state.enabled);
+        let enabled = states.iter().filter(|state| state.changed.enabled);
         enabled.filter_map(|state| Some((state.folder.clone(), Arc::as_ptr(state.guard.as_ref()?)))).collect()
     };
     acting(some) == acting(others)

@@ -1,6 +1,5 @@
-use crate::engine::Setting;
 use crate::guard::Guard;
-use crate::program::Program;
+use crate::program::{Changed, Program};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -25,9 +24,8 @@ pub(super) struct GuardState {
     pub folder: String,
     /// What is in force of it, or would be if it were enabled.
     pub guard: Option<Arc<Guard>>,
-    pub enabled: bool,
-    /// What an admin has set, by the intervention's name.
-    pub settings: BTreeMap<String, Setting>,
+    /// What an admin has changed of it.
+    pub changed: Changed,
     /// Why what the folder holds now is not in force.
     pub problem: Option<String>,
 }
@@ -53,12 +51,12 @@ impl Snapshot {
 
     /// Guards that requests run under, in the program's order.
     pub fn acting(&self) -> impl Iterator<Item = &Arc<Guard>> {
-        self.guards.iter().filter(|state| state.enabled).filter_map(|state| state.guard.as_ref())
+        self.guards.iter().filter(|state| state.changed.enabled).filter_map(|state| state.guard.as_ref())
     }
 
     /// What the program calls a gate or an intervention of a guard.
     pub fn name_in_program(&self, guard: &str, name: &str) -> String {
-        name_in(&self.program, guard, name)
+        self.program.name_of(guard, name)
     }
 
     /// What the program calls the intervention that a request calls `name`: its own name where one guard alone has it, or `GUARD/NAME`, however many guards there
@@ -85,9 +83,4 @@ impl Snapshot {
             _ => name.split_once('/').unwrap_or(("", name)),
         }
     }
-}
-
-/// What `program` calls `name` of `guard`: of a single guard the name alone.
-pub(super) fn name_in(program: &Program, guard: &str, name: &str) -> String {
-    if program.guards().len() == 1 { name.to_owned() } else { format!("{guard}/{name}") }
 }

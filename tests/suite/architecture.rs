@@ -17,7 +17,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("store", &["guard"]),
     ("audit", &[]),
     ("server", &["guard", "program", "hook", "engine", "store", "audit"]),
-    ("attach", &[]),
+    ("attach", &["program"]),
     ("models", &[]),
     ("synthetic", &[]),
     // A crate of its own, the binary: it sees the library's public face.
