@@ -204,7 +204,7 @@ const char *pilotfish_last_error(void);
  Errors: `UNKNOWN_LLAMA`; `NO_GUARD` where the directory can't be read. A guard that can't be read is told of by `pilotfish_guards_problems`, and when a model
  is to be guarded.
 
- # Safety
+ What the caller sees to:
  `directory` must end in a NUL; `guards` is where the result goes.
  */
 pilotfish_result pilotfish_guards_open(const char *directory,
@@ -213,7 +213,7 @@ pilotfish_result pilotfish_guards_open(const char *directory,
 /*
  As `pilotfish_guards_open`, with llama.cpp's functions from `resolve`, which is called with their names before this returns, on this thread.
 
- # Safety
+ What the caller sees to:
  As there. What `resolve` gives must be null or that function, all of one copy of llama.cpp, which stays loaded for as long as the process runs.
  */
 pilotfish_result pilotfish_guards_open_with(const char *directory,
@@ -224,7 +224,7 @@ pilotfish_result pilotfish_guards_open_with(const char *directory,
 /*
  Lets go of a directory of guards; null is let pass. Contexts that it guards stay guarded by what is in force.
 
- # Safety
+ What the caller sees to:
  `guards` must be null or of `pilotfish_guards_open`, not freed before, and in no other call.
  */
 void pilotfish_guards_free(struct pilotfish_guards *guards);
@@ -233,17 +233,41 @@ void pilotfish_guards_free(struct pilotfish_guards *guards);
  Looks at the directory now, before it is noticed that it has changed. `epoch`, unless it is null, becomes the number of what is in force, which grows with each
  change.
 
- # Safety
+ What the caller sees to:
  `guards` must be of `pilotfish_guards_open`; `epoch` null or where the result goes.
  */
 pilotfish_result pilotfish_guards_reload(const struct pilotfish_guards *guards,
                                          uint64_t *epoch);
 
 /*
+ Turns a guard on or off, for prompts to come; its folder's name is taken too. It stays so when the guard is reloaded.
+
+ Errors: `NOT_FOUND`; `REFUSED` where a loaded model can't be guarded so.
+
+ What the caller sees to:
+ `guards` must be of `pilotfish_guards_open`; texts end in NULs.
+ */
+pilotfish_result pilotfish_guards_enable(const struct pilotfish_guards *guards, const char *guard, bool enabled);
+
+/*
+ Sets an intervention of a guard, for prompts to come: the one called `intervention`, or all whose names go on from it with a dot. `setting` is `on`, `off` or a
+ strength; null for what the guard's file says. It stays so when the guard is reloaded.
+
+ Errors: `NOT_FOUND` where there is no such guard; `REFUSED` where it has no such intervention, or a loaded model can't be guarded so.
+
+ What the caller sees to:
+ As of `pilotfish_guards_enable`.
+ */
+pilotfish_result pilotfish_guards_set(const struct pilotfish_guards *guards,
+                                      const char *guard,
+                                      const char *intervention,
+                                      const char *setting);
+
+/*
  What is wrong with the directory, its guards, and what they are to guard: a line each, as many as fit in `size` bytes with a NUL behind them. Gives how many bytes
  all of it takes with its NUL; 1 where nothing is wrong, 0 where it can't be told.
 
- # Safety
+ What the caller sees to:
  `guards` must be of `pilotfish_guards_open`, and `buffer` null or have room for `size` bytes.
  */
 size_t pilotfish_guards_problems(const struct pilotfish_guards *guards,
@@ -257,7 +281,7 @@ size_t pilotfish_guards_problems(const struct pilotfish_guards *guards,
 
  Errors: `NO_GUARD` where the directory has guards and none of them is for this model, or one was never readable; `UNKNOWN_LLAMA`.
 
- # Safety
+ What the caller sees to:
  `guards` must be of `pilotfish_guards_open`, `model` a model of llama.cpp that lives as long as the context; `context` is where the result goes.
  */
 pilotfish_result pilotfish_context_new(const struct pilotfish_guards *guards,
@@ -267,7 +291,7 @@ pilotfish_result pilotfish_context_new(const struct pilotfish_guards *guards,
 /*
  Frees what guards a context of llama.cpp, after that context has been freed; null is let pass.
 
- # Safety
+ What the caller sees to:
  `context` must be null or of `pilotfish_context_new`, not freed before, in no other call, and llama.cpp must not use its callback any more.
  */
 void pilotfish_context_free(struct pilotfish_context *context);
@@ -275,7 +299,7 @@ void pilotfish_context_free(struct pilotfish_context *context);
 /*
  `cb_eval` of a guarded context's parameters.
 
- # Safety
+ What the caller sees to:
  It is for llama.cpp alone to call.
  */
 bool pilotfish_eval_callback(struct ggml_tensor *tensor, bool ask, void *user_data);
@@ -283,7 +307,7 @@ bool pilotfish_eval_callback(struct ggml_tensor *tensor, bool ask, void *user_da
 /*
  `cb_eval_user_data` of a guarded context's parameters: null where `context` is.
 
- # Safety
+ What the caller sees to:
  `context` must be null or of `pilotfish_context_new`.
  */
 void *pilotfish_context_user_data(const struct pilotfish_context *context);
@@ -291,7 +315,7 @@ void *pilotfish_context_user_data(const struct pilotfish_context *context);
 /*
  Has an eval callback of the app's own run behind the guards: it sees what they have patched. Null for none.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`; `callback` must be one that llama.cpp could call with `user_data`.
  */
 pilotfish_result pilotfish_context_set_callback(const struct pilotfish_context *context, pilotfish_callback callback, void *user_data);
@@ -306,7 +330,7 @@ pilotfish_result pilotfish_context_set_callback(const struct pilotfish_context *
  Errors: `DECODE_FAILED`, where `llama_decode` gave anything but 0 (1: no room for the batch; nothing was decoded then, and it may be tried again); any other:
  what was decoded must not be used.
 
- # Safety
+ What the caller sees to:
  As of `pilotfish_context_begin`.
  */
 pilotfish_result pilotfish_context_decode(const struct pilotfish_context *context,
@@ -321,7 +345,7 @@ pilotfish_result pilotfish_context_decode(const struct pilotfish_context *contex
 
  Errors: the batch must not be decoded.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`, `llama` the context that was made with its callback, always the same, and `batch` valid as `llama_decode` would have it.
  */
 pilotfish_result pilotfish_context_begin(const struct pilotfish_context *context,
@@ -333,7 +357,7 @@ pilotfish_result pilotfish_context_begin(const struct pilotfish_context *context
 
  Errors: what was decoded must not be used.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`, and its context of llama.cpp live.
  */
 pilotfish_result pilotfish_context_end(const struct pilotfish_context *context,
@@ -342,7 +366,7 @@ pilotfish_result pilotfish_context_end(const struct pilotfish_context *context,
 /*
  Says that cells of the sequence `from` have been copied to `to` (`llama_memory_seq_cp`), from position `first` on; below 0: all.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`.
  */
 pilotfish_result pilotfish_context_copied(const struct pilotfish_context *context, int32_t from, int32_t to, int32_t first);
@@ -350,7 +374,7 @@ pilotfish_result pilotfish_context_copied(const struct pilotfish_context *contex
 /*
  Says that positions of a sequence from `first` on have changed by `by` (`llama_memory_seq_add`).
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`.
  */
 pilotfish_result pilotfish_context_shifted(const struct pilotfish_context *context, int32_t sequence, int32_t first, int32_t by);
@@ -359,7 +383,7 @@ pilotfish_result pilotfish_context_shifted(const struct pilotfish_context *conte
  Says that cells of a sequence (below 0: of all) were filled from elsewhere, as by `llama_state_seq_set_data`: no guard has read them, and every gate counts as
  fired.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`.
  */
 pilotfish_result pilotfish_context_loaded(const struct pilotfish_context *context,
@@ -368,7 +392,7 @@ pilotfish_result pilotfish_context_loaded(const struct pilotfish_context *contex
 /*
  How many gates read the prompts of a sequence; 0 where nothing of it was decoded.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`.
  */
 size_t pilotfish_context_n_gates(const struct pilotfish_context *context, int32_t sequence);
@@ -378,7 +402,7 @@ size_t pilotfish_context_n_gates(const struct pilotfish_context *context, int32_
 
  Errors: `NOT_FOUND`.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`; `gate` is where the result goes.
  */
 pilotfish_result pilotfish_context_gate(const struct pilotfish_context *context,
@@ -389,7 +413,7 @@ pilotfish_result pilotfish_context_gate(const struct pilotfish_context *context,
 /*
  Whether a guard has ended a sequence, and why.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`; `end` is where the result goes.
  */
 pilotfish_result pilotfish_context_ended(const struct pilotfish_context *context, int32_t sequence, struct pilotfish_end *end);
@@ -401,7 +425,7 @@ pilotfish_result pilotfish_context_ended(const struct pilotfish_context *context
 
  Errors: `NOT_FOUND` where nothing of the sequence was decoded or no intervention has this name, `REFUSED` for a setting that can't be.
 
- # Safety
+ What the caller sees to:
  `context` must be of `pilotfish_context_new`; texts end in NULs.
  */
 pilotfish_result pilotfish_context_set(const struct pilotfish_context *context,

@@ -5,13 +5,13 @@
 #![allow(non_camel_case_types)]
 
 use crate::guarding::{Guarding, Refusal, callback};
-use crate::guards::{Guards, lock};
+use crate::guards::{ChangeError, Guards, lock};
 use crate::llama::{Batch as llama_batch, Context as llama_context, Llama, Model as llama_model};
 use crate::loaded;
 use crate::models::Models;
 use crate::{begin_log, boundary};
 use pilotfish::hook::{Ended, MissingSymbol, RawTensor as ggml_tensor};
-use pilotfish::program::{Setting, ToggleError, panic_message};
+use pilotfish::program::{Change, Setting, ToggleError, panic_message};
 use pilotfish::store::WatchOptions;
 use pilotfish::tensor::SequenceId;
 use std::cell::RefCell;
@@ -368,6 +368,64 @@ pub unsafe extern "C" fn pilotfish_guards_reload(guards: *const pilotfish_guards
             unsafe { epoch.write(now) };
         }
         Ok(())
+    })
+}
+
+/// Turns a guard on or off, for prompts to come; its folder's name is taken too. It stays so when the guard is reloaded.
+///
+/// Errors: `NOT_FOUND`; `REFUSED` where a loaded model can't be guarded so.
+///
+/// # Safety
+/// `guards` must be of `pilotfish_guards_open`; texts end in NULs.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pilotfish_guards_enable(
+    guards: *const pilotfish_guards,
+    guard: *const c_char,
+    enabled: bool,
+) -> pilotfish_result {
+    // SAFETY: guaranteed by the caller.
+    entry(|| unsafe { change(guards, guard, Change::Enabled(enabled)) })
+}
+
+/// Sets an intervention of a guard, for prompts to come: the one called `intervention`, or all whose names go on from it with a dot. `setting` is `on`, `off` or a
+/// strength; null for what the guard's file says. It stays so when the guard is reloaded.
+///
+/// Errors: `NOT_FOUND` where there is no such guard; `REFUSED` where it has no such intervention, or a loaded model can't be guarded so.
+///
+/// # Safety
+/// As of `pilotfish_guards_enable`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pilotfish_guards_set(
+    guards: *const pilotfish_guards,
+    guard: *const c_char,
+    intervention: *const c_char,
+    setting: *const c_char,
+) -> pilotfish_result {
+    entry(|| {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            let intervention = text(intervention, "intervention")?.to_owned();
+            let asked = match setting.is_null() {
+                true => Change::Reset { intervention },
+                false => Change::Set { intervention, setting: self::setting(setting)? },
+            };
+            change(guards, guard, asked)
+        }
+    })
+}
+
+/// # Safety
+/// As of `pilotfish_guards_enable`.
+unsafe fn change(guards: *const pilotfish_guards, guard: *const c_char, change: Change) -> Result<(), Failure> {
+    // SAFETY: guaranteed by the caller.
+    let (guards, guard) = unsafe { (given(guards, "guards")?, text(guard, "guard")?) };
+    let changed = guards.models.guards().change(guard, &[change]);
+    changed.map(drop).map_err(|error| {
+        let result = match error {
+            ChangeError::NoGuard { .. } => pilotfish_result::NOT_FOUND,
+            _ => pilotfish_result::REFUSED,
+        };
+        Failure::of(result, error.to_string())
     })
 }
 

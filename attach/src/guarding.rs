@@ -234,7 +234,8 @@ impl Seat {
             }
             let kept = (*this).kept.get(&(graph as usize));
             let keeps = |layer: &LayerIndex| kept.is_some_and(|kept| kept.contains(layer));
-            let all_kept = (*this).hook.wanted().iter().all(keeps);
+            // An app's own callback may have the computing end anywhere: what is in memory behind that is not this graph's.
+            let all_kept = (*this).app.is_none() && (*this).hook.wanted().iter().all(keeps);
             let of = usize::from((*this).n_rows > 1);
             match (*this).proven[of] {
                 Some(true) if all_kept => {}

@@ -226,6 +226,31 @@ int main(int argc, char ** argv) {
     OK(pilotfish_guards_reload(guards, &epoch));
     CHECK(epoch == 0);
 
+    /* Guards are changed for prompts to come, whoever answers one now. */
+    struct { const char * setting; bool same; } changes[] = { { "off", true }, { "40", false }, { NULL, false } };
+    FAILS(pilotfish_guards_set(guards, "no-such", "shark", "on"), NOT_FOUND, "no-such");
+    FAILS(pilotfish_guards_set(guards, "shark-gate", "no-such", "on"), REFUSED, "no-such");
+    FAILS(pilotfish_guards_set(guards, "shark-gate", NULL, "on"), INVALID_ARGUMENT, "`intervention` is null");
+    for (int i = 0; i < 5; i++) {
+        if (i < 3) {
+            OK(pilotfish_guards_set(guards, "shark-gate", "shark", changes[i].setting));
+        } else {
+            OK(pilotfish_guards_enable(guards, "shark-gate", i == 4));
+        }
+        llama_memory_clear(llama_get_memory(alone), true);
+        llama_memory_clear(llama_get_memory(context), true);
+        for (int part = 0; part < 2; part++) {
+            fill(&batch, PROMPT, part == 0 ? N_TOKENS : 1, part == 0 ? 0 : N_TOKENS, 0);
+            CHECK(llama_decode(alone, batch) == 0);
+            OK(pilotfish_context_decode(guard, context, &batch, NULL));
+        }
+        const float * expected = llama_get_logits_ith(alone, -1), * found = llama_get_logits_ith(context, -1);
+        const bool same = memcmp(expected, found, sizeof *expected * (size_t) n_vocab) == 0;
+        CHECK(same == (i < 3 ? changes[i].same : i == 3));
+    }
+    OK(pilotfish_guards_reload(guards, &epoch));
+    CHECK(epoch == 5);
+
     llama_batch_free(batch);
     llama_free(context);
     llama_free(alone);

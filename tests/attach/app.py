@@ -1,8 +1,10 @@
-"""An app that knows nothing of Pilotfish and looks llama.cpp's functions up by name: app.py FOLDER MODEL SEQUENCES
+"""An app that knows nothing of Pilotfish and looks llama.cpp's functions up by name: app.py FOLDER MODEL SEQUENCES [NODE ...]
 
-FOLDER has the shared libraries. Each line that it reads is a list of things to do, one after another; it answers with a line of their results:
+FOLDER has the shared libraries. With NODEs it has an eval callback of its own, which asks for these. Each line that it reads is a list of things to do, one after another; it answers with a line of their results:
 ["decode", [[token, position, sequence, wants_logits], ...]]  result of llama_decode, and the likeliest token of each row that wants logits
 ["copy", from, to] ["remove", sequence, from, end] ["shift", sequence, from, end, by] ["save", sequence] ["load", sequence]
+["seen"]                            since it was asked last: how many nodes the callback was asked about, and those it was shown, with their values
+["put", node, values] ["stop", node] what the callback does from then on when it is shown a node: write values into it, or have the computing end there
 """
 
 import ctypes as c
@@ -52,6 +54,37 @@ model = function("llama_model_load_from_file", c.c_void_p, c.c_char_p, Parameter
 parameters = function("llama_context_default_params", Parameters)()
 # n_ctx, n_batch, n_ubatch, n_seq_max
 parameters.words[0:4] = [512 * n_sequences, 512, 512, n_sequences]
+
+node_name = function("ggml_get_name", c.c_char_p, c.c_void_p)
+node_size = function("ggml_nbytes", c.c_size_t, c.c_void_p)
+node_get = function("ggml_backend_tensor_get", None, c.c_void_p, c.c_void_p, c.c_size_t, c.c_size_t)
+node_set = function("ggml_backend_tensor_set", None, c.c_void_p, c.c_void_p, c.c_size_t, c.c_size_t)
+wanted, to_put, stops_at = set(sys.argv[4:]), {}, None
+n_asked, shown = 0, []
+
+
+def on_node(node, ask, _):
+    global n_asked
+    name = node_name(node).decode()
+    if ask:
+        n_asked += 1
+        return name in wanted
+    values = (c.c_float * (node_size(node) // 4))()
+    if name in to_put:
+        values[:] = to_put[name]
+        node_set(node, values, 0, node_size(node))
+    node_get(node, values, 0, node_size(node))
+    shown.append([name, list(values)])
+    return name != stops_at
+
+
+callback = c.CFUNCTYPE(c.c_bool, c.c_void_p, c.c_bool, c.c_void_p)(on_node)
+if wanted:
+    # No function sets it. Where it lies is told by the defaults around it: it and its user data are null, behind thresholds of -1 and before the cache's two types, f16.
+    behind = [index for index in range(2, 250, 2) if parameters.words[index : index + 6] == [0, 0, 0, 0, 1, 1] and 0xBF800000 in parameters.words[index - 2 : index]]
+    assert len(behind) == 1, f"the eval callback's place among the parameters of a context can't be told: {behind}"
+    address = c.cast(callback, c.c_void_p).value
+    parameters.words[behind[0] : behind[0] + 2] = [address & 0xFFFFFFFF, address >> 32]
 context = function("llama_init_from_model", c.c_void_p, c.c_void_p, Parameters)(model, parameters)
 function("llama_set_n_threads", None, c.c_void_p, c.c_int32, c.c_int32)(context, 1, 1)
 memory = function("llama_get_memory", c.c_void_p, c.c_void_p)(context)
@@ -90,7 +123,7 @@ def run(rows):
 
 
 def do(what, *arguments):
-    global saved
+    global saved, n_asked, stops_at
     if what == "decode":
         return run(*arguments)
     if what == "copy":
@@ -104,6 +137,16 @@ def do(what, *arguments):
         return state_get(context, saved, len(saved), *arguments)
     if what == "load":
         return state_set(context, saved, len(saved), *arguments)
+    if what == "seen":
+        seen = {"n_asked": n_asked, "shown": shown.copy()}
+        n_asked = 0
+        shown.clear()
+        return seen
+    if what == "put":
+        return to_put.update([arguments])
+    if what == "stop":
+        [stops_at] = arguments
+        return None
     raise ValueError(what)
 
 

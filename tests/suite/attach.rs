@@ -1,7 +1,10 @@
 //! Apps that know nothing of Pilotfish, attached: node-llama-cpp as its makers built it.
 
 use crate::real::{SMALL, located};
-use crate::support::{Fixture, Ran, done, pilotfish};
+use crate::support::{Fixture, LAYER, Ran, done, pilotfish};
+use pilotfish::Guard;
+use pilotfish::program::{RowKind, reference};
+use pilotfish::tensor::{LayerIndex, TokenPosition};
 use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
@@ -13,17 +16,25 @@ use tempfile::TempDir;
 const HARM_GATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/harm-gate-gemma3-to-smollm2");
 const REFUSAL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/refusal-smollm2");
 
-/// Where node-llama-cpp is, as `make test` installs it; `None`, and a word of it, where it or the library is not. Where real models are required, so are these.
+/// What `pilotfish attach` loads into apps.
+pub fn library() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_pilotfish")).with_file_name("libpilotfish_attach.so")
+}
+
+/// Whether all of `paths` are there; where one is not, a word of it, and of what makes it. Where real models are required, so are these.
+pub fn required(paths: &[&Path], made_by: &str) -> bool {
+    let Some(missing) = paths.iter().find(|path| !path.exists()) else { return true };
+    let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
+    assert!(!required, "`{}` is required but not here: run `{made_by}`", missing.display());
+    eprintln!("skipped: `{}` is not here; `{made_by}` makes it", missing.display());
+    false
+}
+
+/// Where node-llama-cpp is, as `make test` installs it; `None`, and a word of it, where it or the library is not.
 pub fn app() -> Option<PathBuf> {
     let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/attach/node_modules/node-llama-cpp");
     let package = std::env::var_os("PILOTFISH_TEST_NODE_LLAMA_CPP").map_or(package, PathBuf::from);
-    let library = Path::new(env!("CARGO_BIN_EXE_pilotfish")).with_file_name("libpilotfish_attach.so");
-    let missing = [&library, &package].into_iter().find(|path| !path.exists());
-    let Some(missing) = missing else { return Some(package.join("dist/index.js")) };
-    let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
-    assert!(!required, "`{}` is required but not here: run `make attach attached-app`", missing.display());
-    eprintln!("skipped: `{}` is not here; `make attach attached-app` makes it", missing.display());
-    None
+    required(&[&library(), &package], "make attach attached-app").then(|| package.join("dist/index.js"))
 }
 
 /// An app that runs, attached or not.
@@ -44,13 +55,14 @@ impl App {
         Self::run(&command, package, guards, more)
     }
 
-    /// Runs Python on `model`, with the libraries that node-llama-cpp has.
-    fn start_python(package: &Path, model: &Path, sequences: usize, guards: Option<&Path>) -> Self {
+    /// Runs Python on `model`, with the libraries that node-llama-cpp has. Where `nodes` are given it has an eval callback of its own, which asks for these.
+    fn start_python(package: &Path, model: &Path, sequences: usize, guards: Option<&Path>, nodes: &[&str]) -> Self {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/attach/app.py");
         let libraries = package.ancestors().nth(3).unwrap().join("@node-llama-cpp/linux-x64/bins/linux-x64");
         let sequences = sequences.to_string();
-        let command =
-            ["python3".as_ref(), script.as_ref(), libraries.as_os_str(), model.as_os_str(), sequences.as_ref()];
+        let mut command =
+            vec!["python3".as_ref(), script.as_ref(), libraries.as_os_str(), model.as_os_str(), sequences.as_ref()];
+        command.extend(nodes.iter().map(OsStr::new));
         Self::run(&command, package, guards, &[])
     }
 
@@ -268,7 +280,7 @@ fn an_app_that_looks_functions_up_by_name_is_guarded_too() {
     let guards = directory(&[&fixture.guard]);
     let (path, tokens) = prompts(fixture.folder.path(), fixture.model(), &["pilot fish sea", "shark sea sea"]);
     let scored = done(&["score", "--model", fixture.model(), "--guard", fixture.guard(), "--prompts", &path, "--json"]);
-    let mut app = App::start_python(&package, &fixture.model, 2, Some(guards.path()));
+    let mut app = App::start_python(&package, &fixture.model, 2, Some(guards.path()), &[]);
     let done = app.does(&[decode(&tokens[0], 0, 0), decode(&tokens[1], 1, 0)]);
     assert!(done.iter().all(|done| done[0] == 0), "{done:?}\n{}", app.log());
     let decisions = app.decisions();
@@ -278,6 +290,116 @@ fn an_app_that_looks_functions_up_by_name_is_guarded_too() {
         let expected = gate["score"].as_f64().unwrap();
         assert!((score - expected).abs() <= 1e-3 * expected.abs(), "{score}, expected {expected}");
         assert_eq!(gate["fired"], fired);
+    }
+}
+
+/// What the Python app's own eval callback has been shown: each node once, in order, with its values.
+fn shown(seen: &Value) -> Vec<(&str, Vec<f32>)> {
+    let value = |value: &Value| value.as_f64().unwrap() as f32;
+    let node = |node: &'_ Value| node[1].as_array().unwrap().iter().map(value).collect();
+    seen["shown"].as_array().unwrap().iter().map(|shown| (shown[0].as_str().unwrap(), node(shown))).collect()
+}
+
+/// An app may watch its model compute, as one that collects an importance matrix or adds a control of its own does. It is asked about the same nodes as ever, and what
+/// it sees is what guards have made of them, there and at the layers behind.
+#[test]
+fn an_apps_own_eval_callback_sees_what_guards_have_patched() {
+    let Some(package) = app() else { return };
+    let fixture = Fixture::new(&["--intervene", "add", "--strength", "3"]);
+    let guards = directory(&[&fixture.guard]);
+    let (_, tokens) = prompts(fixture.folder.path(), fixture.model(), &["pilot fish sea", "shark sea sea"]);
+    let (patched, behind) = (format!("l_out-{LAYER}"), format!("l_out-{}", LAYER + 1));
+    let nodes = ["l_out-0", &patched, &behind];
+    let start = |guards| App::start_python(&package, &fixture.model, 1, guards, &nodes);
+    let seen = || json!(["seen"]);
+    let emptied = || json!(["remove", 0, 0, -1]);
+    let n = tokens[1].len();
+    // A prompt that no gate fires on and a token of its answer, then one that a gate fires on.
+    let things = [
+        decode(&tokens[0], 0, 0),
+        decode(&[33], 0, tokens[0].len()),
+        seen(),
+        emptied(),
+        decode(&tokens[1], 0, 0),
+        seen(),
+        decode(&[33], 0, n),
+        seen(),
+    ];
+    let (mut plain, mut app) = (start(None), start(Some(guards.path())));
+    let (alone, attached) = (plain.does(&things), app.does(&things));
+    assert_eq!(app.decisions().iter().map(|(.., fired)| *fired).collect::<Vec<_>>(), [false, true], "{}", app.log());
+    // Where no guard acts, all is the same to the last bit.
+    assert_eq!(attached[..3], alone[..3]);
+    assert_eq!(shown(&attached[2]).iter().map(|(name, _)| *name).collect::<Vec<_>>(), [nodes, nodes].concat());
+
+    let guard = Guard::load(&fixture.guard).unwrap();
+    let width = guard.vectors()[0].direction.len();
+    let mut largest = 0f64;
+    for (thing, first, n_rows, acts_from) in [(5, 0, n, n - 1), (7, n, 1, n)] {
+        assert_eq!(attached[thing]["n_asked"], alone[thing]["n_asked"]);
+        let (attached, alone) = (shown(&attached[thing]), shown(&alone[thing]));
+        assert_eq!(attached.iter().map(|(name, _)| *name).collect::<Vec<_>>(), nodes);
+        assert_eq!(attached[0], alone[0], "the layer before the guard's");
+        assert_eq!(attached[1].1.len(), n_rows * width);
+        let rows = attached[1].1.chunks_exact(width).zip(alone[1].1.chunks_exact(width));
+        for (position, (found, before)) in (first..).zip(rows) {
+            let mut expected: Vec<f64> = before.iter().map(|value| f64::from(*value)).collect();
+            let kind = if position >= n { RowKind::Generated } else { RowKind::Prompt };
+            let kind = if position == n - 1 { RowKind::PromptEnd } else { kind };
+            let acts = position >= acts_from;
+            let position = TokenPosition(position as i32);
+            reference::apply(&guard, LayerIndex(LAYER), position, kind, &[acts], &|_| false, &mut expected);
+            for ((found, expected), before) in found.iter().zip(expected).zip(before) {
+                let patch = (expected - f64::from(*before)).abs();
+                assert!((f64::from(*found) - expected).abs() <= 1e-5 * (patch + expected.abs()), "{found}, {expected}");
+                assert!(acts || found == before, "{found}, {before}");
+                largest = largest.max(patch);
+            }
+        }
+    }
+    assert!(largest > 0.1, "the patch is nothing: {largest}");
+
+    // An app that is alone and writes there what the guard has made sees the same behind it, and says the same.
+    let mut by_itself = start(None);
+    let put = |thing: usize| json!(["put", patched, shown(&attached[thing])[1].1]);
+    let things = [put(5), decode(&tokens[1], 0, 0), seen(), put(7), decode(&[33], 0, n), seen()];
+    let found = by_itself.does(&things);
+    for (by_itself, attached_thing) in [(1, 4), (2, 5), (4, 6), (5, 7)] {
+        assert_eq!(found[by_itself], attached[attached_thing], "thing {attached_thing}");
+    }
+    assert_ne!(shown(&attached[7])[2], shown(&alone[7])[2]);
+}
+
+/// The callback of an app's may have the computing end where it has seen enough. It does attached too; but what a guard had to read behind that, it has not read.
+#[test]
+fn an_apps_own_eval_callback_may_have_the_computing_end() {
+    let Some(package) = app() else { return };
+    for options in [&["--intervene", "add", "--strength", "3"][..], &["--on-fire", "block"]] {
+        let fixture = Fixture::new(options);
+        let guards = directory(&[&fixture.guard]);
+        let (_, tokens) = prompts(fixture.folder.path(), fixture.model(), &["pilot fish sea"]);
+        let behind = format!("l_out-{}", LAYER + 1);
+        let start = |guards| App::start_python(&package, &fixture.model, 1, guards, &["l_out-0", &behind]);
+        let prompt = |stop: &str| {
+            [json!(["stop", stop]), json!(["remove", 0, 0, -1]), decode(&tokens[0], 0, 0), json!(["seen"])]
+        };
+        let (mut plain, mut app) = (start(None), start(Some(guards.path())));
+        // Twice, since the first decode is one in which attaching finds out how residuals are kept.
+        for _ in 0..2 {
+            let (alone, attached) = (plain.does(&prompt("nowhere")), app.does(&prompt("nowhere")));
+            assert_eq!(attached, alone);
+            let whole = alone[3]["n_asked"].as_u64().unwrap();
+            let (alone, attached) = (plain.does(&prompt(&behind)), app.does(&prompt(&behind)));
+            assert_eq!(attached[3], alone[3], "{}", app.log());
+            assert!(alone[3]["n_asked"].as_u64().unwrap() < whole, "it goes on");
+        }
+        assert_eq!(app.decisions().len(), 4);
+        assert!(!app.log().contains("a guard failed"), "{}", app.log());
+        let (alone, attached) = (plain.does(&prompt("l_out-0")), app.does(&prompt("l_out-0")));
+        assert_eq!((&attached[2][0], &attached[3]), (&alone[2][0], &alone[3]));
+        assert!(app.log().contains("guard `shark-gate` failed, and its answer ends"), "{}", app.log());
+        // Alone it goes by logits of an earlier decode; attached it says that the guard failed.
+        assert_ne!(attached[2][1], alone[2][1]);
     }
 }
 
@@ -306,9 +428,9 @@ fn copies_shifts_and_loaded_states_keep_their_guards() {
         decode(&[33], 0, n - 3),
     ];
     let likeliest = |done: &[Value], of: usize| done[of][1].as_i64().expect("it was decoded");
-    let mut plain = App::start_python(&package, &model, 5, None);
+    let mut plain = App::start_python(&package, &model, 5, None, &[]);
     let expected = plain.does(&things);
-    let mut app = App::start_python(&package, &model, 5, Some(guards.path()));
+    let mut app = App::start_python(&package, &model, 5, Some(guards.path()), &[]);
     let found = app.does(&things);
     for untouched in [0, 4, 5, 9] {
         assert_eq!(found[untouched], expected[untouched], "thing {untouched}\n{}", app.log());

@@ -1,6 +1,6 @@
 //! `include/pilotfish.h` from C and C++: the examples, and a program that does all that it has. llama.cpp is the one that the tests have, linked in.
 
-use crate::attach::directory;
+use crate::attach::{app, directory, library, required};
 use crate::real::{SMALL, located};
 use crate::support::{Fixture, pilotfish};
 use serde_json::Value;
@@ -10,16 +10,9 @@ use tempfile::TempDir;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// The library that `make attach` builds; `None`, and a word of it, where it is not. Where real models are required, so is it.
-pub fn library() -> Option<PathBuf> {
-    let library = Path::new(env!("CARGO_BIN_EXE_pilotfish")).with_file_name("libpilotfish_attach.so");
-    if library.exists() {
-        return Some(library);
-    }
-    let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
-    assert!(!required, "`{}` is required but not here: run `make attach`", library.display());
-    eprintln!("skipped: `{}` is not here; `make attach` makes it", library.display());
-    None
+/// The library, where it is built.
+fn built() -> Option<PathBuf> {
+    required(&[&library()], "make attach").then(library)
 }
 
 /// Where the source of the crate llama-cpp-sys-2 is.
@@ -98,7 +91,7 @@ const MESSAGE: &str = "This request looks harmful, so it is not answered.";
 
 #[test]
 fn the_c_interface_does_what_its_header_says() {
-    let Some(library) = library() else { return };
+    let Some(library) = built() else { return };
     let folder = tempfile::tempdir().unwrap();
     let program = compile_static(folder.path(), "cc", &["-std=c11"], "tests/attach/abi.c", &library);
     let fixture = Fixture::new(&["--intervene", "add", "--strength", "3"]);
@@ -110,7 +103,7 @@ fn the_c_interface_does_what_its_header_says() {
 /// The same llama.cpp, so what it says and decides is the same as of `pilotfish run`, to the last bit.
 #[test]
 fn the_c_example_says_what_pilotfish_does() {
-    let (Some(library), Some(model)) = (library(), located(SMALL)) else { return };
+    let (Some(library), Some(model)) = (built(), located(SMALL)) else { return };
     let folder = tempfile::tempdir().unwrap();
     let program = compile_static(folder.path(), "cc", &["-std=c11", "-pedantic"], "examples/c/guarded.c", &library);
     let guards = harm_gate();
@@ -135,7 +128,7 @@ fn the_c_example_says_what_pilotfish_does() {
 
 #[test]
 fn the_cpp_example_guards_each_prompt_for_itself() {
-    let (Some(library), Some(model)) = (library(), located(SMALL)) else { return };
+    let (Some(library), Some(model)) = (built(), located(SMALL)) else { return };
     let folder = tempfile::tempdir().unwrap();
     let program = compile_static(folder.path(), "c++", &["-std=c++17"], "examples/cpp/guarded.cpp", &library);
     let guards = harm_gate();
@@ -156,7 +149,7 @@ fn the_cpp_example_guards_each_prompt_for_itself() {
 /// and is not the app's.
 #[test]
 fn nothing_is_used_after_it_was_freed() {
-    let (Some(library), Some(package)) = (library(), crate::attach::app()) else { return };
+    let (Some(library), Some(package)) = (built(), app()) else { return };
     let has_valgrind = Command::new("valgrind").arg("--version").output().is_ok_and(|ran| ran.status.success());
     let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
     assert!(has_valgrind || !required, "valgrind is required but not here: run `make attached-app`");
