@@ -187,6 +187,7 @@ int main(int argc, char ** argv) {
     /* Interventions are set between two tokens, for one sequence: off is as alone, on is not. */
     struct { const char * setting; bool same; } settings[] = { { "off", true }, { "40", false }, { "off", true } };
     fill(&batch, PROMPT, N_TOKENS, 0, 0);
+    OK(pilotfish_guards_set(guards, "shark-gate", "shark", "off"));
     FAILS(pilotfish_context_set(guard, 1, "no-such", "on"), NOT_FOUND, "no-such");
     FAILS(pilotfish_context_set(guard, 1, "shark", "maybe"), REFUSED, "maybe");
     FAILS(pilotfish_context_set(guard, 3, "shark", "on"), NOT_FOUND, "sequence 3");
@@ -204,6 +205,8 @@ int main(int argc, char ** argv) {
         CHECK((memcmp(expected, found, sizeof *expected * (size_t) n_vocab) == 0) == settings[i].same);
         CHECK(likeliest(found, n_vocab) >= 0);
     }
+
+    OK(pilotfish_guards_set(guards, "shark-gate", "shark", NULL));
 
     /* The app's own callback runs too, as often as alone. */
     struct seen seen = { 0, 0 };
@@ -224,7 +227,7 @@ int main(int argc, char ** argv) {
 
     uint64_t epoch = 99;
     OK(pilotfish_guards_reload(guards, &epoch));
-    CHECK(epoch == 0);
+    CHECK(epoch == 2);
 
     /* Guards are changed for prompts to come, whoever answers one now. */
     struct { const char * setting; bool same; } changes[] = { { "off", true }, { "40", false }, { NULL, false } };
@@ -249,7 +252,7 @@ int main(int argc, char ** argv) {
         CHECK(same == (i < 3 ? changes[i].same : i == 3));
     }
     OK(pilotfish_guards_reload(guards, &epoch));
-    CHECK(epoch == 5);
+    CHECK(epoch == 7);
 
     llama_batch_free(batch);
     llama_free(context);
