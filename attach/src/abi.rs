@@ -9,6 +9,7 @@ use crate::guards::{ChangeError, Guards, lock};
 use crate::llama::{Batch as llama_batch, Context as llama_context, Llama, Model as llama_model};
 use crate::loaded;
 use crate::models::Models;
+use crate::record::Record;
 use crate::{begin_log, boundary};
 use pilotfish::hook::{Ended, MissingSymbol, RawTensor as ggml_tensor};
 use pilotfish::program::{Change, Setting, ToggleError, panic_message};
@@ -19,7 +20,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::ptr::{null, null_mut};
-use std::sync::{Mutex, OnceLock, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 
 /// The version of this interface. It grows by functions; where one changes or goes, this number does.
 pub const PILOTFISH_ABI_VERSION: u32 = 1;
@@ -49,12 +50,15 @@ pub enum pilotfish_result {
     NO_LOGITS = 9,
     /// A fault of this library's own.
     PANIC = 10,
+    /// The audit log can't be written: what was decoded must not be used.
+    NOT_ON_RECORD = 11,
 }
 
 /// A directory of guards, watched. Any thread may use it, several at once.
 pub struct pilotfish_guards {
     models: Models,
     llama: &'static Llama,
+    record: OnceLock<Arc<Record>>,
 }
 
 /// What guards one context of llama.cpp. One thread at a time, as for the context itself.
@@ -130,6 +134,7 @@ impl From<Refusal> for Failure {
             Refusal::Unknown(_) => pilotfish_result::UNKNOWN_LLAMA,
             Refusal::NoLogits => pilotfish_result::NO_LOGITS,
             Refusal::OtherContext | Refusal::OtherModel => pilotfish_result::INVALID_ARGUMENT,
+            Refusal::NotOnRecord(_) => pilotfish_result::NOT_ON_RECORD,
             Refusal::OutOfOrder(_) => pilotfish_result::OUT_OF_ORDER,
         };
         Self(result, refusal.to_string())
@@ -333,7 +338,11 @@ unsafe fn open(
             if let Some(problem) = watched.unreadable() {
                 return Err(Failure::of(pilotfish_result::NO_GUARD, problem));
             }
-            Ok(Box::into_raw(Box::new(pilotfish_guards { models: Models::new(watched), llama })))
+            Ok(Box::into_raw(Box::new(pilotfish_guards {
+                models: Models::new(watched),
+                llama,
+                record: OnceLock::new(),
+            })))
         })
     }
 }
@@ -367,6 +376,35 @@ pub unsafe extern "C" fn pilotfish_guards_reload(guards: *const pilotfish_guards
             // SAFETY: as above.
             unsafe { epoch.write(now) };
         }
+        Ok(())
+    })
+}
+
+/// Writes an audit log to the file `path`, as `pilotfish attach --audit` does, of the contexts that are made from now on: `pilotfish audit verify` reads it. A decode
+/// that can't be put on record gives `NOT_ON_RECORD`.
+///
+/// Errors: `NOT_ON_RECORD` where the file can't be written; `REFUSED` where there is an audit log already.
+///
+/// # Safety
+/// `guards` must be of `pilotfish_guards_open`; `path` ends in a NUL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pilotfish_guards_audit(
+    guards: *const pilotfish_guards,
+    path: *const c_char,
+) -> pilotfish_result {
+    entry(|| {
+        // SAFETY: guaranteed by the caller.
+        let (guards, path) = unsafe { (given(guards, "guards")?, text(path, "path")?) };
+        let taken = || Failure::of(pilotfish_result::REFUSED, "these guards have an audit log already");
+        if guards.record.get().is_some() {
+            return Err(taken());
+        }
+        let record = Arc::new(Record::new(Some(Path::new(path))));
+        if let Some(problem) = record.failure() {
+            return Err(Failure::of(pilotfish_result::NOT_ON_RECORD, problem));
+        }
+        guards.record.set(Arc::clone(&record)).map_err(|_| taken())?;
+        guards.models.guards().tell(record);
         Ok(())
     })
 }
@@ -483,7 +521,10 @@ pub unsafe extern "C" fn pilotfish_context_new(
                 if let Err(problem) = loaded.standing().program {
                     return Err(Refusal::NoProgram(problem).into());
                 }
-                let guarding = Guarding::new(guards.llama, model, loaded, true);
+                let mut guarding = Guarding::new(guards.llama, model, loaded, true);
+                if let Some(record) = guards.record.get() {
+                    guarding.tell(Arc::clone(record));
+                }
                 let inner = Mutex::new(Inner { guarding, texts: Vec::new() });
                 Ok(Box::into_raw(Box::new(pilotfish_context { inner })))
             })

@@ -2,8 +2,10 @@
 
 use crate::guards::{LoadedModel, listed};
 use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Model, Scheduler};
+use crate::record::{Of, Record, Written};
 use crate::track::{Next, Track};
 use pilotfish::Program;
+use pilotfish::attach::control::GateScore;
 use pilotfish::guard::BLOCKED;
 use pilotfish::hook::{BatchRow, Ended, Hook, RawTensor, Splitting};
 use pilotfish::program::RowKind;
@@ -11,7 +13,7 @@ use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// What llama.cpp's user data points to.
 pub struct Seat {
@@ -68,6 +70,12 @@ pub struct Guarding {
     pending: Option<Pending>,
     /// The epoch of the program of sequences to come.
     epoch: Option<u64>,
+    /// Programs that sequences may run under, and their epochs.
+    epochs: Vec<(Weak<Program>, u64)>,
+    /// What decisions are told to, if anything.
+    record: Option<Arc<Record>>,
+    /// What is told of the running decode, and must be on the disk before it ends.
+    written: Vec<Written>,
     tracks: BTreeMap<SequenceId, Track>,
     /// What is said in place of answers that were ended.
     speeches: BTreeMap<SequenceId, Speech>,
@@ -107,6 +115,9 @@ pub enum Refusal {
     OtherModel,
     #[error("a batch is begun, decoded and ended, one at a time: {0}")]
     OutOfOrder(&'static str),
+    /// Of a decode that was guarded.
+    #[error("{0}")]
+    NotOnRecord(String),
 }
 
 // SAFETY: the seat is reached through this alone, and by llama.cpp on the thread that decodes, which holds the lock that this lies behind; the app's user data is
@@ -351,12 +362,20 @@ impl Guarding {
             splitting: Splitting { n_streams: 1, n_ubatch: 1 },
             pending: None,
             epoch: None,
+            epochs: Vec::new(),
+            record: None,
+            written: Vec::new(),
             tracks: BTreeMap::new(),
             speeches: BTreeMap::new(),
             checked: false,
             rows: Vec::new(),
             tokens: Vec::new(),
         }
+    }
+
+    /// Has `record` told of what guards decide.
+    pub fn tell(&mut self, record: Arc<Record>) {
+        self.record = Some(record);
     }
 
     pub fn seat(&self) -> NonNull<Seat> {
@@ -471,7 +490,9 @@ impl Guarding {
         }
         self.tell_decisions();
         // SAFETY: guaranteed by the caller.
-        unsafe { self.speak() }
+        let spoken = unsafe { self.speak() };
+        self.put_on_record()?;
+        spoken
     }
 
     /// Takes note of the context that this is for.
@@ -499,6 +520,49 @@ impl Guarding {
         Ok(())
     }
 
+    /// Waits until what was told of this decode is on the disk.
+    fn put_on_record(&mut self) -> Result<(), Refusal> {
+        if let Some(record) = &self.record {
+            let n_answer = self.rows.iter().filter(|row| row.kind == RowKind::Generated).count();
+            record.decoded(self.rows.len() - n_answer, n_answer);
+        }
+        // All of them, so that none is left for the next.
+        let written: Vec<_> = self.written.drain(..).map(Written::wait).collect();
+        written.into_iter().collect::<Result<(), String>>().map_err(Refusal::NotOnRecord)?;
+        // A log that has failed once stays so: no answer goes on that should have been on record.
+        let failure = self.record.as_ref().and_then(|record| record.failure());
+        failure.map_or(Ok(()), |problem| Err(Refusal::NotOnRecord(problem)))
+    }
+
+    /// Tells `what` of a sequence, which runs under `program`.
+    fn tell_of(&mut self, sequence: SequenceId, what: impl FnOnce(&Record, &Of<'_>) -> Written) {
+        let Some(record) = self.record.clone() else { return };
+        let model = Arc::clone(&self.model);
+        let sequences = self.hook().sequences();
+        let Some(program) = sequences.program(sequence).cloned() else { return };
+        let epoch = self.epochs.iter().find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(&program)));
+        let epoch = epoch.map_or(0, |(_, epoch)| *epoch);
+        let written = what(&record, &Of { sequence, epoch, program: &program, model: &model });
+        self.written.push(written);
+    }
+
+    /// What the gates of a sequence have decided.
+    pub fn decisions(&mut self, sequence: SequenceId) -> Vec<GateScore> {
+        let sequences = self.hook().sequences();
+        let Some(program) = sequences.program(sequence) else { return Vec::new() };
+        let decision = |(number, gate): (usize, &pilotfish::program::Gate)| {
+            let decision = sequences.decision(sequence, number)?;
+            let guard = &program.guards()[gate.guard].name;
+            Some(GateScore {
+                guard: guard.clone(),
+                gate: program.own_name(guard, &gate.name).to_owned(),
+                score: decision.score,
+                fired: decision.fired,
+            })
+        };
+        program.gates().iter().enumerate().filter_map(decision).collect()
+    }
+
     /// Writes down what gates have decided over the prompts that end in this batch.
     fn tell_decisions(&mut self) {
         for index in 0..self.rows.len() {
@@ -506,17 +570,15 @@ impl Guarding {
             if kind != RowKind::PromptEnd {
                 continue;
             }
-            let sequences = self.hook().sequences();
-            let Some(program) = sequences.program(sequence) else { continue };
-            for (number, gate) in program.gates().iter().enumerate() {
-                let Some(decision) = sequences.decision(sequence, number) else { continue };
-                let (guard, gate, fired) = (&program.guards()[gate.guard].name, &gate.name, decision.fired);
-                match decision.score {
-                    Some(score) if fired => tracing::info!(%sequence, guard, gate, score, fired, "gate"),
+            let decisions = self.decisions(sequence);
+            for GateScore { guard, gate, score, fired } in &decisions {
+                match *score {
+                    Some(score) if *fired => tracing::info!(%sequence, guard, gate, score, fired, "gate"),
                     Some(score) => tracing::debug!(%sequence, guard, gate, score, fired, "gate"),
                     None => tracing::info!(%sequence, guard, gate, fired, "gate: what it reads can't be told"),
                 }
             }
+            self.tell_of(sequence, |record, of| record.prompt(of, &decisions));
         }
     }
 
@@ -533,6 +595,8 @@ impl Guarding {
                 hook.set_vocabulary(model.vocabulary.clone());
             }
             hook.set_program(Arc::clone(&program));
+            self.epochs.retain(|(known, _)| known.strong_count() > 0);
+            self.epochs.push((Arc::downgrade(&program), standing.epoch));
         }
         // A sequence that began under a guard goes on under it.
         let lives = |hook: &Hook| {
@@ -691,6 +755,7 @@ impl Guarding {
             }
             if !self.speeches.contains_key(&sequence) {
                 let Some(ended) = self.hook().ended(sequence) else { continue };
+                self.tell_of(sequence, |record, of| record.ended(of, &ended));
                 let message = match ended {
                     Ended::Fault { guard, fault } => {
                         tracing::warn!(%sequence, "guard `{guard}` failed, and its answer ends: {fault}");

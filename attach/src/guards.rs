@@ -1,5 +1,6 @@
 //! The guards of the directory, compiled for the models that the process has loaded.
 
+use crate::record::Record;
 use pilotfish::Guard;
 use pilotfish::attach::control::{GateStatus, GuardStatus, InForce, InterventionStatus, ModelStatus};
 use pilotfish::guard::{ModelIdentity, OnFire};
@@ -8,7 +9,7 @@ use pilotfish::store::{Entry, GuardDirectory, WatchOptions, Watcher};
 use pilotfish::tensor::LayerIndex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 /// A model of the process.
 pub struct LoadedModel {
@@ -32,6 +33,8 @@ pub struct Standing {
 /// Watches a directory of guards, and keeps the programs of all loaded models.
 pub struct Guards {
     state: Mutex<State>,
+    /// Who is told of what is in force.
+    record: OnceLock<Arc<Record>>,
 }
 
 struct State {
@@ -124,6 +127,7 @@ impl Guards {
         directory.refresh(true);
         tell_problems(&directory);
         let guards = Arc::new(Self {
+            record: OnceLock::new(),
             state: Mutex::new(State { directory, changed: BTreeMap::new(), epoch: 0, models: Vec::new() }),
         });
         let watched = Arc::downgrade(&guards);
@@ -159,6 +163,11 @@ impl Guards {
         state.models.retain(|known| known.strong_count() > 0);
         state.models.push(Arc::downgrade(&model));
         model
+    }
+
+    /// Models that are loaded, in the order of the status.
+    pub fn models(&self) -> Vec<Arc<LoadedModel>> {
+        lock(&self.state).models.iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Layers whose residual any of the guards reads or patches, in order.
@@ -220,7 +229,18 @@ impl Guards {
             }
             *lock(&model.standing) = Standing { epoch: state.epoch, program };
         }
-        Ok(state.epoch)
+        let in_force = state.in_force();
+        drop(state);
+        if let Some(record) = self.record.get() {
+            record.changed(guard, &in_force);
+        }
+        Ok(in_force.epoch)
+    }
+
+    /// Has `record` told of what is in force, from now on.
+    pub fn tell(&self, record: Arc<Record>) {
+        record.started(&self.status());
+        let _ = self.record.set(record);
     }
 
     /// Reads all files of the directory now. Returns the epoch that is in force then.
@@ -231,19 +251,7 @@ impl Guards {
 
     /// What is in force, and what is not and why.
     pub fn status(&self) -> InForce {
-        let state = lock(&self.state);
-        let guards = state.directory.entries().iter().map(|(folder, entry)| {
-            let none = Changed::default();
-            let changed = state.changed.get(folder).unwrap_or(&none);
-            guard_status(folder, entry, changed)
-        });
-        InForce {
-            epoch: state.epoch,
-            directory: state.directory.path().display().to_string(),
-            problem: state.directory.problem().map(str::to_owned),
-            guards: guards.collect(),
-            models: state.models.iter().filter_map(Weak::upgrade).map(|model| model.status()).collect(),
-        }
+        lock(&self.state).in_force()
     }
 
     fn refresh(&self, all: bool) {
@@ -268,6 +276,11 @@ impl Guards {
                     *standing = Standing { epoch: state.epoch, program: Ok(Arc::clone(program)) };
                 }
             }
+        }
+        let in_force = state.in_force();
+        drop(state);
+        if let Some(record) = self.record.get() {
+            record.reloaded(&in_force);
         }
     }
 }
@@ -313,6 +326,20 @@ impl State {
                 });
                 Err(ChangeError::NoGuard { guard: name.to_owned(), known: known.collect() })
             }
+        }
+    }
+
+    fn in_force(&self) -> InForce {
+        let none = Changed::default();
+        let guards = self.directory.entries().iter();
+        let guards =
+            guards.map(|(folder, entry)| guard_status(folder, entry, self.changed.get(folder).unwrap_or(&none)));
+        InForce {
+            epoch: self.epoch,
+            directory: self.directory.path().display().to_string(),
+            problem: self.directory.problem().map(str::to_owned),
+            guards: guards.collect(),
+            models: self.models.iter().filter_map(Weak::upgrade).map(|model| model.status()).collect(),
         }
     }
 

@@ -5,7 +5,8 @@
 //! few exported functions, `lookup` does the same for apps that look functions up by name.
 //!
 //! Under both: `loaded` finds llama.cpp's functions, `llama` has their types, `guards` watches a directory and compiles what is in it for the models that the
-//! process loads (`models`), `guarding` runs that in one context, `track` says what the rows of its batches are.
+//! process loads (`models`), `guarding` runs that in one context, `track` says what the rows of its batches are. `record` counts and writes the
+//! audit log; `control` answers `pilotfish ctl` over a socket, and `score` reads a text for it.
 //!
 //! Hooking and patching are the library's own (`pilotfish::hook`, `pilotfish::program`). Only exported functions are used, and no layout but that of `llama_batch`,
 //! which is part of the interface that apps call.
@@ -13,6 +14,8 @@
 #![warn(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 mod abi;
+#[cfg(target_os = "linux")]
+mod control;
 mod guarding;
 mod guards;
 mod llama;
@@ -22,6 +25,9 @@ mod lookup;
 mod models;
 #[cfg(target_os = "linux")]
 mod preload;
+mod record;
+#[cfg(target_os = "linux")]
+mod score;
 mod track;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

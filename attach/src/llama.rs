@@ -257,8 +257,35 @@ impl Llama {
     /// # Safety
     /// As of [`metadata`](Self::metadata).
     pub unsafe fn tokens(&self, model: *const Model, text: &str) -> Vec<i32> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.tokenized(model, text, false, false) }
+    }
+
+    /// The tokens of a prompt, with what the model has at its beginning: a template up to the text, the text, which is no control token whatever it spells, and
+    /// the template's end.
+    ///
+    /// # Safety
+    /// As of [`metadata`](Self::metadata).
+    pub unsafe fn prompt_tokens(&self, model: *const Model, [before, text, after]: &[String; 3]) -> Vec<i32> {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            if before.is_empty() && after.is_empty() {
+                return self.tokenized(model, text, true, false);
+            }
+            let mut tokens = self.tokenized(model, before, true, true);
+            tokens.extend(self.tokenized(model, text, false, false));
+            tokens.extend(self.tokenized(model, after, false, true));
+            tokens
+        }
+    }
+
+    /// # Safety
+    /// As of [`metadata`](Self::metadata).
+    unsafe fn tokenized(&self, model: *const Model, text: &str, is_first: bool, has_control: bool) -> Vec<i32> {
         let mut tokens = vec![0i32; text.len() + 2];
-        let (length, room) = (text.len() as i32, tokens.len() as i32);
+        let (Ok(length), Ok(room)) = (i32::try_from(text.len()), i32::try_from(tokens.len())) else {
+            return Vec::new();
+        };
         // SAFETY: guaranteed by the caller; text and buffer have the lengths that are told, and a text has at most as many tokens as bytes, and few more.
         let n = unsafe {
             (self.tokenize)(
@@ -267,8 +294,8 @@ impl Llama {
                 length,
                 tokens.as_mut_ptr(),
                 room,
-                false,
-                false,
+                is_first,
+                has_control,
             )
         };
         tokens.truncate(usize::try_from(n).unwrap_or(0));

@@ -41,4 +41,16 @@ impl Models {
         lock(&self.known).insert(model as usize, Arc::downgrade(&loaded));
         Ok(loaded)
     }
+
+    /// Where a model lies, while it is loaded.
+    pub fn address_of(&self, model: &Arc<LoadedModel>) -> Option<*const Model> {
+        let known = lock(&self.known);
+        let (address, _) = known.iter().find(|(_, known)| known.as_ptr() == Arc::as_ptr(model))?;
+        Some(*address as *const Model)
+    }
+
+    /// Says that a model is about to be freed.
+    pub fn forget(&self, model: *const Model) {
+        lock(&self.known).remove(&(model as usize));
+    }
 }

@@ -4,9 +4,11 @@
 
 use crate::guarding::{Guarding, Refusal, Seat};
 use crate::guards::{Guards, lock};
-use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Memory, Scheduler};
+use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Memory, Model, Scheduler};
 use crate::models::Models;
-use crate::{begin_log, boundary, loaded};
+use crate::record::Record;
+use crate::score::while_unused;
+use crate::{begin_log, boundary, control, loaded};
 use pilotfish::attach::{Fail, Policy};
 use pilotfish::store::WatchOptions;
 use pilotfish::tensor::{LayerIndex, SequenceId};
@@ -23,10 +25,13 @@ const REFUSED: i32 = -3;
 const STATUS_FAILED: c_int = -1;
 
 /// The guards of this process, and its contexts.
-struct Attached {
-    policy: Policy,
-    models: Models,
-    llama: Result<Llama, String>,
+pub struct Attached {
+    pub policy: Policy,
+    /// What is wrong with what the environment asks for, so that nothing decodes.
+    pub problem: Option<String>,
+    pub models: Models,
+    pub record: Arc<Record>,
+    pub llama: Result<Llama, String>,
     contexts: Mutex<HashMap<usize, Arc<Mutex<Slot>>>>,
 }
 
@@ -39,7 +44,7 @@ struct Slot {
 
 /// What llama.cpp does on this thread.
 #[derive(Clone, Copy)]
-enum Doing {
+pub enum Doing {
     Nothing,
     Decode(NonNull<Seat>),
     /// Something that is let pass.
@@ -51,7 +56,7 @@ thread_local! {
 }
 
 /// Calls `run` while this thread does `what`.
-fn while_doing<T>(what: Doing, run: impl FnOnce() -> T) -> T {
+pub fn while_doing<T>(what: Doing, run: impl FnOnce() -> T) -> T {
     /// Put back even where a panic passes.
     struct Before(Doing);
     impl Drop for Before {
@@ -64,7 +69,7 @@ fn while_doing<T>(what: Doing, run: impl FnOnce() -> T) -> T {
 }
 
 /// What the environment asks for; `None` where it asks for nothing, and everything is passed on.
-fn attached() -> Option<&'static Attached> {
+pub fn attached() -> Option<&'static Attached> {
     static ATTACHED: OnceLock<Option<Attached>> = OnceLock::new();
     ATTACHED.get_or_init(attach).as_ref()
 }
@@ -75,12 +80,12 @@ fn attach() -> Option<Attached> {
     if wanted {
         begin_log(Some("pilotfish=info,pilotfish_attach=info,off"));
     }
-    let policy = match policy {
-        Ok(policy) => policy?,
+    let (policy, problem) = match policy {
+        Ok(policy) => (policy?, None),
         Err(problem) => {
             tracing::error!("{problem}");
             // It is wanted and can't be: nothing decodes.
-            Policy { guards: Default::default(), fail: Fail::Closed }
+            (Policy::default(), Some(problem))
         }
     };
     // SAFETY: what is found by these names in a process that runs llama.cpp is llama.cpp's.
@@ -88,8 +93,12 @@ fn attach() -> Option<Attached> {
     if let Err(problem) = &llama {
         tracing::error!("{problem}");
     }
-    let models = Models::new(Guards::watch(&policy.guards, WatchOptions::default()));
-    Some(Attached { policy, models, llama, contexts: Mutex::default() })
+    let guards = Guards::watch(&policy.guards, WatchOptions::default());
+    let record = Arc::new(Record::new(policy.audit.as_deref()));
+    guards.tell(Arc::clone(&record));
+    control::listen(&policy.control);
+    let models = Models::new(guards);
+    Some(Attached { policy, problem, models, record, llama, contexts: Mutex::default() })
 }
 
 /// The function whose place one of ours has taken.
@@ -104,6 +113,11 @@ macro_rules! real {
 }
 
 impl Attached {
+    /// Contexts that have decoded.
+    pub fn n_contexts(&self) -> usize {
+        lock(&self.contexts).len()
+    }
+
     fn slot(&self, context: *mut Context) -> Arc<Mutex<Slot>> {
         let empty = || Arc::new(Mutex::new(Slot { guarding: None, told: None }));
         Arc::clone(lock(&self.contexts).entry(context as usize).or_insert_with(empty))
@@ -122,11 +136,13 @@ impl Attached {
             Err(refusal) => refusal,
         };
         let passes = self.policy.fail == Fail::Open && refusal != Refusal::NoLogits;
-        if slot.told.as_ref() != Some(&refusal) {
-            if passes {
-                tracing::warn!("NOT GUARDED: {refusal}");
-            } else {
-                tracing::error!("decoding is refused: {refusal}");
+        let is_told = slot.told.as_ref() == Some(&refusal);
+        self.record.not_guarded(&refusal.to_string(), passes, is_told);
+        if !is_told {
+            match &refusal {
+                refusal if !passes => tracing::error!("decoding is refused: {refusal}"),
+                Refusal::NotOnRecord(_) => tracing::warn!("NOT ON RECORD: {refusal}"),
+                refusal => tracing::warn!("NOT GUARDED: {refusal}"),
             }
             slot.told = Some(refusal);
         }
@@ -147,6 +163,9 @@ impl Attached {
         ran: &mut Option<i32>,
         real: &impl Fn() -> i32,
     ) -> Result<i32, Refusal> {
+        if let Some(problem) = &self.problem {
+            return Err(Refusal::NoProgram(problem.as_str().into()));
+        }
         let llama = self.llama.as_ref().map_err(|problem| Refusal::NoProgram(problem.as_str().into()))?;
         let guarding = match &mut slot.guarding {
             Some(guarding) => guarding,
@@ -159,7 +178,9 @@ impl Attached {
                 }
                 let raw_model = (llama.get_model)(context);
                 let model = self.models.of(llama, raw_model)?;
-                none.insert(Guarding::new(llama, raw_model, model, false))
+                let mut guarding = Guarding::new(llama, raw_model, model, false);
+                guarding.tell(Arc::clone(&self.record));
+                none.insert(guarding)
             },
         };
         let seat = guarding.seat();
@@ -205,6 +226,8 @@ pub fn taken(name: &CStr) -> Option<*const c_void> {
         llama_decode,
         llama_encode,
         llama_free,
+        llama_model_free,
+        llama_free_model,
         llama_set_sampler,
         llama_memory_seq_cp,
         llama_memory_seq_add,
@@ -261,6 +284,42 @@ pub unsafe extern "C" fn llama_free(context: *mut Context) {
             // Behind it: the context had a pointer to what is dropped here.
             drop(slot);
         }
+    });
+}
+
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_model_free(model: *mut Model) {
+    boundary((), || {
+        // SAFETY: the caller calls it so.
+        unsafe { free_model(model) }
+    });
+}
+
+/// An older name of [`llama_model_free`].
+///
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_free_model(model: *mut Model) {
+    boundary((), || {
+        // SAFETY: the caller calls it so.
+        unsafe { free_model(model) }
+    });
+}
+
+/// # Safety
+/// As of llama.cpp's.
+unsafe fn free_model(model: *mut Model) {
+    // Never the older name, which calls this one, and would come by here again.
+    let Some(real) = real!(c"llama_model_free": unsafe extern "C" fn(*mut Model)) else { return };
+    while_unused(|| {
+        if let Some(attached) = attached() {
+            attached.models.forget(model);
+        }
+        // SAFETY: guaranteed by the caller; no text is being scored.
+        unsafe { real(model) };
     });
 }
 
@@ -518,7 +577,9 @@ unsafe fn is_unseen_decode(graph: *const Graph) -> bool {
     static TOLD: AtomicBool = AtomicBool::new(false);
     if !TOLD.swap(true, Ordering::Relaxed) {
         let what = if is_refused { "decoding is refused" } else { "NOT GUARDED" };
-        tracing::error!("{what}: the app decodes by a way that pilotfish can't see, past `llama_decode`");
+        let how = "the app decodes by a way that pilotfish can't see, past `llama_decode`";
+        tracing::error!("{what}: {how}");
+        attached.record.not_guarded(how, !is_refused, false);
     }
     is_refused
 }

@@ -58,6 +58,9 @@ pub enum Command {
     /// Run an app that loads llama.cpp as a shared library, its models under guards.
     #[cfg(unix)]
     Attach(AttachArguments),
+    /// Ask an attached process what guards it, and change that while it runs.
+    #[cfg(unix)]
+    Ctl(CtlArguments),
     /// Check that nothing in an audit log was changed, taken out or put in.
     Audit(AuditArguments),
 }
@@ -71,12 +74,67 @@ pub struct AttachArguments {
     /// What the app meets where a model can't be guarded: an error from llama.cpp, or none
     #[arg(long, value_name = "HOW", value_enum, default_value = "closed")]
     pub fail: FailArgument,
+    /// Write what guards decide to an audit log (`pilotfish audit`); `{pid}` in its name is the process's id
+    #[arg(long, value_name = "F")]
+    pub audit: Option<PathBuf>,
+    /// The socket that `pilotfish ctl` asks by; without it one that it finds by itself
+    #[arg(long, value_name = "F", conflicts_with = "no_control")]
+    pub control: Option<PathBuf>,
+    /// No socket
+    #[arg(long)]
+    pub no_control: bool,
     /// The library that is loaded into the app; without it the one beside `pilotfish`
     #[arg(long, value_name = "F")]
     pub library: Option<PathBuf>,
     /// The app and its arguments
     #[arg(value_name = "COMMAND", required = true, last = true)]
     pub command: Vec<OsString>,
+}
+
+#[cfg(unix)]
+#[derive(Debug, Args)]
+pub struct CtlArguments {
+    /// The process; without it the only one that is attached
+    #[arg(long, value_name = "N", global = true)]
+    pub pid: Option<u32>,
+    /// Its socket, where `attach --control` named one
+    #[arg(long, value_name = "F", global = true, conflicts_with = "pid")]
+    pub socket: Option<PathBuf>,
+    /// As JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    pub command: CtlCommand,
+}
+
+#[cfg(unix)]
+#[derive(Debug, Subcommand)]
+pub enum CtlCommand {
+    /// What guards which model, and what has come of it.
+    Status,
+    /// Turn a guard on or off, or set its interventions, for prompts to come.
+    Toggle {
+        /// The guard's name, or its folder's
+        guard: String,
+        /// `on` or `off` for all of it; `NAME=on`, `NAME=off`, `NAME=STRENGTH` or `NAME=reset` for an intervention or a group of them
+        #[arg(value_name = "WHAT", required = true)]
+        what: Vec<String>,
+    },
+    /// Read all files of the guards' directory now.
+    Reload,
+    /// What the gates make of a text, on the model that the app has loaded.
+    Score {
+        /// The text; without it stdin is read
+        text: Option<String>,
+        /// Which model, by its number in the status
+        #[arg(long, value_name = "N")]
+        model: Option<usize>,
+        /// Put the text into the model's own chat template, as what a user says
+        #[arg(long)]
+        chat: bool,
+    },
+    /// Counts, as Prometheus reads them.
+    Metrics,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -96,7 +154,7 @@ impl From<FailArgument> for Fail {
 
 #[derive(Debug, Args)]
 pub struct AuditArguments {
-    /// The log, as `serve --audit` was given it; its full files beside it are checked too
+    /// The log, as `serve --audit` or `attach --audit` was given it; its full files beside it are checked too
     pub log: PathBuf,
     /// As JSON
     #[arg(long)]

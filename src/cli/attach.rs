@@ -2,7 +2,7 @@ use super::Outcome;
 use super::args::AttachArguments;
 use anyhow::{Context, bail, ensure};
 use memchr::memmem;
-use pilotfish::attach::Policy;
+use pilotfish::attach::{self, Control, Policy};
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
@@ -31,7 +31,21 @@ pub fn attach(arguments: &AttachArguments) -> anyhow::Result<Outcome> {
     let (program, rest) = arguments.command.split_first().context("no command is given")?;
     let executable = find(program)?;
     check(&executable)?;
-    let policy = Policy { guards, fail: arguments.fail.into() };
+    // The app may run in another folder.
+    let absolute = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("`{}`", path.display()));
+    let of_environment = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let audit = arguments.audit.clone().or_else(|| of_environment(attach::AUDIT));
+    let control = match arguments.control.clone().or_else(|| of_environment(attach::CONTROL)) {
+        _ if arguments.no_control => Control::Off,
+        Some(path) => Control::named(path),
+        None => Control::Found,
+    };
+    let control = match control {
+        Control::At(path) => Control::At(absolute(&path)?),
+        other => other,
+    };
+    let audit = audit.as_ref().map(absolute).transpose()?;
+    let policy = Policy { guards, fail: arguments.fail.into(), audit, control };
     let mut command = Command::new(&executable);
     command.arg0(program).args(rest).envs(policy.to_environment()).env("LD_PRELOAD", preload(&library)?);
     // Only comes back where it fails.

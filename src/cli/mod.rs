@@ -8,6 +8,8 @@ mod args;
 mod attach;
 mod backdoor;
 mod bench;
+#[cfg(unix)]
+mod ctl;
 mod demo;
 mod eval;
 mod guard;
@@ -93,6 +95,8 @@ fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Audit(arguments) => serve::audit(&arguments),
         #[cfg(unix)]
         Command::Attach(arguments) => attach::attach(&arguments),
+        #[cfg(unix)]
+        Command::Ctl(arguments) => ctl::ctl(&arguments),
     }
 }
 

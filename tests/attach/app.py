@@ -5,6 +5,7 @@ FOLDER has the shared libraries. With NODEs it has an eval callback of its own, 
 ["copy", from, to] ["remove", sequence, from, end] ["shift", sequence, from, end, by] ["save", sequence] ["load", sequence]
 ["seen"]                            since it was asked last: how many nodes the callback was asked about, and those it was shown, with their values
 ["put", node, values] ["stop", node] what the callback does from then on when it is shown a node: write values into it, or have the computing end there
+["fork"]: a child that ends at once, as a process of its own does
 """
 
 import ctypes as c
@@ -147,6 +148,11 @@ def do(what, *arguments):
     if what == "stop":
         [stops_at] = arguments
         return None
+    if what == "fork":
+        child = os.fork()
+        if not child:
+            c.CDLL(None).exit(0)
+        return os.waitpid(child, 0)[1]
     raise ValueError(what)
 
 

@@ -234,7 +234,7 @@ static void forks(char ** argv) {
                 _exit(0);
             }
             argv[1] = "models";
-            execv("/proc/self/exe", argv);
+            execv(argv[0], argv);
             _exit(4);
         }
         int status = 0;

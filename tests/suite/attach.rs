@@ -13,7 +13,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-const HARM_GATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/harm-gate-gemma3-to-smollm2");
+pub const HARM_GATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/harm-gate-gemma3-to-smollm2");
 const REFUSAL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guards/refusal-smollm2");
 
 /// What `pilotfish attach` loads into apps.
@@ -38,12 +38,13 @@ pub fn app() -> Option<PathBuf> {
 }
 
 /// An app that runs, attached or not.
-struct App {
-    child: Child,
-    requests: ChildStdin,
+pub struct App {
+    pub child: Child,
+    requests: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
     log: PathBuf,
-    _folder: TempDir,
+    /// Where it has its socket.
+    pub folder: TempDir,
 }
 
 impl App {
@@ -56,14 +57,27 @@ impl App {
     }
 
     /// Runs Python on `model`, with the libraries that node-llama-cpp has. Where `nodes` are given it has an eval callback of its own, which asks for these.
-    fn start_python(package: &Path, model: &Path, sequences: usize, guards: Option<&Path>, nodes: &[&str]) -> Self {
+    pub fn start_python(package: &Path, model: &Path, sequences: usize, guards: Option<&Path>, nodes: &[&str]) -> Self {
+        Self::start_python_with(package, model, sequences, guards, nodes, &[], &[])
+    }
+
+    /// As [`start_python`](Self::start_python), with more arguments of `pilotfish attach`, and through another command.
+    pub fn start_python_with(
+        package: &Path,
+        model: &Path,
+        sequences: usize,
+        guards: Option<&Path>,
+        nodes: &[&str],
+        more: &[&str],
+        through: &[&str],
+    ) -> Self {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/attach/app.py");
         let libraries = package.ancestors().nth(3).unwrap().join("@node-llama-cpp/linux-x64/bins/linux-x64");
         let sequences = sequences.to_string();
-        let mut command =
-            vec!["python3".as_ref(), script.as_ref(), libraries.as_os_str(), model.as_os_str(), sequences.as_ref()];
-        command.extend(nodes.iter().map(OsStr::new));
-        Self::run(&command, package, guards, &[])
+        let app = ["python3".as_ref(), script.as_ref(), libraries.as_os_str(), model.as_os_str(), sequences.as_ref()];
+        let through = through.iter().map(OsStr::new);
+        let command: Vec<&OsStr> = through.chain(app).chain(nodes.iter().map(OsStr::new)).collect();
+        Self::run(&command, package, guards, more)
     }
 
     fn run(app: &[&OsStr], package: &Path, guards: Option<&Path>, more: &[&str]) -> Self {
@@ -80,23 +94,29 @@ impl App {
         let mut child = command
             .args(&app[1..])
             .env("NODE_LLAMA_CPP", package)
+            .env("XDG_RUNTIME_DIR", folder.path())
             .env("PILOTFISH_LOG", "pilotfish=debug,pilotfish_attach=debug")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(std::fs::File::create(&log).unwrap())
             .spawn()
             .expect("the app starts");
-        let (requests, answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let mut app = Self { child, requests, answers, log, _folder: folder };
+        let (requests, answers) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
+        let mut app = Self { child, requests, answers, log, folder };
         assert_eq!(app.line().trim(), "ready", "{}", app.log());
         app
     }
 
     /// Has the Python app do things, one after another.
-    fn does(&mut self, things: &[Value]) -> Vec<Value> {
-        writeln!(self.requests, "{}", Value::from(things)).unwrap();
+    pub fn does(&mut self, things: &[Value]) -> Vec<Value> {
+        writeln!(self.requests.as_mut().unwrap(), "{}", Value::from(things)).unwrap();
         let line = self.line();
         serde_json::from_str(&line).unwrap_or_else(|_| panic!("`{line}`: {}", self.log()))
+    }
+
+    /// Says that nothing more is to be done, upon which it ends.
+    pub fn hang_up(&mut self) {
+        self.requests = None;
     }
 
     fn line(&mut self) -> String {
@@ -109,7 +129,7 @@ impl App {
     fn ask(&mut self, requests: &[Asked<'_>]) -> Vec<Answer> {
         let request = |Asked { sequence, tokens, n, anew }: &Asked<'_>| json!({ "sequence": sequence, "tokens": tokens, "n": n, "anew": anew });
         let requests = Value::from(requests.iter().map(request).collect::<Vec<_>>());
-        writeln!(self.requests, "{requests}").unwrap();
+        writeln!(self.requests.as_mut().unwrap(), "{requests}").unwrap();
         let line = self.line();
         let answers: Vec<Value> = serde_json::from_str(&line).unwrap_or_else(|_| panic!("`{line}`: {}", self.log()));
         let text = |value: &Value| value.as_str().unwrap().to_owned();
@@ -117,12 +137,12 @@ impl App {
     }
 
     /// What it has written to its standard error up to now.
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
     /// What gates have decided, each by its sequence, its score and whether it fired, in the order of the log.
-    fn decisions(&self) -> Vec<(usize, f64, bool)> {
+    pub fn decisions(&self) -> Vec<(usize, f64, bool)> {
         let log = self.log();
         let field = |line: &str, name: &str| {
             let rest = &line[line.find(&format!("{name}="))? + name.len() + 1..];
@@ -136,7 +156,7 @@ impl App {
     }
 
     /// Waits until the log says so.
-    fn wait_for(&self, says_so: impl Fn(&str) -> bool) {
+    pub fn wait_for(&self, says_so: impl Fn(&str) -> bool) {
         let began = Instant::now();
         while !says_so(&self.log()) {
             assert!(began.elapsed() < Duration::from_secs(60), "{}", self.log());
@@ -187,7 +207,7 @@ pub fn directory(guards: &[&Path]) -> TempDir {
 }
 
 /// A file of prompts, and the tokens that `pilotfish run` reads for each.
-fn prompts(folder: &Path, model: &str, texts: &[&str]) -> (String, Vec<Vec<i64>>) {
+pub fn prompts(folder: &Path, model: &str, texts: &[&str]) -> (String, Vec<Vec<i64>>) {
     let path = folder.join("prompts.jsonl");
     std::fs::write(&path, texts.iter().map(|text| json!({ "prompt": text }).to_string() + "\n").collect::<String>())
         .unwrap();
@@ -197,7 +217,7 @@ fn prompts(folder: &Path, model: &str, texts: &[&str]) -> (String, Vec<Vec<i64>>
     (path, tokens.collect())
 }
 
-fn json_line(line: &str) -> Value {
+pub fn json_line(line: &str) -> Value {
     serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
 }
 
@@ -267,7 +287,7 @@ fn prompts_side_by_side_are_guarded_each_for_itself() {
 }
 
 /// A decode of `tokens` in `sequence` from position `first` on, the last with logits.
-fn decode(tokens: &[i64], sequence: usize, first: usize) -> Value {
+pub fn decode(tokens: &[i64], sequence: usize, first: usize) -> Value {
     let row = |(index, token): (usize, &i64)| json!([token, first + index, sequence, index + 1 == tokens.len()]);
     json!(["decode", tokens.iter().enumerate().map(row).collect::<Vec<_>>()])
 }

@@ -5,6 +5,8 @@ mod adapters;
 mod architecture;
 #[cfg(target_os = "linux")]
 mod attach;
+#[cfg(target_os = "linux")]
+mod attach_control;
 mod autoencoder;
 mod backdoor;
 #[cfg(target_os = "linux")]
