@@ -522,9 +522,8 @@ impl Guarding {
 
     /// Waits until what was told of this decode is on the disk.
     fn put_on_record(&mut self) -> Result<(), Refusal> {
-        if let Some(record) = &self.record {
-            let n_answer = self.rows.iter().filter(|row| row.kind == RowKind::Generated).count();
-            record.decoded(self.rows.len() - n_answer, n_answer);
+        if let Some(record) = self.record.clone() {
+            self.count(&record);
         }
         // All of them, so that none is left for the next.
         let written: Vec<_> = self.written.drain(..).map(Written::wait).collect();
@@ -532,6 +531,32 @@ impl Guarding {
         // A log that has failed once stays so: no answer goes on that should have been on record.
         let failure = self.record.as_ref().and_then(|record| record.failure());
         failure.map_or(Ok(()), |problem| Err(Refusal::NotOnRecord(problem)))
+    }
+
+    /// Counts the decode and its rows. Where guards have been turned off, sequences that began before are guarded and others in the same batch are not.
+    fn count(&mut self, record: &Record) {
+        let (mut n_prompt, mut n_answer) = (0, 0);
+        let mut of = None;
+        for index in 0..self.rows.len() {
+            let BatchRow { sequence, kind, .. } = self.rows[index];
+            let is_guarded = match of {
+                Some((known, is_guarded)) if known == sequence => is_guarded,
+                _ => self.is_guarded(sequence),
+            };
+            of = Some((sequence, is_guarded));
+            match kind {
+                _ if !is_guarded => {}
+                RowKind::Generated => n_answer += 1,
+                RowKind::Prompt | RowKind::PromptEnd => n_prompt += 1,
+            }
+        }
+        if n_prompt + n_answer > 0 {
+            record.decoded(n_prompt, n_answer);
+        }
+    }
+
+    fn is_guarded(&mut self, sequence: SequenceId) -> bool {
+        self.hook().sequences().program(sequence).is_some_and(|program| !program.guards().is_empty())
     }
 
     /// Tells `what` of a sequence, which runs under `program`.
@@ -567,7 +592,7 @@ impl Guarding {
     fn tell_decisions(&mut self) {
         for index in 0..self.rows.len() {
             let BatchRow { sequence, kind, .. } = self.rows[index];
-            if kind != RowKind::PromptEnd {
+            if kind != RowKind::PromptEnd || !self.is_guarded(sequence) {
                 continue;
             }
             let decisions = self.decisions(sequence);
