@@ -7,6 +7,7 @@
 # make test-dashboard the server's page, in a headless Chromium
 # make test-deployment  the files in packaging/: nginx in front of real servers, the unit, the container's file, the alerts
 # make attach         the library that `pilotfish attach` loads into apps
+# make llama-server   llama.cpp's own server, which guards are attached to in tests and `pilotfish serve` is compared with
 # make soak           the server under 32 clients while a guard is rewritten, ten minutes
 # make bench-server   the server's throughput beside llama.cpp's own
 # make bench-attach   the speed of an app with guards attached beside the same app alone
@@ -19,7 +20,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test attach attached-app bench-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test attach attached-app llama-server bench-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -32,7 +33,7 @@ setup:
 
 # Tests on real weights fail instead of being skipped: here they must run. One thread for each model: there are as many tests at once as cores, and threads
 # that wait for each other at every product, where others have the core, make a test of seconds one of minutes. One runs again with all threads.
-test: lint deny models reference attach attached-app
+test: lint deny models reference attach attached-app llama-server
 	$(CARGO) test -p pilotfish-attach
 	OMP_THREAD_LIMIT=1 PILOTFISH_REAL_MODELS=require $(CARGO) test
 	PILOTFISH_REAL_MODELS=require $(CARGO) test --test suite -- real::reading_changes_no_bit_of_the_logits
@@ -74,8 +75,11 @@ $(TOOLS)/%/installed: tests/%/requirements.txt
 	$(TOOLS)/$*/bin/pip install -q -r $<
 	touch $@
 
-bench-server: models
+# Of the source of a crate that is there once `pilotfish` is built.
+llama-server: build
 	@scripts/setup-llama-server.sh $(TOOLS)/llama-server
+
+bench-server: models llama-server
 	python3 tests/clients/throughput.py --pilotfish $(PILOTFISH) --llama-server $(TOOLS)/llama-server/bin/llama-server --guards guards/harm-gate-gemma3-to-smollm2
 
 bench-attach: models attach attached-app

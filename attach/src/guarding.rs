@@ -697,6 +697,11 @@ impl Guarding {
             }
             let (sequence, n) = (*sequence, usize::try_from(*in_cells).unwrap_or(0));
             let hook = self.hook();
+            if next == Next::Turn
+                && hook.sequences().program(sequence).is_some_and(|own| !Arc::ptr_eq(own, hook.program()))
+            {
+                tracing::warn!(%sequence, "a prompt goes on behind {n} tokens that were read under other guards, which stay in force for it");
+            }
             match next {
                 Next::GoesOn => {}
                 Next::Begins => hook.clear(sequence),

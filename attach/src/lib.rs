@@ -2,7 +2,8 @@
 //!
 //! One small shared library with no llama.cpp in it, used in two ways. An app links it and calls the functions of `include/pilotfish.h` (`abi`). Or it is preloaded
 //! (`pilotfish attach`) and stands between an app that knows nothing of it and the llama.cpp that the app loads as shared libraries: `preload` takes the place of a
-//! few exported functions, `lookup` does the same for apps that look functions up by name.
+//! few exported functions, `lookup` does the same for apps that look functions up by name, `batch` keeps what an app
+//! writes into batches that can't be read.
 //!
 //! Under both: `loaded` finds llama.cpp's functions, `llama` has their types, `guards` watches a directory and compiles what is in it for the models that the
 //! process loads (`models`), `guarding` runs that in one context, `track` says what the rows of its batches are. `record` counts and writes the
@@ -14,6 +15,8 @@
 #![warn(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 mod abi;
+#[cfg(target_os = "linux")]
+mod batch;
 #[cfg(target_os = "linux")]
 mod control;
 mod guarding;

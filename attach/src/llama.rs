@@ -25,6 +25,8 @@ opaque! {
     Vocab;
     /// `llama_memory_i`: a context's KV cache
     Memory;
+    /// `llama_batch_ext`
+    BatchExt;
     /// `ggml_backend_sched`
     Scheduler;
     /// `ggml_cgraph`
@@ -43,6 +45,15 @@ pub struct Batch {
     pub seq_id: *const *const i32,
     /// Which tokens' logits are wanted; null for the last one's alone.
     pub logits: *const i8,
+}
+
+/// `llama_embd`, which apps pass by value.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Embedding {
+    data: *const f32,
+    n_rows: usize,
+    n_embd: usize,
 }
 
 /// `ggml_backend_sched_eval_callback`

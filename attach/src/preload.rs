@@ -2,9 +2,10 @@
 //!
 //! `libllama` sets its eval callback and computes its graphs by functions of `libggml-base`, through the dynamic linker like any app, which is how these are seen.
 
+use crate::batch;
 use crate::guarding::{Guarding, Refusal, Seat};
 use crate::guards::{Guards, lock};
-use crate::llama::{Batch, Context, EvalCallback, Graph, Llama, Memory, Model, Scheduler};
+use crate::llama::{Batch, BatchExt, Context, Embedding, EvalCallback, Graph, Llama, Memory, Model, Scheduler};
 use crate::models::Models;
 use crate::record::Record;
 use crate::score::while_unused;
@@ -15,7 +16,7 @@ use pilotfish::tensor::{LayerIndex, SequenceId};
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -225,6 +226,17 @@ pub fn taken(name: &CStr) -> Option<*const c_void> {
     own!(
         llama_decode,
         llama_encode,
+        llama_process,
+        llama_batch_ext_init,
+        llama_batch_ext_free,
+        llama_batch_ext_clear,
+        llama_batch_ext_add,
+        llama_batch_ext_add_token,
+        llama_batch_ext_add_embd,
+        llama_batch_ext_add_seq,
+        llama_batch_ext_set_pos,
+        llama_batch_ext_set_output_embd,
+        llama_batch_ext_set_output_logits,
         llama_free,
         llama_model_free,
         llama_free_model,
@@ -270,6 +282,104 @@ pub unsafe extern "C" fn llama_encode(context: *mut Context, batch: Batch) -> i3
         // SAFETY: the caller calls it so.
         while_doing(Doing::Unguarded, || unsafe { real(context, batch) })
     })
+}
+
+/// `LLAMA_PROCESS_TYPE_DECODE`
+const PROCESS_DECODE: c_int = 1;
+
+/// What newer apps decode by, llama.cpp's own server among them. A batch whose making was not seen is decoded in nobody's name, and its graph refused.
+///
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_process(context: *mut Context, kind: c_int, batch: *mut BatchExt) -> i32 {
+    boundary(REFUSED, || {
+        let real = real!(c"llama_process": unsafe extern "C" fn(*mut Context, c_int, *mut BatchExt) -> i32);
+        let Some(real) = real else { return REFUSED };
+        // SAFETY: the caller calls it so.
+        let real = || unsafe { real(context, kind, batch) };
+        let Some(attached) = attached() else { return real() };
+        if kind != PROCESS_DECODE {
+            return while_doing(Doing::Unguarded, real);
+        }
+        match batch::read(batch.cast()) {
+            // SAFETY: as above; the batch's arrays live until it is decoded.
+            Some(written) => unsafe { attached.decode(context, &written.batch(), real) },
+            None => real(),
+        }
+    })
+}
+
+/// Functions that fill in an extended batch: what llama.cpp did is noted.
+macro_rules! fills_batch {
+    ($($name:ident = $symbol:literal: fn($($argument:ident: $type:ty),*) -> $result:ty, $failed:expr, $noted:expr;)*) => {
+        $(
+            /// # Safety
+            /// As of llama.cpp's.
+            #[unsafe(no_mangle)]
+            pub unsafe extern "C" fn $name(batch: *mut BatchExt, $($argument: $type),*) -> $result {
+                boundary($failed, || {
+                    let real = real!($symbol: unsafe extern "C" fn(*mut BatchExt, $($type),*) -> $result);
+                    // SAFETY: the caller calls it so.
+                    let result = real.map_or($failed, |real| unsafe { real(batch, $($argument),*) });
+                    let note: fn(*const c_void, $result, $($type),*) = $noted;
+                    note(batch.cast(), result, $($argument),*);
+                    result
+                })
+            }
+        )*
+    };
+}
+
+fills_batch! {
+    llama_batch_ext_clear = c"llama_batch_ext_clear": fn() -> (), (), |batch, ()| batch::empty(batch);
+    llama_batch_ext_add = c"llama_batch_ext_add": fn(sequence: i32) -> i32, -1,
+        |batch, index, sequence| batch::note(batch, |written| written.add(index, sequence, None));
+    llama_batch_ext_add_token = c"llama_batch_ext_add_token": fn(sequence: i32, token: i32) -> i32, -1,
+        |batch, index, sequence, token| batch::note(batch, |written| written.add(index, sequence, Some(token)));
+    llama_batch_ext_add_embd = c"llama_batch_ext_add_embd": fn(sequence: i32, embedding: Embedding) -> i32, -1,
+        |batch, index, sequence, _| batch::note(batch, |written| written.add(index, sequence, None));
+    llama_batch_ext_add_seq = c"llama_batch_ext_add_seq": fn(index: i32, sequence: i32) -> bool, false,
+        |batch, done, index, sequence| if done { batch::note(batch, |written| written.add_sequence(index, sequence)) };
+    llama_batch_ext_set_output_embd = c"llama_batch_ext_set_output_embd": fn(index: i32, output: bool) -> bool, false,
+        |batch, done, index, output| if done { batch::note(batch, |written| written.set_output(index, output)) };
+    llama_batch_ext_set_output_logits = c"llama_batch_ext_set_output_logits": fn(index: i32, output: bool) -> bool, false,
+        |batch, done, index, output| if done { batch::note(batch, |written| written.set_output(index, output)) };
+    llama_batch_ext_set_pos = c"llama_batch_ext_set_pos": fn(index: i32, position: *const i32) -> bool, false,
+        |batch, done, index, position| if done {
+            // SAFETY: llama.cpp has taken it, so that there is one at least.
+            let position = unsafe { *position };
+            batch::note(batch, |written| written.set_position(index, position));
+        };
+}
+
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_batch_ext_init(context: *mut Context) -> *mut BatchExt {
+    boundary(null_mut(), || {
+        let real = real!(c"llama_batch_ext_init": unsafe extern "C" fn(*mut Context) -> *mut BatchExt);
+        // SAFETY: the caller calls it so.
+        let made = real.map_or(null_mut(), |real| unsafe { real(context) });
+        if !made.is_null() && attached().is_some() {
+            batch::empty(made.cast());
+        }
+        made
+    })
+}
+
+/// # Safety
+/// As of llama.cpp's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn llama_batch_ext_free(batch: *mut BatchExt) {
+    boundary((), || {
+        // Before it is: another may be made where it was.
+        batch::forget(batch.cast());
+        if let Some(real) = real!(c"llama_batch_ext_free": unsafe extern "C" fn(*mut BatchExt)) {
+            // SAFETY: the caller calls it so.
+            unsafe { real(batch) };
+        }
+    });
 }
 
 /// # Safety
