@@ -7,6 +7,7 @@
 # make test-dashboard the server's page, in a headless Chromium
 # make test-deployment  the files in packaging/: nginx in front of real servers, the unit, the container's file, the alerts
 # make attach         the library that `pilotfish attach` loads into apps
+# make vulkan-driver  what runs programs on a GPU by Vulkan, or on Vulkan's software driver
 # make llama-server   llama.cpp's own server, which guards are attached to in tests and `pilotfish serve` is compared with
 # make soak           the server under 32 clients while a guard is rewritten, ten minutes
 # make bench-server   the server's throughput beside llama.cpp's own
@@ -20,7 +21,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test attach attached-app llama-server bench-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test attach attached-app vulkan-driver llama-server bench-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -33,7 +34,7 @@ setup:
 
 # Tests on real weights fail instead of being skipped: here they must run. One thread for each model: there are as many tests at once as cores, and threads
 # that wait for each other at every product, where others have the core, make a test of seconds one of minutes. One runs again with all threads.
-test: lint deny models reference attach attached-app llama-server
+test: lint deny models reference attach attached-app vulkan-driver llama-server
 	$(CARGO) test -p pilotfish-attach
 	OMP_THREAD_LIMIT=1 PILOTFISH_REAL_MODELS=require $(CARGO) test
 	PILOTFISH_REAL_MODELS=require $(CARGO) test --test suite -- real::reading_changes_no_bit_of_the_logits
@@ -45,6 +46,10 @@ attach: setup
 # An app to attach it to.
 attached-app:
 	@scripts/setup-attached-app.sh $(TOOLS)/attach
+
+# For the attached app on a GPU. Mesa's software driver keeps the shaders that it has compiled in the user's own cache, which saves most of a minute.
+vulkan-driver:
+	@scripts/setup-vulkan.sh $(TOOLS)/vulkan-run run
 
 # A folder for each: another feature compiles llama.cpp anew. Vulkan takes no software driver that is not asked for by its number. What a test keeps
 # on the CPU stays there: llama.cpp would send large batches to the GPU all the same, whose products are less exact. One thread, since each test has

@@ -5,13 +5,16 @@
 # Debian 12's headers and software driver are too old. Those of Debian 13 are unpacked into FOLDER, and the system keeps its own. What finds them
 # there is written to FOLDER/environment, for a shell to read before it builds and runs.
 #
-# usage: setup-vulkan.sh FOLDER
+# With `run`, what compiling needs is left out, and FOLDER/run runs a program (in PATH, or by its path) with the driver, on the device that it has found.
+#
+# usage: setup-vulkan.sh FOLDER [run]
 set -eu
 # shellcheck source=install.sh
 . "$(dirname "$0")/install.sh"
 
-folder=$1
-mkdir -p "$folder"
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+purpose=${2:-compile}
 environment=$folder/environment
 [ -e "$environment" ] || : >"$environment"
 # shellcheck source=/dev/null # what an earlier run wrote
@@ -38,9 +41,11 @@ has_driver() {
 }
 
 missing=""
-command -v glslc >/dev/null 2>&1 || [ -x "${VULKAN_SDK:-}/bin/glslc" ] || missing="$missing glslc"
-[ -e "$(headers)/vulkan/vulkan.hpp" ] || missing="$missing libvulkan-dev"
-has_spirv_headers || missing="$missing spirv-headers"
+if [ "$purpose" = compile ]; then
+    command -v glslc >/dev/null 2>&1 || [ -x "${VULKAN_SDK:-}/bin/glslc" ] || missing="$missing glslc"
+    [ -e "$(headers)/vulkan/vulkan.hpp" ] || missing="$missing libvulkan-dev"
+    has_spirv_headers || missing="$missing spirv-headers"
+fi
 has_driver || missing="$missing mesa-vulkan-drivers"
 command -v vulkaninfo >/dev/null 2>&1 || missing="$missing vulkan-tools"
 
@@ -77,7 +82,7 @@ unpack() {
 }
 
 # llama.cpp asks the validation layer for its settings by types that Vulkan's headers have since 1.3.272.
-if ! grep -qs VK_EXT_LAYER_SETTINGS_EXTENSION_NAME "$(headers)/vulkan/vulkan_core.h"; then
+if [ "$purpose" = compile ] && ! grep -qs VK_EXT_LAYER_SETTINGS_EXTENSION_NAME "$(headers)/vulkan/vulkan_core.h"; then
     echo "Vulkan's headers in $(headers) are too old for llama.cpp: VK_EXT_layer_settings is not in them." >&2
     if [ -n "${VULKAN_SDK:-}" ] || ! is_debian_12; then
         echo "Set VULKAN_SDK to a newer SDK (https://vulkan.lunarg.com), or build on Debian 13 or Ubuntu 24.04." >&2
@@ -124,5 +129,17 @@ if [ -z "$(driver driverName)" ]; then
     echo "Vulkan has no device number $device: see \`vulkaninfo --summary\`, and choose by GGML_VK_VISIBLE_DEVICES." >&2
     echo "The software driver is Debian's and Ubuntu's package mesa-vulkan-drivers." >&2
     exit 2
+fi
+if [ "$purpose" = run ]; then
+    loader=$(eval "echo \"\${$runner:-}\"")
+    {
+        echo '#!/bin/sh'
+        echo 'program=$(command -v "$1") || exit 127'
+        echo 'shift'
+        echo "export GGML_VK_VISIBLE_DEVICES='$device'"
+        [ -z "${VK_DRIVER_FILES:-}" ] || echo "export VK_DRIVER_FILES='$VK_DRIVER_FILES'"
+        echo "exec $loader \"\$program\" \"\$@\""
+    } >"$folder/run"
+    chmod +x "$folder/run"
 fi
 echo "Tests run on Vulkan's device $device: $(driver deviceName), $(driver driverInfo)" >&2

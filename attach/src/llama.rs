@@ -31,6 +31,10 @@ opaque! {
     Scheduler;
     /// `ggml_cgraph`
     Graph;
+    /// `ggml_backend`
+    Backend;
+    /// `ggml_backend_device`
+    Device;
 }
 
 /// `llama_batch`, which apps fill in and pass by value: a part of llama.cpp's interface (`llama.h`).
@@ -133,6 +137,9 @@ functions! {
     read = c"ggml_backend_tensor_get": fn(*const RawTensor, *mut c_void, usize, usize);
     memset = c"ggml_backend_tensor_memset": fn(*mut RawTensor, u8, usize, usize);
     synchronize = c"ggml_backend_sched_synchronize": fn(*mut Scheduler);
+    backend_of = c"ggml_backend_sched_get_tensor_backend": fn(*mut Scheduler, *mut RawTensor) -> *mut Backend;
+    backend_device = c"ggml_backend_get_device": fn(*mut Backend) -> *mut Device;
+    device_kind = c"ggml_backend_dev_type": fn(*mut Device) -> c_int;
     set_output = c"ggml_set_output": fn(*mut RawTensor);
     graph_n_nodes = c"ggml_graph_n_nodes": fn(*mut Graph) -> c_int;
     graph_node = c"ggml_graph_node": fn(*mut Graph, c_int) -> *mut RawTensor;
@@ -150,6 +157,21 @@ impl Llama {
             let mut bytes = vec![0u8; (self.n_bytes)(tensor)];
             (self.read)(tensor, bytes.as_mut_ptr().cast(), 0, bytes.len());
             bytes
+        }
+    }
+
+    /// Whether the CPU computes `tensor`.
+    ///
+    /// # Safety
+    /// `tensor` must be of a graph that `scheduler`, of this llama.cpp, has computed last.
+    pub unsafe fn is_on_cpu(&self, scheduler: *mut Scheduler, tensor: *mut RawTensor) -> bool {
+        /// `GGML_BACKEND_DEVICE_TYPE_CPU`
+        const CPU: c_int = 0;
+        // SAFETY: guaranteed by the caller; a backend has its device as long as it lives.
+        unsafe {
+            let backend = (self.backend_of)(scheduler, tensor);
+            let device = if backend.is_null() { std::ptr::null_mut() } else { (self.backend_device)(backend) };
+            !device.is_null() && (self.device_kind)(device) == CPU
         }
     }
 

@@ -1,12 +1,16 @@
-// An app that knows nothing of Pilotfish: node app.js MODEL SEQUENCES [THREADS]
+// An app that knows nothing of Pilotfish: node app.js MODEL SEQUENCES [THREADS [GPU]]
+// All layers are on the GPU, if one is given: "vulkan".
 // Each line that it reads is a list of requests, [{"sequence": 0, "tokens": [...], "n": 8, "anew": true}, ...], which it answers at once, by a line with a list of answers.
 // Tokens go behind what the sequence holds, if it is not begun anew.
 import {createInterface} from "node:readline";
 const {getLlama, LlamaLogLevel} = await import(process.env.NODE_LLAMA_CPP ?? "node-llama-cpp");
 
-const [modelPath, sequences, threads = "1"] = process.argv.slice(2);
-const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false, maxThreads: Number(threads)});
-const model = await llama.loadModel({modelPath, gpuLayers: 0});
+const [modelPath, sequences, threads = "1", gpu = false] = process.argv.slice(2);
+// Tries its binary out in a process of its own, and where a loader runs Node.js its executable is not Node.js.
+process.execPath = process.env.NODE_COMMAND ?? process.execPath;
+const llama = await getLlama({gpu, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false, maxThreads: Number(threads)});
+const model = await llama.loadModel({modelPath, gpuLayers: gpu ? "max" : 0});
+if (llama.gpu !== gpu || gpu && model.gpuLayers === 0) throw new Error(`${model.gpuLayers} layers are on ${llama.gpu}, and all were to be on ${gpu}`);
 const context = await model.createContext({contextSize: 512, batchSize: 512, threads: Number(threads), sequences: Number(sequences)});
 const all = Array.from({length: Number(sequences)}, () => context.getSequence());
 

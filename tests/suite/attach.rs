@@ -1,6 +1,7 @@
 //! Apps that know nothing of Pilotfish, attached: node-llama-cpp as its makers built it, and llama.cpp's own server.
 
 mod llama_server;
+mod vulkan;
 
 use crate::real::{SMALL, located};
 use crate::support::{Fixture, LAYER, Ran, done, pilotfish};
