@@ -9,6 +9,7 @@
 # make attach         the library that `pilotfish attach` loads into apps
 # make vulkan-driver  what runs programs on a GPU by Vulkan, or on Vulkan's software driver
 # make llama-server   llama.cpp's own server, which guards are attached to in tests and `pilotfish serve` is compared with
+# make soak-attach    that server with a guard attached, under 32 clients while the guard is rewritten, five minutes
 # make soak           the server under 32 clients while a guard is rewritten, ten minutes
 # make bench-server   the server's throughput beside llama.cpp's own
 # make bench-attach   the speed of an app with guards attached beside the same app alone
@@ -21,7 +22,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test attach attached-app vulkan-driver llama-server bench-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test attach attached-app vulkan-driver llama-server bench-attach soak-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -93,6 +94,9 @@ bench-attach: models attach attached-app
 
 soak: models
 	python3 tests/clients/soak.py --pilotfish $(PILOTFISH) --model smollm2-135m-instruct --guard guards/refusal-smollm2 --seconds 600
+
+soak-attach: models attach llama-server
+	python3 tests/attach/soak.py --pilotfish $(PILOTFISH) --llama-server $(TOOLS)/llama-server/bin/llama-server --seconds 300
 
 models: build
 	$(PILOTFISH) models pull smollm2-135m-instruct
