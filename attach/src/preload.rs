@@ -69,9 +69,10 @@ pub fn while_doing<T>(what: Doing, run: impl FnOnce() -> T) -> T {
     run()
 }
 
+static ATTACHED: OnceLock<Option<Attached>> = OnceLock::new();
+
 /// What the environment asks for; `None` where it asks for nothing, and everything is passed on.
 pub fn attached() -> Option<&'static Attached> {
-    static ATTACHED: OnceLock<Option<Attached>> = OnceLock::new();
     ATTACHED.get_or_init(attach).as_ref()
 }
 
@@ -425,7 +426,8 @@ unsafe fn free_model(model: *mut Model) {
     // Never the older name, which calls this one, and would come by here again.
     let Some(real) = real!(c"llama_model_free": unsafe extern "C" fn(*mut Model)) else { return };
     while_unused(|| {
-        if let Some(attached) = attached() {
+        // One that was never decoded is no reason to begin.
+        if let Some(Some(attached)) = ATTACHED.get() {
             attached.models.forget(model);
         }
         // SAFETY: guaranteed by the caller; no text is being scored.
