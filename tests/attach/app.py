@@ -12,6 +12,7 @@ import ctypes as c
 import glob
 import json
 import os
+import signal
 import sys
 
 
@@ -33,6 +34,8 @@ class Batch(c.Structure):
     ]
 
 
+# As apps in C have it: a write to a pipe or socket that nobody reads ends them.
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 folder, model_path, n_sequences = sys.argv[1], sys.argv[2], int(sys.argv[3])
 [llama_path] = glob.glob(os.path.join(folder, "libllama.*so*"))
 llama = c.CDLL(llama_path)
