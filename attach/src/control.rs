@@ -101,7 +101,8 @@ unsafe extern "C" fn close_in_child() {
     }
 }
 
-/// Takes no signal of the app's on this thread. A write to a client that is gone would send one that ends the app; like that it is an error alone.
+/// Takes no signal on this thread: the app's are for its own. Where a write to a socket whose client has hung up sends one, it would end
+/// the app; like that it is an error alone. (Rust 1.95 asks for none by itself, and older ones that this builds with need not.)
 fn block_signals() {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: the set is filled before it is used.
