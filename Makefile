@@ -7,6 +7,7 @@
 # make test-dashboard the server's page, in a headless Chromium
 # make test-deployment  the files in packaging/: nginx in front of real servers, the unit, the container's file, the alerts
 # make attach         the library that `pilotfish attach` loads into apps
+# make install        the command, the library and its header under PREFIX (/usr/local); make install-library without the command
 # make vulkan-driver  what runs programs on a GPU by Vulkan, or on Vulkan's software driver
 # make llama-server   llama.cpp's own server, which guards are attached to in tests and `pilotfish serve` is compared with
 # make soak-attach    that server with a guard attached, under 32 clients while the guard is rewritten, five minutes
@@ -22,7 +23,7 @@ DENY_VERSION := 0.20.2
 TOOLS := $(CURDIR)/target/tools
 PILOTFISH := target/debug/pilotfish
 
-.PHONY: demo test attach attached-app vulkan-driver llama-server bench-attach soak-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
+.PHONY: demo test attach attached-app portable-attach llama-cpp-python install install-library vulkan-driver llama-server bench-attach soak-attach test-clients test-dashboard test-deployment soak bench-server test-vulkan test-cuda lint deny bench setup build models reference
 
 demo: build
 	$(PILOTFISH) demo $(if $(REBUILD),--rebuild)
@@ -35,7 +36,7 @@ setup:
 
 # Tests on real weights fail instead of being skipped: here they must run. One thread for each model: there are as many tests at once as cores, and threads
 # that wait for each other at every product, where others have the core, make a test of seconds one of minutes. One runs again with all threads.
-test: lint deny models reference attach attached-app vulkan-driver llama-server
+test: lint deny models reference attach portable-attach attached-app vulkan-driver llama-server llama-cpp-python
 	$(CARGO) test -p pilotfish-attach
 	OMP_THREAD_LIMIT=1 PILOTFISH_REAL_MODELS=require $(CARGO) test
 	PILOTFISH_REAL_MODELS=require $(CARGO) test --test suite -- real::reading_changes_no_bit_of_the_logits
@@ -43,6 +44,27 @@ test: lint deny models reference attach attached-app vulkan-driver llama-server
 # The library that `pilotfish attach` loads, beside the command. By itself: in one build with the command it would be given llama.cpp, which it must not have.
 attach: setup
 	$(CARGO) build -p pilotfish-attach
+
+# The same for any machine of its kind: valgrind, under which a test runs it, does not know the instructions of the newest.
+portable-attach: setup
+	@scripts/setup-native-tests.sh
+	CARGO_TARGET_DIR=$(TOOLS)/portable RUSTFLAGS="-C target-cpu=generic" $(CARGO) build -p pilotfish-attach
+
+# For this machine, as `make build` does (.cargo/config.toml). DESTDIR is put before all paths, for those who make packages.
+PREFIX ?= /usr/local
+install: setup install-library
+	$(CARGO) build --release
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin target/release/pilotfish
+
+# LIBRARY is one that is there already.
+install-library:
+ifndef LIBRARY
+	$(CARGO) build --release -p pilotfish-attach
+endif
+	install -D -m 755 $(or $(LIBRARY),target/release/libpilotfish_attach.so) $(DESTDIR)$(PREFIX)/lib/libpilotfish_attach.so
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/include include/pilotfish.h
+	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	sed 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)|' packaging/pkgconfig/pilotfish.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/pilotfish.pc
 
 # An app to attach it to.
 attached-app:
@@ -84,6 +106,10 @@ $(TOOLS)/%/installed: tests/%/requirements.txt
 # Of the source of a crate that is there once `pilotfish` is built.
 llama-server: build
 	@scripts/setup-llama-server.sh $(TOOLS)/llama-server
+
+# An app that is attached to, and what an example is written for: with the libraries of `llama-server`.
+llama-cpp-python:
+	@scripts/setup-llama-cpp-python.sh $(TOOLS)/llama-cpp-python
 
 bench-server: models llama-server
 	python3 tests/clients/throughput.py --pilotfish $(PILOTFISH) --llama-server $(TOOLS)/llama-server/bin/llama-server --guards guards/harm-gate-gemma3-to-smollm2

@@ -137,7 +137,8 @@ functions! {
     read = c"ggml_backend_tensor_get": fn(*const RawTensor, *mut c_void, usize, usize);
     memset = c"ggml_backend_tensor_memset": fn(*mut RawTensor, u8, usize, usize);
     synchronize = c"ggml_backend_sched_synchronize": fn(*mut Scheduler);
-    backend_of = c"ggml_backend_sched_get_tensor_backend": fn(*mut Scheduler, *mut RawTensor) -> *mut Backend;
+    n_backends = c"ggml_backend_sched_get_n_backends": fn(*mut Scheduler) -> c_int;
+    backend = c"ggml_backend_sched_get_backend": fn(*mut Scheduler, c_int) -> *mut Backend;
     backend_device = c"ggml_backend_get_device": fn(*mut Backend) -> *mut Device;
     device_kind = c"ggml_backend_dev_type": fn(*mut Device) -> c_int;
     set_output = c"ggml_set_output": fn(*mut RawTensor);
@@ -160,18 +161,19 @@ impl Llama {
         }
     }
 
-    /// Whether the CPU computes `tensor`.
+    /// Whether all that `scheduler` computes the CPU does.
     ///
     /// # Safety
-    /// `tensor` must be of a graph that `scheduler`, of this llama.cpp, has computed last.
-    pub unsafe fn is_on_cpu(&self, scheduler: *mut Scheduler, tensor: *mut RawTensor) -> bool {
+    /// `scheduler` must be a living one of this llama.cpp.
+    pub unsafe fn is_on_cpu(&self, scheduler: *mut Scheduler) -> bool {
         /// `GGML_BACKEND_DEVICE_TYPE_CPU`
         const CPU: c_int = 0;
-        // SAFETY: guaranteed by the caller; a backend has its device as long as it lives.
+        // SAFETY: guaranteed by the caller; indices run to the number of backends, and a backend has its device as long as it lives.
         unsafe {
-            let backend = (self.backend_of)(scheduler, tensor);
-            let device = if backend.is_null() { std::ptr::null_mut() } else { (self.backend_device)(backend) };
-            !device.is_null() && (self.device_kind)(device) == CPU
+            (0..(self.n_backends)(scheduler)).all(|index| {
+                let device = (self.backend_device)((self.backend)(scheduler, index));
+                !device.is_null() && (self.device_kind)(device) == CPU
+            })
         }
     }
 

@@ -611,8 +611,11 @@ static PLANS: Mutex<BTreeMap<usize, Vec<LayerIndex>>> = Mutex::new(BTreeMap::new
 unsafe fn plan(scheduler: *mut Scheduler, graph: *mut Graph) {
     let Some(attached) = attached() else { return };
     let Ok(llama) = &attached.llama else { return };
+    // On Vulkan answers are others when a graph goes on past a residual that it is to keep.
+    // SAFETY: the caller gives its scheduler.
+    let layers = if unsafe { llama.is_on_cpu(scheduler) } { attached.models.guards().layers() } else { Vec::new() };
     // SAFETY: the caller gives a graph that is not in memory.
-    let kept = unsafe { llama.keep_residuals(graph, &attached.models.guards().layers()) };
+    let kept = unsafe { llama.keep_residuals(graph, &layers) };
     lock(&PLANS).insert(scheduler as usize, kept);
 }
 

@@ -1,6 +1,6 @@
-//! `include/pilotfish.h` from C and C++: the examples, and a program that does all that it has. llama.cpp is the one that the tests have, linked in.
+//! `include/pilotfish.h` from C, C++ and Python: the examples, and a program that does all that it has. In C llama.cpp is the one that the tests have, linked in.
 
-use crate::attach::{app, directory, library, required};
+use crate::attach::{app, directory, library, python, required};
 use crate::real::{SMALL, located};
 use crate::support::{Fixture, pilotfish};
 use serde_json::Value;
@@ -145,14 +145,84 @@ fn the_cpp_example_guards_each_prompt_for_itself() {
     assert_eq!(together, format!("0 (ended): {MESSAGE}\n1{}", &alone[1..]));
 }
 
+/// Of the same source as the tests' llama.cpp, and built for the same machine.
+#[test]
+fn the_python_example_says_what_pilotfish_does() {
+    let (Some(mut python), Some(library), Some(model)) = (python(), built(), located(SMALL)) else { return };
+    let guards = harm_gate();
+    python.arg(Path::new(ROOT).join("examples/python/guarded.py")).arg(&model).arg(guards.path());
+    python.env("PILOTFISH_ATTACH_LIBRARY", &library);
+    let guard = guards.path().join("harm-gate-gemma3-to-smollm2");
+    for (prompt, code, message) in [(HARMLESS, 0, None), (HARMFUL, 1, Some(MESSAGE))] {
+        let mut command = Command::new(python.get_program());
+        command.args(python.get_args()).arg(prompt);
+        command.envs(python.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let Output { status, stdout, stderr } = command.output().unwrap();
+        let log = String::from_utf8_lossy(&stderr);
+        assert_eq!(status.code(), Some(code), "{log}");
+        let arguments =
+            ["run", "--model", SMALL, "--guard", guard.to_str().unwrap(), "-p", prompt, "--max-tokens", "48"];
+        let expected: Value =
+            serde_json::from_str(pilotfish(&[&arguments[..], &["--json"]].concat()).stdout.trim()).unwrap();
+        let said = message.or(expected["text"].as_str()).unwrap();
+        assert_eq!(String::from_utf8_lossy(&stdout).trim_end_matches('\n'), said.trim_end_matches('\n'));
+        let score: f64 =
+            log.split("harmful: score ").nth(1).unwrap().split([',', '\n']).next().unwrap().parse().unwrap();
+        let expected = expected["gates"]["harmful"]["score"].as_f64().unwrap();
+        assert!((score - expected).abs() <= 1e-3 * expected.abs() + 1e-4, "{score}, expected {expected}");
+    }
+}
+
+/// `make install-library` puts things where `pkg-config` tells a compiler of them.
+#[test]
+fn what_is_installed_is_found_by_pkg_config() {
+    let Some(library) = built() else { return };
+    let has_it = Command::new("pkg-config").arg("--version").output().is_ok_and(|ran| ran.status.success());
+    if !required_if(has_it, "pkg-config") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let run = |command: &mut Command| {
+        let Output { status, stdout, stderr } = command.output().unwrap();
+        assert!(status.success(), "{command:?}\n{}", String::from_utf8_lossy(&stderr));
+        String::from_utf8(stdout).unwrap()
+    };
+    let prefix = format!("PREFIX={}", folder.path().display());
+    let made = format!("LIBRARY={}", library.display());
+    run(Command::new("make").current_dir(ROOT).args(["install-library", &prefix, &made]));
+    let flags = run(Command::new("pkg-config")
+        .args(["--cflags", "--libs", "pilotfish"])
+        .env("PKG_CONFIG_PATH", folder.path().join("lib/pkgconfig")));
+    let source = folder.path().join("app.c");
+    let text = "#include <pilotfish.h>\n#include <stdio.h>\nint main(void) { puts(pilotfish_version()); return pilotfish_abi_version() != PILOTFISH_ABI_VERSION; }\n";
+    std::fs::write(&source, text).unwrap();
+    let app = folder.path().join("app");
+    run(Command::new("cc").arg(&source).arg("-o").arg(&app).args(flags.split_whitespace()));
+    let said = run(Command::new(&app).env("LD_LIBRARY_PATH", folder.path().join("lib")));
+    assert_eq!(said.trim(), env!("CARGO_PKG_VERSION"));
+}
+
+/// Whether a tool is here; a word of it where it is not. Where real models are required, so is it.
+fn required_if(is_here: bool, tool: &str) -> bool {
+    let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
+    assert!(is_here || !required, "{tool} is required but not here: `make test` installs it");
+    if !is_here {
+        eprintln!("skipped: {tool} is not here; `make test` installs it");
+    }
+    is_here
+}
+
 /// What lives and dies in an app, each thing with the library called by it and with the library preloaded, under valgrind, which tells of each byte that is used
 /// and is not the app's.
 #[test]
 fn nothing_is_used_after_it_was_freed() {
-    let (Some(library), Some(package)) = (built(), app()) else { return };
+    // One for any machine: valgrind does not know the instructions of the newest.
+    let library = Path::new(ROOT).join("target/tools/portable/debug/libpilotfish_attach.so");
+    let Some(package) = app() else { return };
     let has_valgrind = Command::new("valgrind").arg("--version").output().is_ok_and(|ran| ran.status.success());
-    let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
-    assert!(has_valgrind || !required, "valgrind is required but not here: run `make attached-app`");
+    if !required(&[&library], "make portable-attach") || !required_if(has_valgrind, "valgrind") {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("lives");
     // The structs of this header are those of node-llama-cpp's llama.cpp.
@@ -162,27 +232,23 @@ fn nothing_is_used_after_it_was_freed() {
     let libraries = package.ancestors().nth(3).unwrap().join("@node-llama-cpp/linux-x64/bins/linux-x64");
     let fixture = Fixture::new(&["--intervene", "add", "--strength", "3"]);
     let guards = directory(&[&fixture.guard]);
+    let known = Path::new(ROOT).join("tests/attach/valgrind.supp");
     for scenario in ["models", "reloads", "forks", "unloads"] {
         for preloaded in [false, true] {
-            let mut command = match has_valgrind {
-                true => Command::new("valgrind"),
-                false => Command::new(&program),
-            };
-            if has_valgrind {
-                command.args(["--error-exitcode=99", "--trace-children=yes", "-q", "--num-callers=40"]);
-                command.arg(&program);
-            }
+            let mut command = Command::new("valgrind");
+            command.args(["--error-exitcode=99", "--trace-children=yes", "-q", "--num-callers=40"]);
+            command.arg(format!("--suppressions={}", known.display())).arg(&program);
             command.arg(scenario).arg(&libraries).arg(&fixture.model).arg(guards.path());
             match preloaded {
                 true => command
                     .env("LD_PRELOAD", &library)
                     .env("PILOTFISH_ATTACH_GUARDS", guards.path())
+                    .env("XDG_RUNTIME_DIR", folder.path())
                     .env("PILOTFISH_LOG", "pilotfish=debug,pilotfish_attach=debug"),
                 false => command.arg(&library),
             };
             let Output { status, stdout, stderr } = command.output().unwrap();
-            let log = String::from_utf8_lossy(&stderr);
-            let out = String::from_utf8_lossy(&stdout);
+            let (log, out) = (String::from_utf8_lossy(&stderr), String::from_utf8_lossy(&stdout));
             assert!(status.success(), "{scenario}, preloaded: {preloaded}: {status}\n{log}");
             assert!(out.ends_with("done\n"), "{out}");
             // It did guard.
