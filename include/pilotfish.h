@@ -72,6 +72,10 @@ enum pilotfish_result
    A fault of this library's own.
    */
   PILOTFISH_RESULT_PANIC = 10,
+  /*
+   The audit log can't be written: what was decoded must not be used.
+   */
+  PILOTFISH_RESULT_NOT_ON_RECORD = 11,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -238,6 +242,18 @@ void pilotfish_guards_free(struct pilotfish_guards *guards);
  */
 pilotfish_result pilotfish_guards_reload(const struct pilotfish_guards *guards,
                                          uint64_t *epoch);
+
+/*
+ Writes an audit log to the file `path`, as `pilotfish attach --audit` does, of the contexts that are made from now on: `pilotfish audit verify` reads it. A decode
+ that can't be put on record gives `NOT_ON_RECORD`.
+
+ Errors: `NOT_ON_RECORD` where the file can't be written; `REFUSED` where there is an audit log already.
+
+ What the caller sees to:
+ `guards` must be of `pilotfish_guards_open`; `path` ends in a NUL.
+ */
+pilotfish_result pilotfish_guards_audit(const struct pilotfish_guards *guards,
+                                        const char *path);
 
 /*
  Turns a guard on or off, for prompts to come; its folder's name is taken too. It stays so when the guard is reloaded.

@@ -29,29 +29,29 @@ pub const PILOTFISH_ABI_VERSION: u32 = 1;
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum pilotfish_result {
-    OK = 0,
+    Ok = 0,
     /// A pointer that may not be null is, a text is not UTF-8, or a value is out of range.
-    INVALID_ARGUMENT = 1,
+    InvalidArgument = 1,
     /// llama.cpp's functions are not found in the process, or this llama.cpp does not do what is relied upon.
-    UNKNOWN_LLAMA = 2,
+    UnknownLlama = 2,
     /// The directory of guards can't be read, or no guard in it can guard this model.
-    NO_GUARD = 3,
+    NoGuard = 3,
     /// There is nothing of that name or number.
-    NOT_FOUND = 4,
+    NotFound = 4,
     /// A setting that can't be.
-    REFUSED = 5,
+    Refused = 5,
     /// `llama_decode` gave an error of its own.
-    DECODE_FAILED = 6,
+    DecodeFailed = 6,
     /// A batch is begun, decoded and ended, one at a time.
-    OUT_OF_ORDER = 7,
+    OutOfOrder = 7,
     /// Another thread is in a call with this context.
-    BUSY = 8,
+    Busy = 8,
     /// A guard has ended an answer, and the logits could not be made to say so: they must not be used.
-    NO_LOGITS = 9,
+    NoLogits = 9,
     /// A fault of this library's own.
-    PANIC = 10,
+    Panic = 10,
     /// The audit log can't be written: what was decoded must not be used.
-    NOT_ON_RECORD = 11,
+    NotOnRecord = 11,
 }
 
 /// A directory of guards, watched. Any thread may use it, several at once.
@@ -93,11 +93,11 @@ pub struct pilotfish_gate {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum pilotfish_end_reason {
     /// It goes on.
-    NONE = 0,
+    None = 0,
     /// A gate that blocks has fired.
-    BLOCKED = 1,
+    Blocked = 1,
     /// A guard failed.
-    FAULT = 2,
+    Fault = 2,
 }
 
 /// That a guard has ended a sequence. Texts are valid until the next call with the same context; those that say nothing are empty.
@@ -130,12 +130,12 @@ impl Failure {
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         let result = match refusal {
-            Refusal::NoProgram(_) => pilotfish_result::NO_GUARD,
-            Refusal::Unknown(_) => pilotfish_result::UNKNOWN_LLAMA,
-            Refusal::NoLogits => pilotfish_result::NO_LOGITS,
-            Refusal::OtherContext | Refusal::OtherModel => pilotfish_result::INVALID_ARGUMENT,
-            Refusal::NotOnRecord(_) => pilotfish_result::NOT_ON_RECORD,
-            Refusal::OutOfOrder(_) => pilotfish_result::OUT_OF_ORDER,
+            Refusal::NoProgram(_) => pilotfish_result::NoGuard,
+            Refusal::Unknown(_) => pilotfish_result::UnknownLlama,
+            Refusal::NoLogits => pilotfish_result::NoLogits,
+            Refusal::OtherContext | Refusal::OtherModel => pilotfish_result::InvalidArgument,
+            Refusal::NotOnRecord(_) => pilotfish_result::NotOnRecord,
+            Refusal::OutOfOrder(_) => pilotfish_result::OutOfOrder,
         };
         Self(result, refusal.to_string())
     }
@@ -154,10 +154,10 @@ fn c_text(text: &str) -> CString {
 fn entry(body: impl FnOnce() -> Result<(), Failure>) -> pilotfish_result {
     let outcome = catch_unwind(AssertUnwindSafe(body));
     let Failure(result, why) = match outcome {
-        Ok(Ok(())) => return pilotfish_result::OK,
+        Ok(Ok(())) => return pilotfish_result::Ok,
         Ok(Err(failure)) => failure,
         Err(payload) => {
-            Failure::of(pilotfish_result::PANIC, format!("pilotfish panicked: {}", panic_message(&*payload)))
+            Failure::of(pilotfish_result::Panic, format!("pilotfish panicked: {}", panic_message(&*payload)))
         }
     };
     // A thread that ends may have no place for it any more.
@@ -169,11 +169,11 @@ fn entry(body: impl FnOnce() -> Result<(), Failure>) -> pilotfish_result {
 /// `text` must be null or end in a NUL, and live as long as what is returned is used.
 unsafe fn text<'t>(text: *const c_char, what: &str) -> Result<&'t str, Failure> {
     if text.is_null() {
-        return Err(Failure::of(pilotfish_result::INVALID_ARGUMENT, format!("`{what}` is null")));
+        return Err(Failure::of(pilotfish_result::InvalidArgument, format!("`{what}` is null")));
     }
     // SAFETY: not null, and guaranteed by the caller.
     let text = unsafe { CStr::from_ptr(text) };
-    text.to_str().map_err(|_| Failure::of(pilotfish_result::INVALID_ARGUMENT, format!("`{what}` is not UTF-8")))
+    text.to_str().map_err(|_| Failure::of(pilotfish_result::InvalidArgument, format!("`{what}` is not UTF-8")))
 }
 
 /// # Safety
@@ -181,14 +181,14 @@ unsafe fn text<'t>(text: *const c_char, what: &str) -> Result<&'t str, Failure> 
 unsafe fn given<'p, T>(pointer: *const T, what: &str) -> Result<&'p T, Failure> {
     // SAFETY: guaranteed by the caller.
     unsafe { pointer.as_ref() }
-        .ok_or_else(|| Failure::of(pilotfish_result::INVALID_ARGUMENT, format!("`{what}` is null")))
+        .ok_or_else(|| Failure::of(pilotfish_result::InvalidArgument, format!("`{what}` is null")))
 }
 
 /// # Safety
 /// `place` must be null or valid to be written.
 unsafe fn write<T>(place: *mut T, what: &str, value: impl FnOnce() -> Result<T, Failure>) -> Result<(), Failure> {
     if place.is_null() {
-        return Err(Failure::of(pilotfish_result::INVALID_ARGUMENT, format!("`{what}` is null")));
+        return Err(Failure::of(pilotfish_result::InvalidArgument, format!("`{what}` is null")));
     }
     let value = value()?;
     // SAFETY: not null, and guaranteed by the caller.
@@ -213,7 +213,7 @@ unsafe fn with(
             Err(TryLockError::Poisoned(inner)) => inner.into_inner(),
             Err(TryLockError::WouldBlock) => {
                 let why = "another thread is in a call with this context, which is for one thread at a time";
-                return Err(Failure::of(pilotfish_result::BUSY, why));
+                return Err(Failure::of(pilotfish_result::Busy, why));
             }
         };
         body(&mut inner)
@@ -225,7 +225,7 @@ impl Inner {
     fn idle(&mut self) -> Result<&mut Guarding, Failure> {
         if self.guarding.is_decoding() {
             let why = "a batch has begun and not ended: call `pilotfish_context_end` first";
-            return Err(Failure::of(pilotfish_result::OUT_OF_ORDER, why));
+            return Err(Failure::of(pilotfish_result::OutOfOrder, why));
         }
         Ok(&mut self.guarding)
     }
@@ -306,7 +306,7 @@ pub unsafe extern "C" fn pilotfish_guards_open_with(
 ) -> pilotfish_result {
     entry(|| {
         let Some(resolve) = resolve else {
-            return Err(Failure::of(pilotfish_result::INVALID_ARGUMENT, "`resolve` is null"));
+            return Err(Failure::of(pilotfish_result::InvalidArgument, "`resolve` is null"));
         };
         let llama = || {
             // SAFETY: guaranteed by the caller.
@@ -333,10 +333,10 @@ unsafe fn open(
     unsafe {
         let directory = text(directory, "directory")?;
         write(guards, "guards", || {
-            let llama = llama().map_err(|missing| Failure::of(pilotfish_result::UNKNOWN_LLAMA, missing.to_string()))?;
+            let llama = llama().map_err(|missing| Failure::of(pilotfish_result::UnknownLlama, missing.to_string()))?;
             let watched = Guards::watch(Path::new(directory), WatchOptions::default());
             if let Some(problem) = watched.unreadable() {
-                return Err(Failure::of(pilotfish_result::NO_GUARD, problem));
+                return Err(Failure::of(pilotfish_result::NoGuard, problem));
             }
             Ok(Box::into_raw(Box::new(pilotfish_guards {
                 models: Models::new(watched),
@@ -395,13 +395,13 @@ pub unsafe extern "C" fn pilotfish_guards_audit(
     entry(|| {
         // SAFETY: guaranteed by the caller.
         let (guards, path) = unsafe { (given(guards, "guards")?, text(path, "path")?) };
-        let taken = || Failure::of(pilotfish_result::REFUSED, "these guards have an audit log already");
+        let taken = || Failure::of(pilotfish_result::Refused, "these guards have an audit log already");
         if guards.record.get().is_some() {
             return Err(taken());
         }
         let record = Arc::new(Record::new(Some(Path::new(path))));
         if let Some(problem) = record.failure() {
-            return Err(Failure::of(pilotfish_result::NOT_ON_RECORD, problem));
+            return Err(Failure::of(pilotfish_result::NotOnRecord, problem));
         }
         guards.record.set(Arc::clone(&record)).map_err(|_| taken())?;
         guards.models.guards().tell(record);
@@ -460,8 +460,8 @@ unsafe fn change(guards: *const pilotfish_guards, guard: *const c_char, change: 
     let changed = guards.models.guards().change(guard, &[change]);
     changed.map(drop).map_err(|error| {
         let result = match error {
-            ChangeError::NoGuard { .. } => pilotfish_result::NOT_FOUND,
-            _ => pilotfish_result::REFUSED,
+            ChangeError::NoGuard { .. } => pilotfish_result::NotFound,
+            _ => pilotfish_result::Refused,
         };
         Failure::of(result, error.to_string())
     })
@@ -634,7 +634,7 @@ pub unsafe extern "C" fn pilotfish_context_decode(
 }
 
 fn decode_failed(result: i32) -> Failure {
-    Failure::of(pilotfish_result::DECODE_FAILED, format!("`llama_decode` gave {result}"))
+    Failure::of(pilotfish_result::DecodeFailed, format!("`llama_decode` gave {result}"))
 }
 
 /// Tells of a batch that the app is about to decode by `llama_decode`. A decode that no guard was told of gets logits that are all 0.
@@ -779,7 +779,7 @@ pub unsafe extern "C" fn pilotfish_context_gate(
                 let Some((program, found)) = program.and_then(|program| Some((program, program.gates().get(index)?)))
                 else {
                     let why = format!("sequence {sequence} has no gate of number {index}");
-                    return Err(Failure::of(pilotfish_result::NOT_FOUND, why));
+                    return Err(Failure::of(pilotfish_result::NotFound, why));
                 };
                 let decision = sequences.decision(SequenceId(sequence), index);
                 let score = decision.and_then(|decision| decision.score);
@@ -813,13 +813,13 @@ pub unsafe extern "C" fn pilotfish_context_ended(
         with(context, |inner| {
             write(end, "end", || {
                 let (reason, texts) = match inner.idle()?.hook().ended(SequenceId(sequence)) {
-                    None => (pilotfish_end_reason::NONE, Default::default()),
+                    None => (pilotfish_end_reason::None, Default::default()),
                     Some(Ended::Blocked { guard, gate, message }) => {
                         let message = message.unwrap_or_else(|| pilotfish::guard::BLOCKED.to_owned());
-                        (pilotfish_end_reason::BLOCKED, [guard, gate, message])
+                        (pilotfish_end_reason::Blocked, [guard, gate, message])
                     }
                     Some(Ended::Fault { guard, fault }) => {
-                        (pilotfish_end_reason::FAULT, [guard, String::new(), fault.to_string()])
+                        (pilotfish_end_reason::Fault, [guard, String::new(), fault.to_string()])
                     }
                 };
                 let [guard, gate, message] = inner.keep(texts.each_ref().map(String::as_str));
@@ -851,11 +851,11 @@ pub unsafe extern "C" fn pilotfish_context_set(
             let hook = inner.idle()?.hook();
             let Some(program) = hook.sequences().program(SequenceId(sequence)).cloned() else {
                 let why = format!("nothing of sequence {sequence} was decoded");
-                return Err(Failure::of(pilotfish_result::NOT_FOUND, why));
+                return Err(Failure::of(pilotfish_result::NotFound, why));
             };
             let turned = hook.variant(&program, name, setting).map_err(|error| {
                 let unknown = matches!(error, ToggleError::Unknown { .. });
-                let result = if unknown { pilotfish_result::NOT_FOUND } else { pilotfish_result::REFUSED };
+                let result = if unknown { pilotfish_result::NotFound } else { pilotfish_result::Refused };
                 Failure::of(result, error.to_string())
             })?;
             hook.turn(SequenceId(sequence), turned);
@@ -869,5 +869,5 @@ pub unsafe extern "C" fn pilotfish_context_set(
 unsafe fn setting(setting: *const c_char) -> Result<Setting, Failure> {
     // SAFETY: guaranteed by the caller.
     let setting = unsafe { text(setting, "setting")? };
-    setting.parse().map_err(|problem: String| Failure::of(pilotfish_result::REFUSED, problem))
+    setting.parse().map_err(|problem: String| Failure::of(pilotfish_result::Refused, problem))
 }
