@@ -697,17 +697,22 @@ impl Guarding {
             }
             let (sequence, n) = (*sequence, usize::try_from(*in_cells).unwrap_or(0));
             let hook = self.hook();
-            if next == Next::Turn
-                && hook.sequences().program(sequence).is_some_and(|own| !Arc::ptr_eq(own, hook.program()))
-            {
-                tracing::warn!(%sequence, "a prompt goes on behind {n} tokens that were read under other guards, which stay in force for it");
-            }
             match next {
                 Next::GoesOn => {}
                 Next::Begins => hook.clear(sequence),
-                Next::Turn if hook.resume(sequence, sequence, n) => {}
-                // What it holds is not what its gates would have read of a prompt, so they read what is new; one that has fired stays so.
-                Next::Turn => hook.begin_prompt(sequence),
+                Next::Turn => {
+                    let is_resumed = hook.resume(sequence, sequence, n);
+                    if !is_resumed {
+                        // What it holds is not what its gates would have read of a prompt, so they read what is new; one that has fired stays so.
+                        hook.begin_prompt(sequence);
+                    }
+                    let program = Arc::clone(hook.program());
+                    let own = hook.sequences().program(sequence);
+                    let is_other = own.is_some_and(|own| !own.differs_in_strengths_alone(&program));
+                    if is_other && !hook.go_on_under(sequence, program, is_resumed) {
+                        tracing::warn!(%sequence, "a prompt goes on behind {n} tokens that were read under other guards, which stay in force for it: those of now look for texts that may begin there");
+                    }
+                }
                 Next::Unseen => {
                     tracing::warn!(%sequence, "{n} tokens are there that no guard has read: its gates count as fired");
                     let program = Arc::clone(hook.program());

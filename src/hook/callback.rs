@@ -205,6 +205,11 @@ impl Hook {
         can
     }
 
+    /// Has `sequence`, whose next prompt begins now, go on under another program: see [`Sequences::go_on_under`]. Returns whether that can be.
+    pub fn go_on_under(&mut self, sequence: SequenceId, program: Arc<Program>, is_resumed: bool) -> bool {
+        self.sequences.go_on_under(sequence, program, is_resumed)
+    }
+
     /// Says that the cells of such sequences hold numbers alone: they were overwritten, not only cleared.
     pub fn scrubbed(&mut self, sequence: impl Fn(SequenceId) -> bool) {
         self.tainted.retain(|tainted| !sequence(*tainted));

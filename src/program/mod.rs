@@ -254,6 +254,27 @@ impl Program {
         &self.points
     }
 
+    /// The gate of `other` that reads the very same as gate number `gate`, whatever it makes of it.
+    fn gate_that_reads_alike(&self, gate: usize, other: &Self) -> Option<usize> {
+        let alike = |index: &usize| {
+            let (own, its) = (&self.gates[gate], &other.gates[*index]);
+            let same_tokens = match (own.scope, its.scope) {
+                (Scope::Prompt(_), Scope::Prompt(_)) => true,
+                (Scope::Token { positions: own, .. }, Scope::Token { positions: its, .. }) => own == its,
+                _ => false,
+            };
+            let (own_direction, its_direction) = (self.direction(gate), other.direction(*index));
+            same_tokens && own.layer == its.layer && own_direction.is_some() && own_direction == its_direction
+        };
+        (0..other.gates.len()).find(alike)
+    }
+
+    /// The direction that gate number `gate` reads along.
+    fn direction(&self, gate: usize) -> Option<&[f32]> {
+        let point = self.point(self.gates[gate].layer)?;
+        point.readouts.iter().find(|readout| readout.gate == gate).map(|readout| &*readout.direction)
+    }
+
     /// What happens at `layer`, if anything.
     pub fn point(&self, layer: LayerIndex) -> Option<&HookPoint> {
         let index = self.points.binary_search_by_key(&layer, |point| point.layer).ok()?;

@@ -363,14 +363,7 @@ impl Sequences {
         if !state.program.texts.is_empty() {
             state.spelt.extend(&source.spelt, n_rows);
         }
-        for row in 0..n_rows {
-            let position = TokenPosition(i32::try_from(row).unwrap_or(i32::MAX));
-            let matched = state.spelt.mark_at(row);
-            let read = Row { sequence: Some(to), position, kind: RowKind::Prompt, index: row, matched };
-            for (gate, projection) in state.trail.projections(row) {
-                state.gates[gate].read(&state.program.gates[gate], &read, f64::from(projection));
-            }
-        }
+        state.read_again(to, n_rows);
         self.clear(to);
         self.states.insert(to, state);
         true
@@ -384,6 +377,33 @@ impl Sequences {
             state.trail.close_at(state.trail.n_prompt());
         }
         state.gates.iter_mut().for_each(GateState::begin_prompt);
+    }
+
+    /// Has `sequence`, whose next prompt begins now, go on under `program`, whose guards are others than those that it began under. A gate that reads what one of
+    /// theirs has read takes that over; any other reads what is to come. Patches have acted on what is there, or not, as they did.
+    ///
+    /// Where its first rows were [resumed](Self::resume) (`is_resumed`), gates decide over them anew; after [`begin_prompt`](Self::begin_prompt) all have fired if one
+    /// had. Returns whether that can be: not where `program` looks for other texts, which may begin in what is there.
+    pub fn go_on_under(&mut self, sequence: SequenceId, program: Arc<Program>, is_resumed: bool) -> bool {
+        let Some(old) = self.states.get(&sequence).cloned() else { return false };
+        if program.texts != old.program.texts {
+            return false;
+        }
+        let gates: Vec<Option<usize>> =
+            (0..program.gates.len()).map(|gate| program.gate_that_reads_alike(gate, &old.program)).collect();
+        let has_fired = old.gates.iter().any(|gate| gate.decision().is_some_and(|decision| decision.fired));
+        let mut state = self.state_for(program);
+        state.trail = old.trail.for_gates(&gates, self.capacity);
+        (state.spelt, state.fault) = (old.spelt, old.fault);
+        if is_resumed {
+            let n_rows = state.trail.n_rows();
+            state.read_again(sequence, n_rows);
+        } else if has_fired {
+            state.gates.iter_mut().for_each(GateState::fire);
+        }
+        self.clear(sequence);
+        self.states.insert(sequence, state);
+        true
     }
 
     /// Fires every gate of `sequence`, if it lives, whatever it reads: where it has read only a part of what is there. Nothing of it is
@@ -516,6 +536,18 @@ impl SequenceState {
         (self.gates, self.trail, self.spelt)
     }
 
+    /// Has the gates, which have read nothing, read the first `n_rows` rows again, which are a prompt's of `sequence`.
+    fn read_again(&mut self, sequence: SequenceId, n_rows: usize) {
+        for row in 0..n_rows {
+            let position = TokenPosition(i32::try_from(row).unwrap_or(i32::MAX));
+            let matched = self.spelt.mark_at(row);
+            let read = Row { sequence: Some(sequence), position, kind: RowKind::Prompt, index: row, matched };
+            for (gate, projection) in self.trail.projections(row) {
+                self.gates[gate].read(&self.program.gates[gate], &read, f64::from(projection));
+            }
+        }
+    }
+
     /// Whether every patch does to a row of the answer, and to the prompt's last, what it would do to the same token in a prompt, if that token
     /// spells the same texts: of an answer none.
     fn treats_answers_as_prompts(&self) -> bool {
@@ -563,7 +595,8 @@ fn holds(rule: &Rule, standing: impl Fn(usize) -> Standing) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::program::ModelShape;
+    use crate::guard::Aggregate;
+    use crate::program::{HookPoint, ModelShape, Readout};
     use crate::tensor::HiddenSize;
 
     /// A program that looks for `texts`, in a vocabulary of bytes.
@@ -631,6 +664,91 @@ mod tests {
         let mut sequences = Sequences::new(looking_for(&[]));
         assert!(marks(&mut sequences, &rows, true).is_empty(), "nobody asks");
         assert_eq!(sequences.reusable(SequenceId(0), 9), 2);
+    }
+
+    /// A program with a gate for each layer and threshold, which reads the sum of a row.
+    fn reading(gates: &[(u32, f64)]) -> Arc<Program> {
+        let shape = ModelShape { n_embd: HiddenSize(4), n_layer: 2 };
+        let gate = |(index, (layer, threshold)): (usize, &(u32, f64))| Gate {
+            name: format!("{index}"),
+            guard: 0,
+            layer: LayerIndex(*layer),
+            scope: Scope::Prompt(Aggregate::Max),
+            mean: 0.0,
+            deviation: 1.0,
+            threshold: Some(*threshold),
+            on_fire: OnFire::Block,
+        };
+        let point = |layer| HookPoint {
+            layer: LayerIndex(layer),
+            readouts: gates
+                .iter()
+                .enumerate()
+                .filter(|(_, (of, _))| *of == layer)
+                .map(|(gate, _)| Readout { gate, direction: [0.5; 4].into() })
+                .collect(),
+            patches: Vec::new(),
+        };
+        Arc::new(Program {
+            gates: gates.iter().enumerate().map(gate).collect(),
+            points: (0..2).map(point).filter(|point| !point.readouts.is_empty()).collect(),
+            ..Program::observer(shape)
+        })
+    }
+
+    /// Decodes a prompt from `first` on, whose rows each gate reads as these.
+    fn decode(sequences: &mut Sequences, first: i32, rows: &[f32], ends: bool) {
+        let kind = |row: usize| if ends && row + 1 == rows.len() { RowKind::PromptEnd } else { RowKind::Prompt };
+        let position = |row: usize| TokenPosition(first + row as i32);
+        sequences.begin((0..rows.len()).map(|row| (SequenceId(0), position(row), kind(row))));
+        sequences.begin_rows(rows.len());
+        for (index, projection) in rows.iter().enumerate() {
+            let row =
+                Row { sequence: Some(SequenceId(0)), position: position(index), kind: kind(index), index, matched: 0 };
+            let n_gates = sequences.program(SequenceId(0)).unwrap().gates().len();
+            (0..n_gates).for_each(|gate| sequences.read(&row, gate, *projection));
+        }
+        sequences.finish(SequenceId(0), true);
+    }
+
+    #[test]
+    fn a_sequence_goes_on_under_other_guards_as_if_they_had_read_it() {
+        let fired = |sequences: &Sequences, n: usize| -> Vec<bool> {
+            (0..n).map(|gate| sequences.decision(SequenceId(0), gate).unwrap().fired).collect()
+        };
+        let a = SequenceId(0);
+        // The second of what is kept has 5, the one of what is new 2.
+        let new = |gates: &[(u32, f64)], resumed: bool| {
+            let mut sequences = Sequences::new(reading(&[(0, 4.0)]));
+            decode(&mut sequences, 0, &[0.0, 5.0, 1.0, 1.0], true);
+            assert_eq!(fired(&sequences, 1), [true]);
+            if resumed {
+                assert!(sequences.resume(a, a, 3));
+            } else {
+                sequences.begin_prompt(a);
+            }
+            assert!(sequences.go_on_under(a, reading(gates), resumed));
+            decode(&mut sequences, if resumed { 3 } else { 4 }, &[2.0, 2.0], true);
+            fired(&sequences, gates.len())
+        };
+        assert_eq!(new(&[(0, 4.0)], true), [true], "the same");
+        assert_eq!(new(&[(0, 6.0)], true), [false], "another threshold");
+        assert_eq!(
+            new(&[(1, 4.0), (0, 4.5)], true),
+            [false, true],
+            "one that has read nothing of it, and the same at another place"
+        );
+        assert_eq!(new(&[(1, 1.5)], true), [true], "what is new is read");
+        assert_eq!(
+            new(&[(0, 9.0), (1, 9.0)], false),
+            [true, true],
+            "what has fired stays so where nothing is read again"
+        );
+        // What it has not read under texts that nobody looked for may hold the beginning of one.
+        let mut sequences = Sequences::new(looking_for(&["ab"]));
+        decode(&mut sequences, 0, &[0.0], false);
+        assert!(!sequences.go_on_under(a, looking_for(&["bc"]), true));
+        assert!(sequences.go_on_under(a, looking_for(&["ab"]), true));
     }
 
     #[test]

@@ -130,7 +130,7 @@ impl Program {
     }
 
     /// Whether the two are the same guards, loaded once, at whatever strengths.
-    pub(crate) fn differs_in_strengths_alone(&self, other: &Self) -> bool {
+    pub fn differs_in_strengths_alone(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.dials, &other.dials)
     }
 

@@ -90,6 +90,16 @@ impl Trail {
         self.n_rows = n_rows;
     }
 
+    /// These rows for other gates, of which number `i` reads what `gates[i]` has read here, or, where that is `None`, has read nothing of them.
+    pub fn for_gates(&self, gates: &[Option<usize>], capacity: usize) -> Self {
+        let mut projections = Vec::with_capacity(gates.len() * capacity.max(self.n_rows));
+        for row in 0..self.n_rows {
+            let read = &self.projections[row * self.n_gates..][..self.n_gates];
+            projections.extend(gates.iter().map(|gate| gate.map_or(f32::NAN, |gate| read[gate])));
+        }
+        Self { n_gates: gates.len(), projections, n_pending: 0, ..*self }
+    }
+
     /// Rows that are known.
     pub fn n_rows(&self) -> usize {
         self.n_rows
