@@ -220,9 +220,11 @@ async fn run(
         let written = state.write_down(audit, record).await;
         written.map_err(|error| ServerError::System(std::io::Error::other(error.message)))?;
     }
+    // Whoever is told that it is ready may send one.
+    let signals = Signals::take();
     on_ready();
     let failed = tokio::select! {
-        () = signals(&state, tls.as_ref()) => false,
+        () = signals.end(&state, tls.as_ref()) => false,
         () = ended.notified() => true,
     };
     state.ending.store(true, Ordering::Release);
@@ -332,34 +334,57 @@ mod unix {
     }
 }
 
-/// Waits for a signal to end. SIGHUP has the guards looked at, the keys and the certificate.
+/// What the system asks for: to end, or (SIGHUP) that the guards be looked at, the keys and the certificate.
 #[cfg(unix)]
-async fn signals(state: &State, tls: Option<&RustlsConfig>) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let listen = |kind| signal(kind).ok();
-    let (mut end, mut interrupt, mut look) =
-        (listen(SignalKind::terminate()), listen(SignalKind::interrupt()), listen(SignalKind::hangup()));
-    async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {
-        match signal {
-            Some(signal) => {
-                signal.recv().await;
-            }
-            None => std::future::pending().await,
-        }
+struct Signals {
+    end: Option<tokio::signal::unix::Signal>,
+    interrupt: Option<tokio::signal::unix::Signal>,
+    look: Option<tokio::signal::unix::Signal>,
+}
+
+#[cfg(unix)]
+impl Signals {
+    /// Takes signals from now on: before it, each of them ends the process at once.
+    fn take() -> Self {
+        use tokio::signal::unix::{SignalKind, signal};
+        let [end, interrupt, look] =
+            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(|kind| signal(kind).ok());
+        Self { end, interrupt, look }
     }
-    loop {
-        tokio::select! {
-            () = next(&mut end) => return,
-            () = next(&mut interrupt) => return,
-            () = next(&mut look) => {
-                state.keeper.look();
-                renew(state, tls).await;
+
+    /// Waits for one to end, and does what the others ask for.
+    async fn end(mut self, state: &State, tls: Option<&RustlsConfig>) {
+        async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {
+            match signal {
+                Some(signal) => {
+                    signal.recv().await;
+                }
+                None => std::future::pending().await,
+            }
+        }
+        loop {
+            tokio::select! {
+                () = next(&mut self.end) => return,
+                () = next(&mut self.interrupt) => return,
+                () = next(&mut self.look) => {
+                    state.keeper.look();
+                    renew(state, tls).await;
+                }
             }
         }
     }
 }
 
 #[cfg(not(unix))]
-async fn signals(_: &State, _: Option<&RustlsConfig>) {
-    let _ = tokio::signal::ctrl_c().await;
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn take() -> Self {
+        Self
+    }
+
+    async fn end(self, _: &State, _: Option<&RustlsConfig>) {
+        let _ = tokio::signal::ctrl_c().await;
+    }
 }

@@ -150,7 +150,8 @@ fn signals_reload_and_drain() {
         body.len()
     );
     std::io::Write::write_all(&mut stream, (head + &body).as_bytes()).unwrap();
-    server.until("a request", |_| server.get("/metrics").body.contains("pilotfish_requests_running 1"));
+    // Its answer has begun.
+    stream.peek(&mut [0]).unwrap();
     server.signal("TERM");
     let events = answer(&mut stream).events();
     assert_eq!(events.last().map(String::as_str), Some("[DONE]"));
