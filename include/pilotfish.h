@@ -1,9 +1,12 @@
 /* Guards in an app that runs llama.cpp. Made from attach/src/abi.rs; how to use it: docs/attach.md and examples/c.
  *
- * Threads: `pilotfish_guards` may be used by any thread, several at once. `pilotfish_context` is for one thread at a time, as the context of llama.cpp that it
- * guards; a second one gets PILOTFISH_RESULT_BUSY. `pilotfish_last_error` is each thread's own.
+ * Threads: `pilotfish_guards` may be used by any thread, several at once. A `pilotfish_context` is for one thread at a time, as the `llama_context` that it guards:
+ * a second one that comes in the midst of a call gets PILOTFISH_RESULT_BUSY; between `_begin` and `_end`, while llama.cpp decodes, that is not seen.
+ * `pilotfish_last_error` is each thread's own. Callbacks and resolvers must return: no exception and no longjmp may leave them.
  *
- * Lives: a `pilotfish_context` outlives its context of llama.cpp; `pilotfish_guards` may be freed at any time.
+ * Lives: the model outlives the `llama_context`, which is freed before its `pilotfish_context`, which is freed before the model. `pilotfish_guards` may be freed at any time.
+ *
+ * C99 or newer, C++11 or newer.
  */
 
 #ifndef PILOTFISH_H
@@ -357,7 +360,9 @@ pilotfish_result pilotfish_context_decode(const struct pilotfish_context *contex
 /*
  Tells of a batch that the app is about to decode by `llama_decode`. A decode that no guard was told of gets logits that are all 0.
 
- Which rows are of a prompt and which of an answer follows from positions, and from which tokens' logits are asked for: docs/attach.md.
+ Which rows are of a prompt and which of an answer follows from positions, and from which tokens' logits are asked for (docs/attach.md), unless
+ `pilotfish_context_begin_prompt` says it. The batch must be decoded as it is. Where a sampler on the device chooses tokens (`llama_set_sampler`), an answer can't be
+ ended, and `pilotfish_context_end` gives `NO_LOGITS`.
 
  Errors: the batch must not be decoded.
 
@@ -380,20 +385,43 @@ pilotfish_result pilotfish_context_end(const struct pilotfish_context *context,
                                        int32_t llama_result);
 
 /*
- Says that cells of the sequence `from` have been copied to `to` (`llama_memory_seq_cp`), from position `first` on; below 0: all.
+ Copies cells by `llama_memory_seq_cp`, and takes note of it: positions from `first` to before `end` of the sequence `from` (below 0: all) to `to`, which should be
+ empty. To one that is not, or from another position than the first, is what no gate has read the whole of: all of its gates count as fired.
+
+ Errors: `OUT_OF_ORDER` where nothing was decoded yet, `INVALID_ARGUMENT` where the context has no such sequence.
 
  What the caller sees to:
- `context` must be of `pilotfish_context_new`.
+ `context` must be of `pilotfish_context_new`, and its context of llama.cpp live.
  */
-pilotfish_result pilotfish_context_copied(const struct pilotfish_context *context, int32_t from, int32_t to, int32_t first);
+pilotfish_result pilotfish_context_copy_cells(const struct pilotfish_context *context,
+                                              int32_t from,
+                                              int32_t to,
+                                              int32_t first,
+                                              int32_t end);
 
 /*
- Says that positions of a sequence from `first` on have changed by `by` (`llama_memory_seq_add`).
+ Changes positions by `llama_memory_seq_add`, and takes note of it: those of a sequence from `first` to before `end` (below 0: all) by `by`.
+
+ Errors: as of `pilotfish_context_copy_cells`.
+
+ What the caller sees to:
+ As there.
+ */
+pilotfish_result pilotfish_context_shift_cells(const struct pilotfish_context *context,
+                                               int32_t sequence,
+                                               int32_t first,
+                                               int32_t end,
+                                               int32_t by);
+
+/*
+ Says that the rows of a sequence that come next are another prompt's (a further turn of a talk). Without it that follows from positions and logits, and a turn of
+ at most 65 tokens of which each has its logits asked for, or that comes token by token, is taken for more of the answer, which gates of prompts don't read.
 
  What the caller sees to:
  `context` must be of `pilotfish_context_new`.
  */
-pilotfish_result pilotfish_context_shifted(const struct pilotfish_context *context, int32_t sequence, int32_t first, int32_t by);
+pilotfish_result pilotfish_context_begin_prompt(const struct pilotfish_context *context,
+                                                int32_t sequence);
 
 /*
  Says that cells of a sequence (below 0: of all) were filled from elsewhere, as by `llama_state_seq_set_data`: no guard has read them, and every gate counts as

@@ -63,6 +63,8 @@ pub struct pilotfish_guards {
 
 /// What guards one context of llama.cpp. One thread at a time, as for the context itself.
 pub struct pilotfish_context {
+    /// What llama.cpp gets as user data.
+    seat: *mut c_void,
     inner: Mutex<Inner>,
 }
 
@@ -133,7 +135,7 @@ impl From<Refusal> for Failure {
             Refusal::NoProgram(_) => pilotfish_result::NoGuard,
             Refusal::Unknown(_) => pilotfish_result::UnknownLlama,
             Refusal::NoLogits => pilotfish_result::NoLogits,
-            Refusal::OtherContext | Refusal::OtherModel => pilotfish_result::InvalidArgument,
+            Refusal::OtherContext | Refusal::OtherModel | Refusal::NoSequence(..) => pilotfish_result::InvalidArgument,
             Refusal::NotOnRecord(_) => pilotfish_result::NotOnRecord,
             Refusal::OutOfOrder(_) => pilotfish_result::OutOfOrder,
         };
@@ -525,8 +527,9 @@ pub unsafe extern "C" fn pilotfish_context_new(
                 if let Some(record) = guards.record.get() {
                     guarding.tell(Arc::clone(record));
                 }
+                let seat = guarding.seat().as_ptr().cast();
                 let inner = Mutex::new(Inner { guarding, texts: Vec::new() });
-                Ok(Box::into_raw(Box::new(pilotfish_context { inner })))
+                Ok(Box::into_raw(Box::new(pilotfish_context { seat, inner })))
             })
         }
     })
@@ -564,15 +567,8 @@ pub unsafe extern "C" fn pilotfish_eval_callback(tensor: *mut ggml_tensor, ask: 
 /// `context` must be null or of `pilotfish_context_new`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pilotfish_context_user_data(context: *const pilotfish_context) -> *mut c_void {
-    let mut data = null_mut();
     // SAFETY: guaranteed by the caller.
-    let _ = unsafe {
-        with(context, |inner| {
-            data = inner.guarding.seat().as_ptr().cast();
-            Ok(())
-        })
-    };
-    data
+    unsafe { context.as_ref() }.map_or(null_mut(), |context| context.seat)
 }
 
 /// Has an eval callback of the app's own run behind the guards: it sees what they have patched. Null for none.
@@ -639,7 +635,9 @@ fn decode_failed(result: i32) -> Failure {
 
 /// Tells of a batch that the app is about to decode by `llama_decode`. A decode that no guard was told of gets logits that are all 0.
 ///
-/// Which rows are of a prompt and which of an answer follows from positions, and from which tokens' logits are asked for: docs/attach.md.
+/// Which rows are of a prompt and which of an answer follows from positions, and from which tokens' logits are asked for (docs/attach.md), unless
+/// `pilotfish_context_begin_prompt` says it. The batch must be decoded as it is. Where a sampler on the device chooses tokens (`llama_set_sampler`), an answer can't be
+/// ended, and `pilotfish_context_end` gives `NO_LOGITS`.
 ///
 /// Errors: the batch must not be decoded.
 ///
@@ -680,41 +678,57 @@ pub unsafe extern "C" fn pilotfish_context_end(
     }
 }
 
-/// Says that cells of the sequence `from` have been copied to `to` (`llama_memory_seq_cp`), from position `first` on; below 0: all.
+/// Copies cells by `llama_memory_seq_cp`, and takes note of it: positions from `first` to before `end` of the sequence `from` (below 0: all) to `to`, which should be
+/// empty. To one that is not, or from another position than the first, is what no gate has read the whole of: all of its gates count as fired.
+///
+/// Errors: `OUT_OF_ORDER` where nothing was decoded yet, `INVALID_ARGUMENT` where the context has no such sequence.
 ///
 /// # Safety
-/// `context` must be of `pilotfish_context_new`.
+/// `context` must be of `pilotfish_context_new`, and its context of llama.cpp live.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn pilotfish_context_copied(
+pub unsafe extern "C" fn pilotfish_context_copy_cells(
     context: *const pilotfish_context,
     from: i32,
     to: i32,
     first: i32,
+    end: i32,
 ) -> pilotfish_result {
     // SAFETY: guaranteed by the caller.
-    unsafe {
-        with(context, |inner| {
-            inner.idle()?.copied(SequenceId(from), SequenceId(to), first);
-            Ok(())
-        })
-    }
+    unsafe { with(context, |inner| Ok(inner.idle()?.copy_cells(SequenceId(from), SequenceId(to), first, end)?)) }
 }
 
-/// Says that positions of a sequence from `first` on have changed by `by` (`llama_memory_seq_add`).
+/// Changes positions by `llama_memory_seq_add`, and takes note of it: those of a sequence from `first` to before `end` (below 0: all) by `by`.
+///
+/// Errors: as of `pilotfish_context_copy_cells`.
+///
+/// # Safety
+/// As there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pilotfish_context_shift_cells(
+    context: *const pilotfish_context,
+    sequence: i32,
+    first: i32,
+    end: i32,
+    by: i32,
+) -> pilotfish_result {
+    // SAFETY: guaranteed by the caller.
+    unsafe { with(context, |inner| Ok(inner.idle()?.shift_cells(SequenceId(sequence), first, end, by)?)) }
+}
+
+/// Says that the rows of a sequence that come next are another prompt's (a further turn of a talk). Without it that follows from positions and logits, and a turn of
+/// at most 65 tokens of which each has its logits asked for, or that comes token by token, is taken for more of the answer, which gates of prompts don't read.
 ///
 /// # Safety
 /// `context` must be of `pilotfish_context_new`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn pilotfish_context_shifted(
+pub unsafe extern "C" fn pilotfish_context_begin_prompt(
     context: *const pilotfish_context,
     sequence: i32,
-    first: i32,
-    by: i32,
 ) -> pilotfish_result {
     // SAFETY: guaranteed by the caller.
     unsafe {
         with(context, |inner| {
-            inner.idle()?.shifted(SequenceId(sequence), first, by);
+            inner.idle()?.begin_prompt(SequenceId(sequence));
             Ok(())
         })
     }

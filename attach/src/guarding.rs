@@ -7,8 +7,8 @@ use crate::track::{Next, Track};
 use pilotfish::Program;
 use pilotfish::attach::control::GateScore;
 use pilotfish::guard::BLOCKED;
-use pilotfish::hook::{BatchRow, Ended, Hook, RawTensor, Splitting};
-use pilotfish::program::RowKind;
+use pilotfish::hook::{BatchRow, Ended, Hook, HookFault, RawTensor, Splitting};
+use pilotfish::program::{Checkpoint, RowKind};
 use pilotfish::tensor::{LayerIndex, SequenceId, TokenPosition};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_int, c_void};
@@ -35,6 +35,10 @@ pub struct Seat {
     announced: Announced,
     /// Whether the app has set our callback itself, where nothing else sees its decodes.
     is_linked: bool,
+    /// Whether something was decoded that was not announced.
+    was_passed: bool,
+    /// Rows of logits that the running decode computes.
+    n_logits: i64,
     /// Rows of the batch that is decoded.
     n_rows: usize,
     /// Layers whose residuals a graph was told to keep, by graph.
@@ -77,6 +81,8 @@ pub struct Guarding {
     /// What is told of the running decode, and must be on the disk before it ends.
     written: Vec<Written>,
     tracks: BTreeMap<SequenceId, Track>,
+    /// Sequences whose cells are all those of another: it and they are one for all that guards know.
+    twins: BTreeMap<SequenceId, SequenceId>,
     /// What is said in place of answers that were ended.
     speeches: BTreeMap<SequenceId, Speech>,
     /// Whether a decode has shown that this llama.cpp does what is relied upon.
@@ -85,19 +91,36 @@ pub struct Guarding {
     tokens: Vec<i32>,
 }
 
-/// What a batch will have changed, once it is decoded.
+/// What a batch will have changed, once it is decoded, and what is taken back if it is not.
 #[derive(Default)]
 struct Pending {
     tracks: Vec<(SequenceId, Track)>,
-    /// Sequences that share rows of others.
-    shared: Vec<(SequenceId, SequenceId)>,
+    shared: Shared,
+    before: Vec<Before>,
+}
+
+/// Rows of a batch that belong to several sequences.
+#[derive(Default)]
+struct Shared {
+    /// Sequences all whose cells are those of another, before the batch and behind it: each pair from the one to the other.
+    twins: Vec<(SequenceId, SequenceId)>,
+    /// Others, of which no gate reads the whole.
+    mixed: Vec<SequenceId>,
+}
+
+/// What a sequence was before a batch.
+struct Before {
+    sequence: SequenceId,
+    state: (Checkpoint, Option<HookFault>),
+    speech: Option<Speech>,
 }
 
 /// Tokens that are said in place of an answer, and then its end.
 struct Speech {
     tokens: Vec<i32>,
     end: Option<i32>,
-    said: usize,
+    /// Position of the row that predicts the first of them.
+    first: i32,
 }
 
 /// Why a context can't be guarded.
@@ -107,12 +130,16 @@ pub enum Refusal {
     NoProgram(Arc<str>),
     #[error("this llama.cpp is not one that pilotfish knows: {0}")]
     Unknown(&'static str),
-    #[error("an answer that a guard has ended could not be ended: the context gives no logits")]
+    #[error(
+        "an answer that a guard has ended could not be ended: the context gives no logits, or a sampler on the device has chosen already"
+    )]
     NoLogits,
     #[error("a guarded context is for one context of llama.cpp, and this is another than it has decoded on")]
     OtherContext,
     #[error("the context is one of another model than it was to be guarded as")]
     OtherModel,
+    #[error("the batch has a row of sequence {0}, and the context has {1}")]
+    NoSequence(i32, u32),
     #[error("a batch is begun, decoded and ended, one at a time: {0}")]
     OutOfOrder(&'static str),
     /// Of a decode that was guarded.
@@ -137,12 +164,16 @@ impl Drop for Guarding {
 /// `user_data` must be a [`Seat`] that nothing else uses while llama.cpp decodes, and `tensor` a tensor of its llama.cpp.
 pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: *mut c_void) -> bool {
     // SAFETY: guaranteed by the caller.
-    let seat = unsafe { &mut *user_data.cast::<Seat>() };
+    let Some(seat) = (unsafe { user_data.cast::<Seat>().as_mut() }) else {
+        tracing::error!("`cb_eval` is pilotfish's, and `cb_eval_user_data` is null: nothing guards this context");
+        return false;
+    };
     let hook = (&raw mut seat.hook).cast::<c_void>();
     // SAFETY: the app's callback gets what it would get from llama.cpp, with its own user data.
     let app = |seat: &Seat| seat.app.is_some_and(|(callback, data)| unsafe { callback(tensor, ask, data) });
     if seat.announced != Announced::Guarded {
         if ask {
+            seat.was_passed |= seat.announced == Announced::Nothing;
             // SAFETY: the tensor is of this llama.cpp.
             seat.hook_wants =
                 seat.is_linked && seat.announced == Announced::Nothing && unsafe { seat.is_logits(tensor) };
@@ -159,7 +190,8 @@ pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: 
         // SAFETY: the hook serves this context alone, and the tensor is of its llama.cpp.
         seat.hook_wants = unsafe { Hook::callback(tensor, true, hook) };
         seat.app_wants = app(seat);
-        seat.n_nodes += 1;
+        // SAFETY: as above.
+        unsafe { seat.note(tensor) };
         return seat.hook_wants || seat.app_wants;
     }
     // SAFETY: as above.
@@ -177,6 +209,20 @@ impl Seat {
     unsafe fn is_logits(&self, tensor: *mut RawTensor) -> bool {
         // SAFETY: guaranteed by the caller; names end in NULs.
         unsafe { CStr::from_ptr((self.llama.name)(tensor)) == c"result_output" }
+    }
+
+    /// Takes note of a node that is about to be computed.
+    ///
+    /// # Safety
+    /// As of [`is_logits`](Self::is_logits).
+    unsafe fn note(&mut self, node: *mut RawTensor) {
+        self.n_nodes += 1;
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            if self.is_logits(node) {
+                self.n_logits += (self.llama.n_rows)(node);
+            }
+        }
     }
 
     /// Takes every meaning from the logits of a decode that was not announced, which no guard has read.
@@ -275,7 +321,7 @@ impl Seat {
                 if Hook::callback(node, true, hook) {
                     (*this).to_show.push(node);
                 }
-                (*this).n_nodes += 1;
+                (*this).note(node);
             }
             let status = compute();
             if status == 0 {
@@ -347,6 +393,8 @@ impl Guarding {
             only_reads: false,
             announced: Announced::Nothing,
             is_linked,
+            was_passed: false,
+            n_logits: 0,
             n_rows: 0,
             kept: HashMap::new(),
             proven: [None; 2],
@@ -366,6 +414,7 @@ impl Guarding {
             record: None,
             written: Vec::new(),
             tracks: BTreeMap::new(),
+            twins: BTreeMap::new(),
             speeches: BTreeMap::new(),
             checked: false,
             rows: Vec::new(),
@@ -428,6 +477,10 @@ impl Guarding {
         }
         // SAFETY: guaranteed by the caller.
         unsafe { self.bind(context)? };
+        // SAFETY: nothing decodes, and the seat is the context's.
+        if unsafe { std::mem::take(&mut (*self.seat.as_ptr()).was_passed) } {
+            self.loaded(None);
+        }
         let guarded = self.take_program()?;
         if !guarded {
             // SAFETY: nothing decodes, and the seat is the context's.
@@ -437,14 +490,14 @@ impl Guarding {
                 Seat::install(self.seat, false);
             }
             // What is decoded now no guard has read.
-            self.tracks.clear();
+            self.loaded(None);
             self.rows.clear();
             self.pending = Some(Pending::default());
             return Ok(());
         }
         // SAFETY: guaranteed by the caller.
-        let (batch_rows, shared) = unsafe { self.rows_of(batch) };
-        let tracks = self.plan(&batch_rows);
+        let (batch_rows, shared) = unsafe { self.rows_of(batch)? };
+        let (tracks, before) = self.plan(&batch_rows);
         let (rows, tokens, splitting) =
             (std::mem::take(&mut self.rows), std::mem::take(&mut self.tokens), self.splitting);
         self.hook().begin(&rows, &tokens, splitting);
@@ -452,12 +505,12 @@ impl Guarding {
         // SAFETY: nothing decodes yet, and the seat is the context's.
         unsafe {
             let seat = &mut *self.seat.as_ptr();
-            (seat.n_nodes, seat.n_rows, seat.only_reads) = (0, rows.len(), only_reads);
+            (seat.n_nodes, seat.n_logits, seat.n_rows, seat.only_reads) = (0, 0, rows.len(), only_reads);
             seat.announced = Announced::Guarded;
             Seat::install(self.seat, !only_reads);
         }
         (self.rows, self.tokens) = (rows, tokens);
-        self.pending = Some(Pending { tracks, shared });
+        self.pending = Some(Pending { tracks, shared, before });
         Ok(())
     }
 
@@ -469,13 +522,26 @@ impl Guarding {
     /// # Errors
     /// The context can't be guarded: what was decoded must not be used.
     pub unsafe fn end(&mut self, result: i32) -> Result<(), Refusal> {
-        let Some(Pending { tracks, shared }) = self.pending.take() else {
+        let Some(Pending { tracks, shared, before }) = self.pending.take() else {
             return Err(Refusal::OutOfOrder("none has begun"));
         };
         // SAFETY: the decode is over, and the seat is the context's.
-        let announced = unsafe { std::mem::replace(&mut (*self.seat.as_ptr()).announced, Announced::Nothing) };
-        // After an error there may be anything in the cells: it is seen at the next decode.
-        if announced == Announced::Unguarded || result != 0 {
+        let (announced, n_logits) = unsafe {
+            let seat = &mut *self.seat.as_ptr();
+            (std::mem::replace(&mut seat.announced, Announced::Nothing), seat.n_logits)
+        };
+        if announced == Announced::Unguarded {
+            return Ok(());
+        }
+        if result != 0 {
+            // It is as if it had not begun. Where a part of it is in the cells, that is seen at the next decode.
+            for Before { sequence, state, speech } in before {
+                self.hook().restore(sequence, state);
+                match speech {
+                    Some(speech) => drop(self.speeches.insert(sequence, speech)),
+                    None => drop(self.speeches.remove(&sequence)),
+                }
+            }
             return Ok(());
         }
         self.check()?;
@@ -484,10 +550,10 @@ impl Guarding {
         }
         for (sequence, track) in tracks {
             self.tracks.insert(sequence, track);
+            self.twins.retain(|to, from| *to != sequence && *from != sequence);
         }
-        for (from, to) in shared {
-            self.share(from, to);
-        }
+        self.share(&shared);
+        self.close_gaps(n_logits);
         self.tell_decisions();
         // SAFETY: guaranteed by the caller.
         let spoken = unsafe { self.speak() };
@@ -636,26 +702,28 @@ impl Guarding {
     ///
     /// # Safety
     /// As of [`begin`](Self::begin).
-    unsafe fn rows_of(&mut self, batch: &Batch) -> (BTreeMap<SequenceId, SequenceRows>, Vec<(SequenceId, SequenceId)>) {
+    unsafe fn rows_of(&mut self, batch: &Batch) -> Result<(BTreeMap<SequenceId, SequenceRows>, Shared), Refusal> {
         self.rows.clear();
         self.tokens.clear();
         let mut of_sequences: BTreeMap<SequenceId, SequenceRows> = BTreeMap::new();
-        let mut others = Vec::new();
+        let mut others: BTreeMap<(SequenceId, SequenceId), usize> = BTreeMap::new();
+        // SAFETY: the context lives, as the caller guarantees.
+        let n_sequences = unsafe { (self.llama.n_seq_max)(self.context) };
         let n_tokens = usize::try_from(batch.n_tokens).unwrap_or(0);
         // SAFETY: the arrays that are not null have `n_tokens` elements, those of sequence ids as many as their counts say (llama.h).
         unsafe {
-            let memory = (self.llama.get_memory)(self.context);
-            let in_cells = |sequence: SequenceId| {
-                if memory.is_null() { 0 } else { (self.llama.seq_pos_max)(memory, sequence.0) + 1 }
-            };
             for index in 0..n_tokens {
                 let n_ids =
                     if batch.n_seq_id.is_null() || batch.seq_id.is_null() { 0 } else { *batch.n_seq_id.add(index) };
-                let id = |of: usize| SequenceId(*(*batch.seq_id.add(index)).add(of));
-                let sequence = if n_ids > 0 { id(0) } else { SequenceId(0) };
+                // llama.cpp ends the process where it is asked for one that it has not.
+                let id = |of: usize| match *(*batch.seq_id.add(index)).add(of) {
+                    id if u32::try_from(id).is_ok_and(|id| id < n_sequences) => Ok(SequenceId(id)),
+                    id => Err(Refusal::NoSequence(id, n_sequences)),
+                };
+                let sequence = if n_ids > 0 { id(0)? } else { SequenceId(0) };
                 let rows = of_sequences
                     .entry(sequence)
-                    .or_insert_with(|| SequenceRows { in_cells: in_cells(sequence), indices: Vec::new() });
+                    .or_insert_with(|| SequenceRows { in_cells: self.in_cells(sequence), indices: Vec::new() });
                 let position = match batch.pos.is_null() {
                     true => rows.in_cells + rows.indices.len() as i32,
                     false => *batch.pos.add(index),
@@ -668,9 +736,9 @@ impl Guarding {
                 let kind = RowKind::Prompt;
                 self.rows.push(BatchRow { sequence, position: TokenPosition(position), kind, output });
                 for other in 1..usize::try_from(n_ids).unwrap_or(0) {
-                    let pair = (sequence, id(other));
-                    if pair.0 != pair.1 && !others.contains(&pair) {
-                        others.push(pair);
+                    let other = id(other)?;
+                    if other != sequence {
+                        *others.entry((sequence, other)).or_default() += 1;
                     }
                 }
             }
@@ -678,25 +746,55 @@ impl Guarding {
                 self.tokens.extend_from_slice(std::slice::from_raw_parts(batch.token, n_tokens));
             }
         }
-        (of_sequences, others)
+        let mut shared = Shared::default();
+        for ((from, to), n_shared) in &others {
+            let rows = &of_sequences[from];
+            let is_all = *n_shared == rows.indices.len() && !of_sequences.contains_key(to);
+            let of_one = others.keys().filter(|(_, other)| other == to).count() == 1;
+            // SAFETY: guaranteed by the caller, and the id is one that the context has.
+            let in_cells = unsafe { self.in_cells(*to) };
+            let is_same = in_cells == 0 || self.twins.get(to) == Some(from) && in_cells == rows.in_cells;
+            if is_all && of_one && is_same {
+                shared.twins.push((*from, *to));
+            } else if !shared.mixed.contains(to) {
+                shared.mixed.push(*to);
+            }
+        }
+        Ok((of_sequences, shared))
+    }
+
+    /// How many tokens the cells of a sequence hold.
+    ///
+    /// # Safety
+    /// The context must live, and have such a sequence.
+    unsafe fn in_cells(&self, sequence: SequenceId) -> i32 {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            let memory = (self.llama.get_memory)(self.context);
+            if memory.is_null() { 0 } else { (self.llama.seq_pos_max)(memory, sequence.0) + 1 }
+        }
     }
 
     /// Prepares the sequences of a batch for its rows, and says what they are: what each track is once it is decoded.
-    fn plan(&mut self, batch: &BTreeMap<SequenceId, SequenceRows>) -> Vec<(SequenceId, Track)> {
-        let mut after = Vec::with_capacity(batch.len());
+    fn plan(&mut self, batch: &BTreeMap<SequenceId, SequenceRows>) -> (Vec<(SequenceId, Track)>, Vec<Before>) {
+        let (mut after, mut before) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()));
         for (sequence, SequenceRows { in_cells, indices }) in batch {
             let rows = || indices.iter().map(|index| (self.rows[*index].position.0, self.rows[*index].output));
             let track = self.tracks.get(sequence).copied();
-            let (next, kinds, track) = Track::take(track, *in_cells, rows());
+            let (mut next, kinds, track) = Track::take(track, *in_cells, rows());
             for (index, kind) in indices.iter().zip(kinds) {
                 self.rows[*index].kind = kind;
             }
             after.push((*sequence, track));
-            if next != Next::GoesOn {
-                self.speeches.remove(sequence);
-            }
             let (sequence, n) = (*sequence, usize::try_from(*in_cells).unwrap_or(0));
+            let speech = if next == Next::GoesOn { None } else { self.speeches.remove(&sequence) };
+            let goes_on = next == Next::GoesOn;
             let hook = self.hook();
+            before.push(Before { sequence, state: hook.checkpoint(sequence, !goes_on), speech });
+            let began_unguarded = hook.sequences().program(sequence).is_some_and(|own| own.guards().is_empty());
+            if next == Next::Turn && began_unguarded && !hook.program().guards().is_empty() {
+                next = Next::Unseen;
+            }
             match next {
                 Next::GoesOn => {}
                 Next::Begins => hook.clear(sequence),
@@ -721,32 +819,149 @@ impl Guarding {
                 }
             }
         }
-        after
+        (after, before)
     }
 
-    /// Says that rows of `from` in this batch are also those of `to`.
-    fn share(&mut self, from: SequenceId, to: SequenceId) {
+    /// Has sequences be what those are whose rows they share. Where a sequence has but some rows of another's, or others besides, no gate has read the whole of it.
+    fn share(&mut self, shared: &Shared) {
+        for (from, to) in &shared.twins {
+            self.copy(*from, *to);
+        }
+        for sequence in &shared.mixed {
+            tracing::warn!(%sequence, "it shares some rows with another sequence, so that no gate reads the whole of it: its gates count as fired");
+            self.loaded(Some(*sequence));
+            let hook = self.hook();
+            if hook.sequences().program(*sequence).is_none() {
+                let program = Arc::clone(hook.program());
+                hook.assign(*sequence, program);
+            }
+            hook.fire(*sequence);
+        }
+    }
+
+    /// Makes of `to`, which was empty, what `from` is.
+    fn copy(&mut self, from: SequenceId, to: SequenceId) {
         self.hook().copy(from, to);
+        self.speeches.remove(&to);
+        self.twins.retain(|one, other| *one != to && *other != to);
         match self.tracks.get(&from).copied() {
-            Some(track) => self.tracks.insert(to, track),
-            None => self.tracks.remove(&to),
-        };
+            Some(track) => {
+                self.tracks.insert(to, track);
+                self.twins.insert(to, from);
+            }
+            None => drop(self.tracks.remove(&to)),
+        }
     }
 
-    /// Says that cells of `from` have been copied to `to`, from position `first` on (below 0: all).
-    pub fn copied(&mut self, from: SequenceId, to: SequenceId, first: i32) {
-        if first <= 0 {
-            self.share(from, to);
-        } else {
-            self.loaded(Some(to));
+    /// Sees that no token is chosen by logits that no gate has decided about: fires gates that have yet to decide where there are any, and all of the batch where
+    /// llama.cpp has computed more rows of logits than it was asked for in the batch (contexts that give embeddings do).
+    fn close_gaps(&mut self, n_logits: i64) {
+        let n_asked = self.rows.iter().filter(|row| row.output).count();
+        let gives_more = usize::try_from(n_logits).is_ok_and(|n| n > n_asked);
+        for index in 0..self.rows.len() {
+            let BatchRow { sequence, output, .. } = self.rows[index];
+            if gives_more {
+                self.rows[index].output = true;
+            }
+            let hook = self.hook();
+            if gives_more || output && hook.sequences().is_undecided(sequence) {
+                hook.fire(sequence);
+            }
+        }
+    }
+
+    /// Whether the cells of `sequence` hold nothing.
+    ///
+    /// # Safety
+    /// The context must live.
+    pub unsafe fn is_empty(&self, sequence: SequenceId) -> bool {
+        if self.context.is_null() {
+            return false;
+        }
+        // SAFETY: guaranteed by the caller; the sequence is one that the context has.
+        unsafe {
+            let n_sequences = (self.llama.n_seq_max)(self.context);
+            u32::try_from(sequence.0).is_ok_and(|id| id < n_sequences) && self.in_cells(sequence) == 0
+        }
+    }
+
+    /// Has cells of `from` copied to `to` by llama.cpp, positions from `first` to before `end` (below 0: all).
+    ///
+    /// # Safety
+    /// The context must live, and both be sequences that it has.
+    ///
+    /// # Errors
+    /// Nothing was decoded, or there is no such sequence.
+    pub unsafe fn copy_cells(&mut self, from: SequenceId, to: SequenceId, first: i32, end: i32) -> Result<(), Refusal> {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            self.has(from)?;
+            self.has(to)?;
+            let was_empty = self.is_empty(to);
+            (self.llama.seq_cp)((self.llama.get_memory)(self.context), from.0, to.0, first, end);
+            self.copied(from, to, first, was_empty);
+        }
+        Ok(())
+    }
+
+    /// Has positions of `sequence` from `first` to before `end` (below 0: all) changed by `by`.
+    ///
+    /// # Safety
+    /// The context must live.
+    ///
+    /// # Errors
+    /// As of [`copy_cells`](Self::copy_cells).
+    pub unsafe fn shift_cells(&mut self, sequence: SequenceId, first: i32, end: i32, by: i32) -> Result<(), Refusal> {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            self.has(sequence)?;
+            (self.llama.seq_add)((self.llama.get_memory)(self.context), sequence.0, first, end, by);
+        }
+        self.shifted(sequence, first, by);
+        Ok(())
+    }
+
+    /// Whether the context has decoded, and has such a sequence.
+    ///
+    /// # Safety
+    /// The context must live.
+    unsafe fn has(&self, sequence: SequenceId) -> Result<(), Refusal> {
+        if self.context.is_null() {
+            return Err(Refusal::OutOfOrder("nothing was decoded yet"));
+        }
+        // SAFETY: guaranteed by the caller.
+        let n_sequences = unsafe { (self.llama.n_seq_max)(self.context) };
+        let has = u32::try_from(sequence.0).is_ok_and(|id| id < n_sequences);
+        if has { Ok(()) } else { Err(Refusal::NoSequence(sequence.0, n_sequences)) }
+    }
+
+    /// Says that cells of `from` have been copied to `to`, from position `first` on (below 0: all), which had none or had some.
+    pub fn copied(&mut self, from: SequenceId, to: SequenceId, first: i32, was_empty: bool) {
+        match from == to {
+            true => {}
+            false if first <= 0 && was_empty => self.copy(from, to),
+            false => self.loaded(Some(to)),
+        }
+    }
+
+    /// Says that what comes next of `sequence` is another prompt.
+    pub fn begin_prompt(&mut self, sequence: SequenceId) {
+        if let Some(track) = self.tracks.get_mut(&sequence) {
+            track.begin_prompt();
         }
     }
 
     /// Says that cells of `sequence` (or of all) hold what was not decoded here.
     pub fn loaded(&mut self, sequence: Option<SequenceId>) {
         match sequence {
-            Some(sequence) => drop(self.tracks.remove(&sequence)),
-            None => self.tracks.clear(),
+            Some(sequence) => {
+                self.tracks.remove(&sequence);
+                self.twins.retain(|to, from| *to != sequence && *from != sequence);
+            }
+            None => {
+                self.tracks.clear();
+                self.twins.clear();
+            }
         }
     }
 
@@ -755,6 +970,7 @@ impl Guarding {
         if let Some(track) = self.tracks.get_mut(&sequence) {
             track.shift(first, by);
         }
+        self.twins.retain(|to, from| *to != sequence && *from != sequence);
         let kept = usize::try_from(first.saturating_add(by.min(0))).unwrap_or(0);
         self.hook().forget_rows_from(sequence, kept);
     }
@@ -783,13 +999,17 @@ impl Guarding {
     /// # Safety
     /// The context must live, and its decode have just ended well.
     unsafe fn speak(&mut self) -> Result<(), Refusal> {
+        let mut outcome = Ok(());
         for index in 0..self.rows.len() {
-            let BatchRow { sequence, output, .. } = self.rows[index];
+            let BatchRow { sequence, output, position, .. } = self.rows[index];
             if !output {
                 continue;
             }
+            let Some(ended) = self.hook().ended(sequence) else {
+                self.speeches.remove(&sequence);
+                continue;
+            };
             if !self.speeches.contains_key(&sequence) {
-                let Some(ended) = self.hook().ended(sequence) else { continue };
                 self.tell_of(sequence, |record, of| record.ended(of, &ended));
                 let message = match ended {
                     Ended::Fault { guard, fault } => {
@@ -801,26 +1021,35 @@ impl Guarding {
                         message.unwrap_or_else(|| BLOCKED.to_owned())
                     }
                 };
+                // An app that asks for the logits of a whole prompt goes on from the last.
+                let of_it = self.rows.iter().filter(|row| row.sequence == sequence && row.output);
+                let first = of_it.map(|row| row.position.0).max().unwrap_or(position.0);
                 // SAFETY: the model lives as long as its context.
                 let speech = unsafe {
                     let tokens = self.llama.tokens(self.raw_model, &message);
-                    Speech { tokens, end: self.llama.end_of_answer(self.raw_model), said: 0 }
+                    Speech { tokens, end: self.llama.end_of_answer(self.raw_model), first }
                 };
                 self.speeches.insert(sequence, speech);
             }
-            let Some(speech) = self.speeches.get_mut(&sequence) else { continue };
-            let token = speech.tokens.get(speech.said).copied().or(speech.end);
-            speech.said += 1;
+            let Some(speech) = self.speeches.get(&sequence) else { continue };
+            let said = usize::try_from(position.0.saturating_sub(speech.first)).unwrap_or(0);
+            let token = speech.tokens.get(said).copied().or(speech.end);
             // SAFETY: guaranteed by the caller; row `index` of the batch has logits, as many as there are tokens.
             unsafe {
+                let is_chosen = self.llama.is_sampled(self.context, index as i32);
                 let logits = (self.llama.get_logits_ith)(self.context, index as i32);
                 let n_tokens = (self.llama.n_tokens)((self.llama.get_vocab)(self.raw_model));
-                let (Some(token), false) = (token, logits.is_null()) else { return Err(Refusal::NoLogits) };
-                let logits = std::slice::from_raw_parts_mut(logits, usize::try_from(n_tokens).unwrap_or(0));
-                say(logits, token);
+                match token {
+                    Some(token) if !logits.is_null() && !is_chosen => {
+                        let n_tokens = usize::try_from(n_tokens).unwrap_or(0);
+                        say(std::slice::from_raw_parts_mut(logits, n_tokens), token);
+                    }
+                    // The others are to be ended all the same.
+                    _ => outcome = Err(Refusal::NoLogits),
+                }
             }
         }
-        Ok(())
+        outcome
     }
 }
 

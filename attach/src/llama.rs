@@ -70,6 +70,8 @@ macro_rules! functions {
             $(pub $field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
             /// Newer than the rest: how many tokens one sequence has room for.
             n_ctx_seq: Option<unsafe extern "C" fn(*const Context) -> u32>,
+            /// Newer too: what a sampler on the device has chosen for a row.
+            sampled_token: Option<unsafe extern "C" fn(*mut Context, i32) -> i32>,
             pub ggml: GgmlTable,
         }
 
@@ -95,6 +97,10 @@ macro_rules! functions {
                 let n_ctx_seq = unsafe {
                     std::mem::transmute::<*const c_void, Option<unsafe extern "C" fn(*const Context) -> u32>>(resolve(c"llama_n_ctx_seq"))
                 };
+                // SAFETY: as above.
+                let sampled_token = unsafe {
+                    std::mem::transmute::<*const c_void, Option<unsafe extern "C" fn(*mut Context, i32) -> i32>>(resolve(c"llama_get_sampled_token_ith"))
+                };
                 // SAFETY: guaranteed by the caller.
                 let ggml = unsafe { GgmlTable::lookup(&mut resolve)? };
                 // SAFETY: as above. Without it a residual on a device goes by copy.
@@ -105,7 +111,7 @@ macro_rules! functions {
                         ggml
                     }
                 };
-                Ok(Self { $($field,)* n_ctx_seq, ggml })
+                Ok(Self { $($field,)* n_ctx_seq, sampled_token, ggml })
             }
         }
     };
@@ -116,6 +122,9 @@ functions! {
     get_model = c"llama_get_model": fn(*const Context) -> *const Model;
     get_memory = c"llama_get_memory": fn(*const Context) -> *mut Memory;
     seq_pos_max = c"llama_memory_seq_pos_max": fn(*mut Memory, i32) -> i32;
+    seq_cp = c"llama_memory_seq_cp": fn(*mut Memory, i32, i32, i32, i32);
+    seq_add = c"llama_memory_seq_add": fn(*mut Memory, i32, i32, i32, i32);
+    n_seq_max = c"llama_n_seq_max": fn(*const Context) -> u32;
     n_ctx = c"llama_n_ctx": fn(*const Context) -> u32;
     n_ubatch = c"llama_n_ubatch": fn(*const Context) -> u32;
     get_logits_ith = c"llama_get_logits_ith": fn(*mut Context, i32) -> *mut f32;
@@ -133,6 +142,7 @@ functions! {
     vocab_eos = c"llama_vocab_eos": fn(*const Vocab) -> i32;
     set_eval_callback = c"ggml_backend_sched_set_eval_callback": fn(*mut Scheduler, Option<EvalCallback>, *mut c_void);
     name = c"ggml_get_name": fn(*const RawTensor) -> *const c_char;
+    n_rows = c"ggml_nrows": fn(*const RawTensor) -> i64;
     n_bytes = c"ggml_nbytes": fn(*const RawTensor) -> usize;
     read = c"ggml_backend_tensor_get": fn(*const RawTensor, *mut c_void, usize, usize);
     memset = c"ggml_backend_tensor_memset": fn(*mut RawTensor, u8, usize, usize);
@@ -175,6 +185,15 @@ impl Llama {
                 !device.is_null() && (self.device_kind)(device) == CPU
             })
         }
+    }
+
+    /// Whether a sampler on the device has chosen the token of a row already.
+    ///
+    /// # Safety
+    /// `context` must be a living context that has decoded a batch with such a row.
+    pub unsafe fn is_sampled(&self, context: *mut Context, row: i32) -> bool {
+        // SAFETY: guaranteed by the caller. Below 0 there is none.
+        self.sampled_token.is_some_and(|sampled| unsafe { sampled(context, row) } >= 0)
     }
 
     /// Has `graph`, when it is given memory or that is planned, keep the residuals of `layers` to its end. Returns those that it has.

@@ -30,7 +30,12 @@ impl Models {
     /// It does not say what it is.
     pub unsafe fn of(&self, llama: &Llama, model: *const Model) -> Result<Arc<LoadedModel>, Refusal> {
         let known = lock(&self.known).get(&(model as usize)).and_then(Weak::upgrade);
-        if let Some(known) = known {
+        // Another may lie where one was freed that something still keeps.
+        // SAFETY: guaranteed by the caller.
+        let is_it = |known: &Arc<LoadedModel>| unsafe {
+            known.shape == llama.shape(model) && known.quantization == llama.quantization(model)
+        };
+        if let Some(known) = known.filter(is_it) {
             return Ok(known);
         }
         // SAFETY: guaranteed by the caller.

@@ -458,12 +458,15 @@ pub unsafe extern "C" fn llama_set_sampler(context: *mut Context, sequence: i32,
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn llama_memory_seq_cp(memory: *mut Memory, from: i32, to: i32, first: i32, end: i32) {
     boundary((), || {
+        let slot = attached().and_then(|attached| attached.context_of(memory));
+        // SAFETY: the app copies cells of a context, which lives.
+        let is_empty = |guarding: &Guarding| unsafe { guarding.is_empty(SequenceId(to)) };
+        let was_empty = slot.as_ref().is_some_and(|slot| lock(slot).guarding.as_ref().is_some_and(is_empty));
         if let Some(real) = real!(c"llama_memory_seq_cp": unsafe extern "C" fn(*mut Memory, i32, i32, i32, i32)) {
             // SAFETY: the caller calls it so.
             unsafe { real(memory, from, to, first, end) };
         }
-        let slot = attached().filter(|_| from != to).and_then(|attached| attached.context_of(memory));
-        tell(slot, |guarding| guarding.copied(SequenceId(from), SequenceId(to), first));
+        tell(slot, |guarding| guarding.copied(SequenceId(from), SequenceId(to), first, was_empty));
     });
 }
 

@@ -31,8 +31,9 @@ impl Track {
     /// What `rows` are, each by its position and whether its logits are asked for, to a sequence of which `track` is known and whose cells hold `in_cells`
     /// tokens: how it goes on, the kind of each row, and what is known of it once they are decoded.
     ///
-    /// A row whose logits are asked for ends a prompt if it is the last of its batch. Those that follow are of the answer as long as the logits of each are
-    /// asked for; others are a prompt again. An app may take tokens back: behind the prompt's end that is a draft that was refused, before it another prompt.
+    /// The last row of a batch whose logits are asked for ends a prompt: no token may be chosen before gates have decided. Those that follow are of the answer as
+    /// long as the logits of each are asked for; others are a prompt again. An app may take tokens back: behind the prompt's end that is a draft that was
+    /// refused, before it another prompt.
     pub fn take(
         track: Option<Self>,
         in_cells: i32,
@@ -45,12 +46,19 @@ impl Track {
             let kinds = vec![RowKind::Generated; rows.len()];
             return (next, kinds, Self { n, prompt_end: Some(prompt_end) });
         }
-        let mut kinds = vec![RowKind::Prompt; rows.len()];
-        let ends = rows.last().is_some_and(|(_, output)| output);
-        if let (true, Some(last)) = (ends, kinds.last_mut()) {
-            *last = RowKind::PromptEnd;
-        }
-        (next, kinds, Self { n, prompt_end: ends.then_some(n - 1) })
+        let end = rows.clone().enumerate().filter(|(_, (_, output))| *output).last();
+        let Some((end, (position, _))) = end else {
+            return (next, vec![RowKind::Prompt; rows.len()], Self { n, prompt_end: None });
+        };
+        let mut kinds = vec![RowKind::Prompt; end];
+        kinds.push(RowKind::PromptEnd);
+        kinds.resize(rows.len(), RowKind::Generated);
+        (next, kinds, Self { n, prompt_end: Some(position) })
+    }
+
+    /// Says that what comes next is another prompt, whatever it looks like.
+    pub fn begin_prompt(&mut self) {
+        self.prompt_end = Some(i32::MAX);
     }
 
     /// Positions from `first` on become `by` more.
@@ -131,6 +139,20 @@ mod tests {
         // A prompt that was broken off.
         let (next, ..) = take(Some(Track { n: 9, prompt_end: None }), 4, 4, 3, 2);
         assert_eq!(next, Next::Turn);
+    }
+
+    #[test]
+    fn logits_before_the_last_row_end_a_prompt_too() {
+        let rows = [(0, false), (1, true), (2, false)];
+        let (next, kinds, track) = Track::take(None, 0, rows.into_iter());
+        assert_eq!((next, kinds), (Next::Begins, vec![Prompt, PromptEnd, Generated]));
+        assert_eq!(track, Track { n: 3, prompt_end: Some(1) });
+        // One that is told to be a prompt, though it looks like a draft.
+        let mut track = Track { n: 9, prompt_end: Some(4) };
+        track.begin_prompt();
+        let (next, kinds, track) = take(Some(track), 9, 9, 2, 0);
+        assert_eq!((next, kinds), (Next::Turn, vec![Prompt, PromptEnd]));
+        assert_eq!(track, Track { n: 11, prompt_end: Some(10) });
     }
 
     #[test]

@@ -6,10 +6,13 @@ use std::path::Path;
 const HEAD: &str = "\
 /* Guards in an app that runs llama.cpp. Made from attach/src/abi.rs; how to use it: docs/attach.md and examples/c.
  *
- * Threads: `pilotfish_guards` may be used by any thread, several at once. `pilotfish_context` is for one thread at a time, as the context of llama.cpp that it
- * guards; a second one gets PILOTFISH_RESULT_BUSY. `pilotfish_last_error` is each thread's own.
+ * Threads: `pilotfish_guards` may be used by any thread, several at once. A `pilotfish_context` is for one thread at a time, as the `llama_context` that it guards:
+ * a second one that comes in the midst of a call gets PILOTFISH_RESULT_BUSY; between `_begin` and `_end`, while llama.cpp decodes, that is not seen.
+ * `pilotfish_last_error` is each thread's own. Callbacks and resolvers must return: no exception and no longjmp may leave them.
  *
- * Lives: a `pilotfish_context` outlives its context of llama.cpp; `pilotfish_guards` may be freed at any time.
+ * Lives: the model outlives the `llama_context`, which is freed before its `pilotfish_context`, which is freed before the model. `pilotfish_guards` may be freed at any time.
+ *
+ * C99 or newer, C++11 or newer.
  */";
 
 const TAIL: &str = "\

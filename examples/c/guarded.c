@@ -93,7 +93,13 @@ int main(int argc, char ** argv) {
         if (pilotfish_context_gate(guard, 0, i, &gate)) {
             return failed("a gate");
         }
-        fprintf(stderr, "%s/%s: score %.4f%s\n", gate.guard, gate.gate, gate.score, gate.fired ? ", fired" : "");
+        fprintf(stderr, "%s/%s: ", gate.guard, gate.gate);
+        /* Where it can't be told what a gate has read it has fired, and has no score. */
+        if (gate.has_score) {
+            fprintf(stderr, "score %.4f%s\n", gate.score, gate.fired ? ", fired" : "");
+        } else {
+            fprintf(stderr, "%s\n", gate.fired ? "fired" : "undecided");
+        }
     }
     pilotfish_end end;
     if (pilotfish_context_ended(guard, 0, &end)) {

@@ -77,7 +77,9 @@ def main(model_path, guards_path, prompt):
     for index in range(lib.pilotfish_context_n_gates(guard, 0)):
         gate = Gate()
         check(lib.pilotfish_context_gate(guard, 0, ctypes.c_size_t(index), ctypes.byref(gate)))
-        print(f"{gate.guard.decode()}/{gate.gate.decode()}: score {gate.score:.4f}{', fired' if gate.fired else ''}", file=sys.stderr)
+        # Where it can't be told what a gate has read it has fired, and has no score.
+        said = [f"score {gate.score:.4f}"] * gate.has_score + ["fired"] * gate.fired
+        print(f"{gate.guard.decode()}/{gate.gate.decode()}: {', '.join(said) or 'undecided'}", file=sys.stderr)
     end = End()
     check(lib.pilotfish_context_ended(guard, 0, ctypes.byref(end)))
     if end.reason:

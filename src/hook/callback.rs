@@ -4,7 +4,7 @@ use super::rows::{BatchRow, GraphInputs, RowTracker, Splitting};
 use super::table::{GgmlTable, RawTensor, Tensor, read_i32};
 use super::{CopyExecutor, DeviceExecutor, Ended, HookFault};
 use crate::guard::OnError;
-use crate::program::{Program, Sequences, Setting, ToggleError, TokenBytes, panic_message};
+use crate::program::{Checkpoint, Program, Sequences, Setting, ToggleError, TokenBytes, panic_message};
 use crate::tensor::{LayerIndex, SequenceId};
 use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -188,8 +188,23 @@ impl Hook {
         self.rows.is_uncertain()
     }
 
+    /// What `sequence` is before a decode: see [`Sequences::checkpoint`]. With it what went wrong with it.
+    pub fn checkpoint(&self, sequence: SequenceId, whole: bool) -> (Checkpoint, Option<HookFault>) {
+        (self.sequences.checkpoint(sequence, whole), self.fault_of(sequence).cloned())
+    }
+
+    /// Makes of `sequence` what it was before a decode that has come to nothing.
+    pub fn restore(&mut self, sequence: SequenceId, (checkpoint, fault): (Checkpoint, Option<HookFault>)) {
+        self.sequences.restore(sequence, checkpoint);
+        self.failed.retain(|(failed, _)| *failed != sequence);
+        self.failed.extend(fault.map(|fault| (sequence, fault)));
+    }
+
     /// Makes of `to` what `from` is: see [`Sequences::copy`]. What went wrong with the one went wrong with the other.
     pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
+        if from == to {
+            return;
+        }
         self.sequences.copy(from, to);
         self.failed.retain(|(failed, _)| *failed != to);
         self.failed.extend(self.fault_of(from).cloned().map(|fault| (to, fault)));

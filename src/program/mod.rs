@@ -24,7 +24,7 @@ pub use gates::{GateDecision, Row, RowKind};
 pub(crate) use host::Group;
 pub use host::{RowFault, Scratch, panic_message};
 pub(crate) use sequences::EVERY_TEXT;
-pub use sequences::Sequences;
+pub use sequences::{Checkpoint, Sequences};
 pub use spelling::{TokenBytes, tokens_spelling};
 pub use toggle::{Dial, Setting, ToggleError};
 

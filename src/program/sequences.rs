@@ -43,6 +43,19 @@ pub(super) struct SequenceState {
     spelt: Spelt,
 }
 
+/// What a sequence was before a decode, for one that comes to nothing: see [`Sequences::checkpoint`].
+#[derive(Debug)]
+pub struct Checkpoint(Saved);
+
+#[derive(Debug)]
+enum Saved {
+    /// It did not live.
+    Nothing,
+    /// Its gates alone: the rest is taken back by whoever decodes the same positions again.
+    Gates(Vec<GateState>),
+    Whole(Box<SequenceState>),
+}
+
 /// Programs that are kept for those who set them again.
 const MAX_VARIANTS: usize = 8;
 
@@ -421,8 +434,44 @@ impl Sequences {
         }
     }
 
+    /// What `sequence` is now, for [`restore`](Self::restore): before a decode that goes on with it, or (`whole`) before one that makes something else of it.
+    pub fn checkpoint(&self, sequence: SequenceId, whole: bool) -> Checkpoint {
+        Checkpoint(match self.states.get(&sequence) {
+            None => Saved::Nothing,
+            Some(state) if whole => Saved::Whole(Box::new(state.clone())),
+            Some(state) => Saved::Gates(state.gates.clone()),
+        })
+    }
+
+    /// Makes of `sequence` what it was, where llama.cpp has refused or broken off a decode.
+    pub fn restore(&mut self, sequence: SequenceId, checkpoint: Checkpoint) {
+        match checkpoint.0 {
+            Saved::Nothing => self.clear(sequence),
+            Saved::Gates(gates) => {
+                if let Some(state) = self.states.get_mut(&sequence) {
+                    state.gates = gates;
+                }
+            }
+            Saved::Whole(state) => {
+                self.clear(sequence);
+                self.states.insert(sequence, *state);
+            }
+        }
+    }
+
+    /// Whether a gate of `sequence` that blocks has yet to decide over its prompt.
+    pub fn is_undecided(&self, sequence: SequenceId) -> bool {
+        let Some(state) = self.states.get(&sequence) else { return false };
+        state.program.gates.iter().zip(&state.gates).any(|(gate, known)| {
+            gate.on_fire == OnFire::Block && matches!(gate.scope, Scope::Prompt(_)) && known.decision().is_none()
+        })
+    }
+
     /// Makes of `to` what `from` is, answer and decisions and all; of one that does not live, nothing.
     pub fn copy(&mut self, from: SequenceId, to: SequenceId) {
+        if from == to {
+            return;
+        }
         self.clear(to);
         if let Some(state) = self.states.get(&from).cloned() {
             self.states.insert(to, state);

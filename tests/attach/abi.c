@@ -1,5 +1,5 @@
-/* The C interface, used well and badly: abi MODEL GUARDS PROMPT. For tests/suite/c_interface.rs, with the fixture's model, one guard of it, which steers, and a
- * prompt for which its gate fires. Prints `done`. */
+/* The C interface, used well and badly: abi MODEL GUARDS PROMPT HARMLESS. For tests/suite/c_interface.rs, with the fixture's model, one guard of it, which steers,
+ * a prompt for which its gate fires, and one for which it does not. Prints `done`. */
 
 #define _GNU_SOURCE
 #include <llama.h>
@@ -27,8 +27,8 @@ static void quiet(enum ggml_log_level level, const char * text, void * data) {
     }
 }
 
-static llama_token PROMPT[32];
-static int N_TOKENS;
+static llama_token PROMPT[32], HARMLESS[32];
+static int N_TOKENS, N_HARMLESS;
 
 /* `n` tokens of a sequence from position `first` on, the last with logits. */
 static void fill(struct llama_batch * batch, const llama_token * tokens, int n, int first, int sequence) {
@@ -88,7 +88,7 @@ static const void * resolve(const char * name, void * data) {
 }
 
 int main(int argc, char ** argv) {
-    if (argc != 4) {
+    if (argc != 5) {
         return 64;
     }
     llama_log_set(quiet, NULL);
@@ -110,6 +110,7 @@ int main(int argc, char ** argv) {
     FAILS(pilotfish_context_new(NULL, NULL, &guard), INVALID_ARGUMENT, "`guards` is null");
     FAILS(pilotfish_context_end(NULL, 0), INVALID_ARGUMENT, "`context` is null");
     CHECK(pilotfish_context_user_data(NULL) == NULL);
+    CHECK(!pilotfish_eval_callback(NULL, true, NULL));
     CHECK(pilotfish_context_n_gates(NULL, 0) == 0);
     pilotfish_guards_free(NULL);
     pilotfish_context_free(NULL);
@@ -118,7 +119,8 @@ int main(int argc, char ** argv) {
     CHECK(model != NULL);
     const int length = (int) strlen(argv[3]);
     N_TOKENS = llama_tokenize(llama_model_get_vocab(model), argv[3], length, PROMPT, 32, true, true);
-    CHECK(N_TOKENS > 1);
+    N_HARMLESS = llama_tokenize(llama_model_get_vocab(model), argv[4], (int) strlen(argv[4]), HARMLESS, 32, true, true);
+    CHECK(N_TOKENS > 2 && N_HARMLESS > 2);
     const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     OK(pilotfish_guards_open(argv[2], &guards));
     char problems[64];
@@ -129,11 +131,12 @@ int main(int argc, char ** argv) {
     struct llama_context_params params = llama_context_default_params();
     params.n_ctx = 256;
     params.n_seq_max = 4;
+    params.kv_unified = true;
     struct llama_context * alone = llama_init_from_model(model, params);
     PILOTFISH_ATTACH(guard, &params);
     struct llama_context * context = llama_init_from_model(model, params);
     CHECK(alone && context);
-    struct llama_batch batch = llama_batch_init(64, 0, 1);
+    struct llama_batch batch = llama_batch_init(64, 0, 2);
 
     /* A decode that was not announced means nothing, and counts as read by nobody. */
     fill(&batch, PROMPT, N_TOKENS, 0, 0);
@@ -179,10 +182,100 @@ int main(int argc, char ** argv) {
     CHECK(result == 0);
     OK(pilotfish_context_gate(guard, 1, 0, &gate));
     CHECK(gate.score == score);
-    llama_memory_seq_cp(llama_get_memory(context), 1, 2, -1, -1);
-    OK(pilotfish_context_copied(guard, 1, 2, -1));
+    OK(pilotfish_context_copy_cells(guard, 1, 2, -1, -1));
+    CHECK(llama_memory_seq_pos_max(llama_get_memory(context), 2) == N_TOKENS - 1);
     OK(pilotfish_context_gate(guard, 2, 0, &gate));
     CHECK(gate.score == score);
+    OK(pilotfish_context_copy_cells(guard, 2, 2, -1, -1));
+    OK(pilotfish_context_gate(guard, 2, 0, &gate));
+    CHECK(gate.score == score);
+    FAILS(pilotfish_context_copy_cells(guard, 1, 4, -1, -1), INVALID_ARGUMENT, "sequence 4");
+    FAILS(pilotfish_context_shift_cells(guard, -1, 0, -1, 1), INVALID_ARGUMENT, "sequence -1");
+
+    /* A sequence that the context has not ends nothing but the call. */
+    fill(&batch, PROMPT, 1, 0, 4);
+    FAILS(pilotfish_context_decode(guard, context, &batch, NULL), INVALID_ARGUMENT, "sequence 4");
+    fill(&batch, PROMPT, 1, 0, -1);
+    FAILS(pilotfish_context_decode(guard, context, &batch, NULL), INVALID_ARGUMENT, "sequence -1");
+
+    /* A turn that llama.cpp refuses has not been: what the gates had decided stands, and the turn is read when it comes. */
+    fill(&batch, PROMPT, N_TOKENS, N_TOKENS + 3, 1);
+    FAILS(pilotfish_context_decode(guard, context, &batch, NULL), DECODE_FAILED, "llama_decode");
+    OK(pilotfish_context_gate(guard, 1, 0, &gate));
+    CHECK(gate.decided && gate.fired && gate.score == score);
+    fill(&batch, PROMPT, 1, N_TOKENS, 1);
+    OK(pilotfish_context_decode(guard, context, &batch, NULL));
+    OK(pilotfish_context_gate(guard, 1, 0, &gate));
+    CHECK(gate.decided && gate.fired && gate.score == score);
+
+    /* Tokens that look like a draft of the answer are a prompt where the app says so. */
+    fill(&batch, PROMPT, 2, N_TOKENS + 1, 1);
+    batch.logits[0] = true;
+    OK(pilotfish_context_begin_prompt(guard, 1));
+    OK(pilotfish_context_decode(guard, context, &batch, NULL));
+    OK(pilotfish_context_gate(guard, 1, 0, &gate));
+    CHECK(gate.decided && gate.score != score);
+
+    /* Rows that some sequences share, and rows of their own beside: no gate reads the whole, so all have fired. */
+    llama_memory_clear(llama_get_memory(context), true);
+    fill(&batch, HARMLESS, N_HARMLESS, 0, 0);
+    OK(pilotfish_context_decode(guard, context, &batch, NULL));
+    OK(pilotfish_context_gate(guard, 0, 0, &gate));
+    CHECK(!gate.fired);
+    llama_memory_clear(llama_get_memory(context), true);
+    fill(&batch, HARMLESS, N_HARMLESS, 0, 0);
+    for (int i = 1; i < N_HARMLESS; i++) {
+        const int row = batch.n_tokens++;
+        batch.token[row] = HARMLESS[i];
+        batch.pos[row] = i;
+        batch.n_seq_id[row] = 1;
+        batch.seq_id[row][0] = 1;
+        batch.logits[row] = i + 1 == N_HARMLESS;
+    }
+    batch.n_seq_id[0] = 2;
+    batch.seq_id[0][1] = 1;
+    OK(pilotfish_context_decode(guard, context, &batch, NULL));
+    OK(pilotfish_context_gate(guard, 0, 0, &gate));
+    CHECK(!gate.fired);
+    OK(pilotfish_context_gate(guard, 1, 0, &gate));
+    CHECK(gate.fired && !gate.has_score);
+    /* All of a prompt for both, in parts, is one prompt. */
+    llama_memory_clear(llama_get_memory(context), true);
+    for (int i = 0; i < N_HARMLESS; i++) {
+        fill(&batch, HARMLESS + i, 1, i, 0);
+        batch.logits[0] = i + 1 == N_HARMLESS;
+        batch.n_seq_id[0] = 2;
+        batch.seq_id[0][1] = 1;
+        OK(pilotfish_context_decode(guard, context, &batch, NULL));
+    }
+    OK(pilotfish_context_gate(guard, 1, 0, &gate));
+    CHECK(gate.decided && !gate.fired);
+    /* What was decoded unannounced between them is not taken for what was there. */
+    llama_memory_clear(llama_get_memory(context), true);
+    fill(&batch, HARMLESS, N_HARMLESS, 0, 0);
+    CHECK(llama_decode(context, batch) == 0);
+    fill(&batch, HARMLESS, 1, N_HARMLESS, 0);
+    OK(pilotfish_context_decode(guard, context, &batch, NULL));
+    OK(pilotfish_context_gate(guard, 0, 0, &gate));
+    CHECK(gate.fired);
+    /* Logits of a row that is not the batch's last end the prompt. */
+    llama_memory_clear(llama_get_memory(context), true);
+    fill(&batch, PROMPT, N_TOKENS, 0, 0);
+    batch.logits[N_TOKENS - 1] = false;
+    batch.logits[N_TOKENS - 2] = true;
+    OK(pilotfish_context_decode(guard, context, &batch, NULL));
+    OK(pilotfish_context_gate(guard, 0, 0, &gate));
+    CHECK(gate.decided);
+    /* Embeddings come with the logits of every row, asked for or not. */
+    llama_memory_clear(llama_get_memory(context), true);
+    fill(&batch, HARMLESS, N_HARMLESS, 0, 0);
+    batch.logits[N_HARMLESS - 1] = false;
+    llama_set_embeddings(context, true);
+    OK(pilotfish_context_decode(guard, context, &batch, NULL));
+    llama_set_embeddings(context, false);
+    OK(pilotfish_context_gate(guard, 0, 0, &gate));
+    CHECK(gate.fired);
+    llama_memory_clear(llama_get_memory(context), true);
 
     /* Interventions are set between two tokens, for one sequence: off is as alone, on is not. */
     struct { const char * setting; bool same; } settings[] = { { "off", true }, { "40", false }, { "off", true } };

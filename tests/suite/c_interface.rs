@@ -96,7 +96,8 @@ fn the_c_interface_does_what_its_header_says() {
     let program = compile_static(folder.path(), "cc", &["-std=c11"], "tests/attach/abi.c", &library);
     let fixture = Fixture::new(&["--intervene", "add", "--strength", "3"]);
     let guards = directory(&[&fixture.guard]);
-    let Said { status, out, log } = run(&program, &[&fixture.model, guards.path()], &["shark sea sea"]);
+    let Said { status, out, log } =
+        run(&program, &[&fixture.model, guards.path()], &["shark sea sea", "pilot fish sea"]);
     assert_eq!((status, out.as_str()), (Some(0), "done\n"), "{log}");
 }
 
