@@ -4,12 +4,13 @@
 
 #![allow(non_camel_case_types)]
 
-use crate::guarding::{Guarding, Refusal, callback};
+use crate::guarding::{Guarding, Refusal};
 use crate::guards::{ChangeError, Guards, lock};
 use crate::llama::{Batch as llama_batch, Context as llama_context, Llama, Model as llama_model};
 use crate::loaded;
 use crate::models::Models;
 use crate::record::Record;
+use crate::seat::callback;
 use crate::{begin_log, boundary};
 use pilotfish::hook::{Ended, MissingSymbol, RawTensor as ggml_tensor};
 use pilotfish::program::{Change, Setting, ToggleError, panic_message};

@@ -6,7 +6,7 @@
 //! writes into batches that can't be read.
 //!
 //! Under both: `loaded` finds llama.cpp's functions, `llama` has their types, `guards` watches a directory and compiles what is in it for the models that the
-//! process loads (`models`), `guarding` runs that in one context, `track` says what the rows of its batches are. `record` counts and writes the
+//! process loads (`models`), `guarding` runs that in one context, behind whose callback `seat` is, `track` says what the rows of its batches are. `record` counts and writes the
 //! audit log; `control` answers `pilotfish ctl` over a socket, and `score` reads a text for it.
 //!
 //! Hooking and patching are the library's own (`pilotfish::hook`, `pilotfish::program`). Only exported functions are used, and no layout but that of `llama_batch`,
@@ -31,6 +31,7 @@ mod preload;
 mod record;
 #[cfg(target_os = "linux")]
 mod score;
+mod seat;
 mod track;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

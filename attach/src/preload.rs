@@ -3,12 +3,13 @@
 //! `libllama` sets its eval callback and computes its graphs by functions of `libggml-base`, through the dynamic linker like any app, which is how these are seen.
 
 use crate::batch;
-use crate::guarding::{Guarding, Refusal, Seat};
+use crate::guarding::{Guarding, Refusal};
 use crate::guards::{Guards, lock};
 use crate::llama::{Batch, BatchExt, Context, Embedding, EvalCallback, Graph, Llama, Memory, Model, Scheduler};
 use crate::models::Models;
 use crate::record::Record;
 use crate::score::while_unused;
+use crate::seat::Seat;
 use crate::{begin_log, boundary, control, loaded};
 use pilotfish::attach::{Fail, Policy};
 use pilotfish::store::WatchOptions;
