@@ -61,6 +61,7 @@ static float largest(const float * logits, int n) {
 
 struct seen {
     int n_asked, n_shown;
+    pilotfish_context * guard;
 };
 
 /* An app's own callback, which looks at one tensor. */
@@ -71,6 +72,9 @@ static bool look(struct ggml_tensor * tensor, bool ask, void * data) {
         return strcmp(ggml_get_name(tensor), "result_norm") == 0;
     }
     seen->n_shown++;
+    /* In the midst of a call, as another thread would be. */
+    pilotfish_gate gate;
+    FAILS(pilotfish_context_gate(seen->guard, 0, 0, &gate), BUSY, "one thread at a time");
     return true;
 }
 
@@ -302,7 +306,7 @@ int main(int argc, char ** argv) {
     OK(pilotfish_guards_set(guards, "shark-gate", "shark", NULL));
 
     /* The app's own callback runs too, as often as alone. */
-    struct seen seen = { 0, 0 };
+    struct seen seen = { 0, 0, guard };
     llama_memory_clear(llama_get_memory(context), true);
     OK(pilotfish_context_set_callback(guard, look, &seen));
     OK(pilotfish_context_decode(guard, context, &batch, NULL));
