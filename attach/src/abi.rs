@@ -136,7 +136,9 @@ impl From<Refusal> for Failure {
             Refusal::NoProgram(_) => pilotfish_result::NoGuard,
             Refusal::Unknown(_) => pilotfish_result::UnknownLlama,
             Refusal::NoLogits => pilotfish_result::NoLogits,
-            Refusal::OtherContext | Refusal::OtherModel | Refusal::NoSequence(..) => pilotfish_result::InvalidArgument,
+            Refusal::OtherContext | Refusal::OtherModel | Refusal::NotAttached | Refusal::NoSequence(..) => {
+                pilotfish_result::InvalidArgument
+            }
             Refusal::NotOnRecord(_) => pilotfish_result::NotOnRecord,
             Refusal::OutOfOrder(_) => pilotfish_result::OutOfOrder,
         };
@@ -266,7 +268,7 @@ pub extern "C" fn pilotfish_last_error() -> *const c_char {
 /// Reads the guards of a directory, which has a folder for each, and goes on watching it: what changes there is for prompts to come. llama.cpp's functions are
 /// looked up in what the process has loaded; an app that has llama.cpp linked in must export them (`-rdynamic`), or use `pilotfish_guards_open_with`.
 ///
-/// The log goes to standard error, where the environment variable `PILOTFISH_LOG` asks for one (`pilotfish=info,pilotfish_attach=debug`).
+/// The log, which says what goes wrong behind an app's back, goes to standard error, where the environment variable `PILOTFISH_LOG` asks for one (`pilotfish=info,pilotfish_attach=debug`).
 ///
 /// Errors: `UNKNOWN_LLAMA`; `NO_GUARD` where the directory can't be read. A guard that can't be read is told of by `pilotfish_guards_problems`, and when a model
 /// is to be guarded.
@@ -383,7 +385,7 @@ pub unsafe extern "C" fn pilotfish_guards_reload(guards: *const pilotfish_guards
     })
 }
 
-/// Writes an audit log to the file `path`, as `pilotfish attach --audit` does, of the contexts that are made from now on: `pilotfish audit verify` reads it. A decode
+/// Writes an audit log to the file `path`, as `pilotfish attach --audit` does, of the contexts that are made from now on: `pilotfish audit FILE` checks it. A decode
 /// that can't be put on record gives `NOT_ON_RECORD`.
 ///
 /// Errors: `NOT_ON_RECORD` where the file can't be written; `REFUSED` where there is an audit log already.
@@ -631,7 +633,8 @@ pub unsafe extern "C" fn pilotfish_context_decode(
 }
 
 fn decode_failed(result: i32) -> Failure {
-    Failure::of(pilotfish_result::DecodeFailed, format!("`llama_decode` gave {result}"))
+    let why = if result == 1 { ": it has no room for the batch" } else { "" };
+    Failure::of(pilotfish_result::DecodeFailed, format!("`llama_decode` gave {result}{why}"))
 }
 
 /// Tells of a batch that the app is about to decode by `llama_decode`. A decode that no guard was told of gets logits that are all 0.
@@ -716,7 +719,8 @@ pub unsafe extern "C" fn pilotfish_context_shift_cells(
     unsafe { with(context, |inner| Ok(inner.idle()?.shift_cells(SequenceId(sequence), first, end, by)?)) }
 }
 
-/// Says that the rows of a sequence that come next are another prompt's (a further turn of a talk). Without it that follows from positions and logits, and a turn of
+/// Says that the rows of a sequence that come next are another prompt's (a further turn of a talk), up to the last one of a batch whose logits are asked for: ask for
+/// those of the prompt's last token alone, or call this before each batch of it. Without it that follows from positions and logits, and a turn of
 /// at most 65 tokens of which each has its logits asked for, or that comes token by token, is taken for more of the answer, which gates of prompts don't read.
 ///
 /// # Safety

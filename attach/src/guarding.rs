@@ -1,6 +1,6 @@
 //! One context of the app's under its guards: what each batch is to the sequences that are known, the decode, and what follows from it.
 
-use crate::guards::{LoadedModel, listed};
+use crate::guards::{LoadedModel, tell_standing};
 use crate::llama::{Batch, Context, Llama, Model};
 use crate::record::{Of, Record, Written};
 use crate::seat::Seat;
@@ -24,6 +24,8 @@ pub struct Guarding {
     raw_model: *const Model,
     /// The context, once it has decoded.
     context: *mut Context,
+    /// Whether the app has set the callback itself.
+    is_linked: bool,
     splitting: Splitting,
     /// What becomes of the batch that is being decoded.
     pending: Option<Pending>,
@@ -95,6 +97,10 @@ pub enum Refusal {
     OtherModel,
     #[error("the batch has a row of sequence {0}, and the context has {1}")]
     NoSequence(i32, u32),
+    #[error(
+        "the context does not ask the guard: is it made with the parameters that `PILOTFISH_ATTACH` was called with?"
+    )]
+    NotAttached,
     #[error("a batch is begun, decoded and ended, one at a time: {0}")]
     OutOfOrder(&'static str),
     /// Of a decode that was guarded.
@@ -132,6 +138,7 @@ impl Guarding {
             model,
             raw_model,
             context: null_mut(),
+            is_linked,
             splitting: Splitting { n_streams: 1, n_ubatch: 1 },
             pending: None,
             epoch: None,
@@ -243,6 +250,9 @@ impl Guarding {
         // SAFETY: the decode is over, and the seat is the context's.
         let ran = unsafe { (*self.seat.as_ptr()).end() };
         if !ran.is_guarded {
+            if let (Some(record), 0) = (&self.record, result) {
+                record.passed();
+            }
             return Ok(());
         }
         if result != 0 {
@@ -390,7 +400,7 @@ impl Guarding {
         let standing = self.model.standing();
         let program = standing.program.map_err(Refusal::NoProgram)?;
         if self.epoch != Some(standing.epoch) {
-            tracing::debug!("epoch {}: {}", standing.epoch, listed(&program));
+            tell_standing(standing.epoch, &program);
             self.epoch = Some(standing.epoch);
             let model = Arc::clone(&self.model);
             let hook = self.hook();
@@ -689,6 +699,9 @@ impl Guarding {
 
     /// Makes sure, once, that what is relied upon is so: that llama.cpp asks about the nodes of its graphs, and that these read the tokens of the batch.
     fn check(&mut self, n_nodes: usize) -> Result<(), Refusal> {
+        if n_nodes == 0 && self.is_linked {
+            return Err(Refusal::NotAttached);
+        }
         if n_nodes == 0 {
             return Err(Refusal::Unknown("it decodes without asking the eval callback"));
         }

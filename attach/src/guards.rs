@@ -272,7 +272,7 @@ impl Guards {
                     *standing = Standing { epoch: state.epoch, program };
                 }
                 (Ok(program), _) => {
-                    tracing::info!("epoch {}: {}", state.epoch, listed(program));
+                    tell_standing(state.epoch, program);
                     *standing = Standing { epoch: state.epoch, program: Ok(Arc::clone(program)) };
                 }
             }
@@ -296,6 +296,14 @@ fn problems(directory: &GuardDirectory) -> impl Iterator<Item = String> {
         Some(format!("guard `{folder}`: {problem}{rest}"))
     });
     directory.problem().map(str::to_owned).into_iter().chain(of_entries)
+}
+
+/// Tells what is in force from now on.
+pub fn tell_standing(epoch: u64, program: &Program) {
+    match program.guards() {
+        [] => tracing::warn!("NOT GUARDED: epoch {epoch}: no guard is in force"),
+        _ => tracing::info!("epoch {epoch}: {}", listed(program)),
+    }
 }
 
 /// The names of a program's guards, for people.
@@ -357,9 +365,10 @@ impl State {
         let is_enabled = |folder: &str| changed.get(folder).is_none_or(|changed| changed.enabled);
         let unread =
             self.directory.entries().iter().find(|(folder, entry)| entry.guard.is_none() && is_enabled(folder));
-        if let Some(unread) = unread {
+        if let Some((folder, entry)) = unread {
             // It may be for this model, and what it would do nobody knows.
-            return Err(format!("guard `{}` can't be read, and was never read before", unread.0).into());
+            let why = entry.problem.as_ref().map_or_else(|| "it can't be read".to_owned(), ToString::to_string);
+            return Err(format!("guard `{folder}` was never read before: {why}").into());
         }
         if let Some(problem) = self.directory.problem().filter(|_| self.directory.entries().is_empty()) {
             return Err(problem.into());

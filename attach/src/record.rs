@@ -99,7 +99,7 @@ impl Record {
         let refused = Counter::default();
         registry.register("refused_decodes", "Decodes that were refused", refused.clone());
         let unguarded = Counter::default();
-        let help = "Decodes that could not be guarded or put on record, and ran all the same";
+        let help = "Decodes under no guard, or that could not be guarded or put on record, and ran all the same";
         registry.register("unguarded_decodes", help, unguarded.clone());
         let reloads = Family::<ReloadLabels, Counter>::default();
         registry.register("reloads", "Changes of the guards' directory that were seen", reloads.clone());
@@ -178,6 +178,11 @@ impl Record {
             let event = if passes { "unguarded" } else { "refused" };
             self.note(|| json!({ "event": event, "pid": std::process::id(), "reason": reason }));
         }
+    }
+
+    /// A decode under no guard, since there is none or all are turned off.
+    pub fn passed(&self) {
+        self.unguarded.inc();
     }
 
     /// What is in force at the start.

@@ -29,6 +29,8 @@ pub struct Seat {
     is_linked: bool,
     /// Whether something was decoded that was not announced.
     was_passed: bool,
+    /// Whether the app has been told of it.
+    was_told: bool,
     /// Rows of logits that the running decode computes.
     n_logits: i64,
     /// Rows of the batch that is decoded.
@@ -121,6 +123,7 @@ impl Seat {
             announced: Announced::Nothing,
             is_linked,
             was_passed: false,
+            was_told: false,
             n_logits: 0,
             n_rows: 0,
             kept: HashMap::new(),
@@ -189,9 +192,12 @@ impl Seat {
     unsafe fn mute(&mut self, tensor: *mut RawTensor) {
         // SAFETY: guaranteed by the caller.
         unsafe { (self.llama.memset)(tensor, 0, 0, (self.llama.n_bytes)(tensor)) };
-        tracing::error!(
-            "a decode was not announced, and its logits are all 0: call `pilotfish_context_begin` before each `llama_decode`"
-        );
+        // Whatever is done with the log: an app that is made so answers nothing.
+        if !std::mem::replace(&mut self.was_told, true) {
+            eprintln!(
+                "pilotfish: a decode was not announced, and its logits are all 0: decode by `pilotfish_context_decode`, or call `pilotfish_context_begin` before `llama_decode`"
+            );
+        }
     }
 
     /// Has the app's own callback run beside ours.

@@ -3,6 +3,7 @@ use super::args::AttachArguments;
 use anyhow::{Context, bail, ensure};
 use memchr::memmem;
 use pilotfish::attach::{self, Control, Policy};
+use pilotfish::guard::MANIFEST_FILE;
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
@@ -27,7 +28,19 @@ pub fn attach(arguments: &AttachArguments) -> anyhow::Result<Outcome> {
     let guards =
         guards.canonicalize().with_context(|| format!("can't find the guards' directory `{}`", guards.display()))?;
     ensure!(guards.is_dir(), "`{}` is no directory: give the one that has a folder for each guard", guards.display());
+    ensure!(
+        !guards.join(MANIFEST_FILE).exists(),
+        "`{}` is a guard's own folder: give the directory that it lies in",
+        guards.display()
+    );
     let library = library(arguments.library.as_deref())?;
+    let content = std::fs::read(&library).with_context(|| format!("can't read `{}`", library.display()))?;
+    ensure!(
+        memmem::find(&content, OWN_FUNCTION).is_some(),
+        "`{}` is not the library of pilotfish: it has no function `{}`",
+        library.display(),
+        String::from_utf8_lossy(OWN_FUNCTION)
+    );
     let (program, rest) = arguments.command.split_first().context("no command is given")?;
     let executable = find(program)?;
     check(&executable)?;
@@ -65,7 +78,7 @@ fn library(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     let found = places.iter().find_map(|place| place.canonicalize().ok());
     found.with_context(|| {
         let places = places.map(|place| format!("`{}`", place.display())).join(" or ");
-        format!("the library is not at {places}: build it with `cargo build -p pilotfish-attach`, or name it by `--library` or {LIBRARY_VARIABLE}")
+        format!("the library is not at {places}: build it with `make attach`, or name it by `--library` or {LIBRARY_VARIABLE}")
     })
 }
 
@@ -122,6 +135,9 @@ fn check(executable: &Path) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// By which the library is known.
+const OWN_FUNCTION: &[u8] = b"pilotfish_abi_version";
 
 /// What llama.cpp says when it loads a model, and apps that load it as a library do not.
 const LINKED_IN: &[u8] = b"llama_model_loader: ";

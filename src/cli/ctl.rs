@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// Asks an attached process.
 pub fn ctl(arguments: &CtlArguments) -> anyhow::Result<Outcome> {
     let request = request(&arguments.command)?;
+    let reloads = matches!(request, Request::Reload);
     let answered = ask(&socket(arguments)?, request)?;
     let mut out = std::io::stdout().lock();
     match answered {
@@ -29,10 +30,19 @@ pub fn ctl(arguments: &CtlArguments) -> anyhow::Result<Outcome> {
         }
         Answered::Metrics(text) => out.write_all(text.as_bytes())?,
         Answered::Status(status) if arguments.json => writeln!(out, "{}", serde_json::to_string(&status)?)?,
-        Answered::InForce(in_force) if arguments.json => writeln!(out, "{}", serde_json::to_string(&in_force)?)?,
+        Answered::InForce(in_force) => {
+            match arguments.json {
+                true => writeln!(out, "{}", serde_json::to_string(&in_force)?)?,
+                false => write_in_force(&mut out, &in_force)?,
+            }
+            let of_guards = in_force.guards.iter().filter_map(|guard| guard.problem.as_ref());
+            let problems: Vec<&str> = in_force.problem.iter().chain(of_guards).map(String::as_str).collect();
+            if reloads && !problems.is_empty() {
+                bail!("not all was taken; what was read before stays in force: {}", problems.join("; "));
+            }
+        }
         Answered::Score(score) if arguments.json => writeln!(out, "{}", serde_json::to_string(&score)?)?,
         Answered::Status(status) => write_status(&mut out, &status)?,
-        Answered::InForce(in_force) => write_in_force(&mut out, &in_force)?,
         Answered::Score(score) => write_score(&mut out, &score)?,
     }
     Ok(Outcome::Done)

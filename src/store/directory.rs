@@ -56,8 +56,7 @@ impl GuardDirectory {
     pub fn refresh(&mut self, all: bool) -> bool {
         let folders = match self.folders() {
             Ok(folders) => folders,
-            Err(error) => {
-                let problem = format!("can't read `{}`: {error}", self.path.display());
+            Err(problem) => {
                 let is_new = self.problem.as_deref() != Some(&problem);
                 self.problem = Some(problem);
                 return is_new;
@@ -110,10 +109,16 @@ impl GuardDirectory {
     }
 
     /// Folders that may hold guards, by name.
-    fn folders(&self) -> std::io::Result<BTreeMap<String, PathBuf>> {
+    fn folders(&self) -> Result<BTreeMap<String, PathBuf>, String> {
+        let shown = self.path.display();
+        let unreadable = |error: std::io::Error| format!("can't read `{shown}`: {error}");
+        if self.path.join(MANIFEST_FILE).exists() {
+            // Else there would be no guard in it, and nothing said.
+            return Err(format!("`{shown}` is a guard's own folder: name the directory that it lies in"));
+        }
         let mut folders = BTreeMap::new();
-        for entry in fs::read_dir(&self.path)? {
-            let entry = entry?;
+        for entry in fs::read_dir(&self.path).map_err(unreadable)? {
+            let entry = entry.map_err(unreadable)?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             if !name.starts_with('.') && name != MAPPINGS_FOLDER && entry.path().is_dir() {
                 folders.insert(name, entry.path());

@@ -107,6 +107,9 @@ int main(int argc, char ** argv) {
     FAILS(pilotfish_guards_open(argv[2], NULL), INVALID_ARGUMENT, "`guards` is null");
     FAILS(pilotfish_guards_open("\xff", &guards), INVALID_ARGUMENT, "UTF-8");
     FAILS(pilotfish_guards_open("/there/is/no/such/directory", &guards), NO_GUARD, "/there/is/no/such/directory");
+    char own[4096];
+    snprintf(own, sizeof own, "%s/guard", argv[2]);
+    FAILS(pilotfish_guards_open(own, &guards), NO_GUARD, "own folder");
     FAILS(pilotfish_guards_open_with(argv[2], NULL, NULL, &guards), INVALID_ARGUMENT, "`resolve` is null");
     FAILS(pilotfish_guards_open_with(argv[2], resolve, &n_looked_up, &guards), UNKNOWN_LLAMA, "llama_decode");
     CHECK(n_looked_up > 0 && guards == NULL);
@@ -161,6 +164,10 @@ int main(int argc, char ** argv) {
     FAILS(pilotfish_context_begin(guard, NULL, &batch), INVALID_ARGUMENT, "`llama` is null");
     FAILS(pilotfish_context_begin(guard, context, NULL), INVALID_ARGUMENT, "`batch` is null");
     FAILS(pilotfish_context_begin(guard, alone, &batch), INVALID_ARGUMENT, "another");
+    pilotfish_context * unattached;
+    OK(pilotfish_context_new(guards, model, &unattached));
+    FAILS(pilotfish_context_decode(unattached, alone, &batch, NULL), INVALID_ARGUMENT, "PILOTFISH_ATTACH");
+    pilotfish_context_free(unattached);
     OK(pilotfish_context_begin(guard, context, &batch));
     FAILS(pilotfish_context_begin(guard, context, &batch), OUT_OF_ORDER, "has not ended");
     FAILS(pilotfish_context_gate(guard, 0, 0, &gate), OUT_OF_ORDER, "pilotfish_context_end");

@@ -584,6 +584,7 @@ fn what_can_not_be_guarded_does_not_decode_unless_told_to() {
 fn commands_that_nothing_can_be_attached_to_are_told() {
     let guards = directory(&[]);
     let library = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(library.path(), "pilotfish_abi_version").unwrap();
     let attach = |guards: &str, command: &[&str]| -> Ran {
         let library = library.path().to_str().unwrap();
         pilotfish(&[&["attach", "--guards", guards, "--library", library, "--"], command].concat())
@@ -592,6 +593,7 @@ fn commands_that_nothing_can_be_attached_to_are_told() {
     for (guards, command, said) in [
         ("/nowhere/at/all", &["true"][..], "can't find the guards' directory"),
         (library.path().to_str().unwrap(), &["true"], "is no directory"),
+        (HARM_GATE, &["true"], "is a guard's own folder"),
         (folder, &["pilotfish-there-is-no-such-command"], "there is no command"),
         (folder, &["/nowhere/at/all"], "can't read `/nowhere/at/all`"),
         (folder, &[env!("CARGO_BIN_EXE_pilotfish"), "--version"], "has llama.cpp linked into it"),
@@ -603,4 +605,6 @@ fn commands_that_nothing_can_be_attached_to_are_told() {
     assert_eq!(pilotfish(&["attach", "--guards", folder]).code, 64, "no command");
     let ran = pilotfish(&["attach", "--guards", folder, "--library", "/nowhere/at/all", "--", "true"]);
     assert!(ran.code == 2 && ran.stderr.contains("can't find the library"), "{ran:?}");
+    let ran = pilotfish(&["attach", "--guards", folder, "--library", "/bin/true", "--", "true"]);
+    assert!(ran.code == 2 && ran.stderr.contains("is not the library of pilotfish"), "{ran:?}");
 }
