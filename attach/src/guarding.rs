@@ -338,8 +338,9 @@ impl Guarding {
                 RowKind::Prompt | RowKind::PromptEnd => n_prompt += 1,
             }
         }
-        if n_prompt + n_answer > 0 {
-            record.decoded(n_prompt, n_answer);
+        match n_prompt + n_answer {
+            0 => record.passed(),
+            _ => record.decoded(n_prompt, n_answer),
         }
     }
 

@@ -530,7 +530,7 @@ fn guards_reload_inside_the_app() {
     assert_eq!(one_by_one(&mut app, &tokens, 12), refused);
     std::fs::remove_dir_all(&to).unwrap();
     app.wait_for(|log| {
-        log.lines().rfind(|line| line.contains("epoch ")).is_some_and(|last| last.ends_with(": no guard"))
+        log.lines().rfind(|line| line.contains("epoch ")).is_some_and(|last| last.ends_with(": no guard is in force"))
     });
     assert_eq!(one_by_one(&mut app, &tokens, 12), plain);
 }

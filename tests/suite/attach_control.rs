@@ -145,7 +145,9 @@ fn a_guard_is_toggled_in_a_process_that_runs_and_all_of_it_is_counted_and_on_rec
     assert_eq!(reloaded["epoch"], 5);
     assert_eq!(reloaded["guards"][0]["interventions"][0]["strength"], 2.0);
     std::fs::write(&manifest, "name = 3").unwrap();
-    let reloaded = asked(&app, &["reload"]);
+    let reload = ctl(app.folder.path(), &["reload", "--json"]);
+    assert!(reload.code == 2 && reload.stderr.contains("what was read before stays in force"), "{reload:?}");
+    let reloaded = json_line(reload.stdout.trim());
     assert!(reloaded["guards"][0]["problem"].is_string() && reloaded["guards"][0]["enabled"] == true, "{reloaded}");
 
     let decisions = app.decisions();
@@ -165,6 +167,8 @@ fn a_guard_is_toggled_in_a_process_that_runs_and_all_of_it_is_counted_and_on_rec
         ("pilotfish_answer_tokens_total".to_owned(), 4 * 4 * 5),
         ("pilotfish_faults_total".to_owned(), 0),
         ("pilotfish_refused_decodes_total".to_owned(), 0),
+        // Once, while the guard was off.
+        ("pilotfish_unguarded_decodes_total".to_owned(), 4 * 6),
         (r#"pilotfish_reloads_total{outcome="taken"}"#.to_owned(), 1),
         (r#"pilotfish_reloads_total{outcome="refused"}"#.to_owned(), 1),
         ("pilotfish_epoch".to_owned(), 6),
