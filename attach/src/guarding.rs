@@ -69,6 +69,7 @@ struct Shared {
 struct Before {
     sequence: SequenceId,
     state: (Checkpoint, Option<HookFault>),
+    /// What was being said, where the batch makes an end of that.
     speech: Option<Speech>,
 }
 
@@ -259,10 +260,7 @@ impl Guarding {
             // It is as if it had not begun. Where a part of it is in the cells, that is seen at the next decode.
             for Before { sequence, state, speech } in before {
                 self.hook().restore(sequence, state);
-                match speech {
-                    Some(speech) => drop(self.speeches.insert(sequence, speech)),
-                    None => drop(self.speeches.remove(&sequence)),
-                }
+                self.speeches.extend(speech.map(|speech| (sequence, speech)));
             }
             return Ok(());
         }
@@ -510,8 +508,8 @@ impl Guarding {
             }
             after.push((*sequence, track));
             let (sequence, n) = (*sequence, usize::try_from(*in_cells).unwrap_or(0));
-            let speech = if next == Next::GoesOn { None } else { self.speeches.remove(&sequence) };
             let goes_on = next == Next::GoesOn;
+            let speech = if goes_on { None } else { self.speeches.remove(&sequence) };
             let hook = self.hook();
             before.push(Before { sequence, state: hook.checkpoint(sequence, !goes_on), speech });
             let began_unguarded = hook.sequences().program(sequence).is_some_and(|own| own.guards().is_empty());
