@@ -128,6 +128,11 @@ impl Failure {
     fn of(result: pilotfish_result, why: impl Into<String>) -> Self {
         Self(result, why.into())
     }
+
+    /// An argument that may not be null is.
+    fn null(what: &str) -> Self {
+        Self::of(pilotfish_result::InvalidArgument, format!("`{what}` is null"))
+    }
 }
 
 impl From<Refusal> for Failure {
@@ -174,7 +179,7 @@ fn entry(body: impl FnOnce() -> Result<(), Failure>) -> pilotfish_result {
 /// `text` must be null or end in a NUL, and live as long as what is returned is used.
 unsafe fn text<'t>(text: *const c_char, what: &str) -> Result<&'t str, Failure> {
     if text.is_null() {
-        return Err(Failure::of(pilotfish_result::InvalidArgument, format!("`{what}` is null")));
+        return Err(Failure::null(what));
     }
     // SAFETY: not null, and guaranteed by the caller.
     let text = unsafe { CStr::from_ptr(text) };
@@ -185,15 +190,14 @@ unsafe fn text<'t>(text: *const c_char, what: &str) -> Result<&'t str, Failure> 
 /// `pointer` must be null or valid for as long as what is returned is used.
 unsafe fn given<'p, T>(pointer: *const T, what: &str) -> Result<&'p T, Failure> {
     // SAFETY: guaranteed by the caller.
-    unsafe { pointer.as_ref() }
-        .ok_or_else(|| Failure::of(pilotfish_result::InvalidArgument, format!("`{what}` is null")))
+    unsafe { pointer.as_ref() }.ok_or_else(|| Failure::null(what))
 }
 
 /// # Safety
 /// `place` must be null or valid to be written.
 unsafe fn write<T>(place: *mut T, what: &str, value: impl FnOnce() -> Result<T, Failure>) -> Result<(), Failure> {
     if place.is_null() {
-        return Err(Failure::of(pilotfish_result::InvalidArgument, format!("`{what}` is null")));
+        return Err(Failure::null(what));
     }
     let value = value()?;
     // SAFETY: not null, and guaranteed by the caller.
@@ -311,7 +315,7 @@ pub unsafe extern "C" fn pilotfish_guards_open_with(
 ) -> pilotfish_result {
     entry(|| {
         let Some(resolve) = resolve else {
-            return Err(Failure::of(pilotfish_result::InvalidArgument, "`resolve` is null"));
+            return Err(Failure::null("resolve"));
         };
         let llama = || {
             // SAFETY: guaranteed by the caller.

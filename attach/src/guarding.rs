@@ -3,7 +3,7 @@
 use crate::guards::{LoadedModel, tell_standing};
 use crate::llama::{Batch, Context, Llama, Model};
 use crate::record::{Of, Record, Written};
-use crate::seat::Seat;
+use crate::seat::{Ran, Seat};
 use crate::track::{Next, Track};
 use pilotfish::Program;
 use pilotfish::attach::control::GateScore;
@@ -24,8 +24,6 @@ pub struct Guarding {
     raw_model: *const Model,
     /// The context, once it has decoded.
     context: *mut Context,
-    /// Whether the app has set the callback itself.
-    is_linked: bool,
     splitting: Splitting,
     /// What becomes of the batch that is being decoded.
     pending: Option<Pending>,
@@ -139,7 +137,6 @@ impl Guarding {
             model,
             raw_model,
             context: null_mut(),
-            is_linked,
             splitting: Splitting { n_streams: 1, n_ubatch: 1 },
             pending: None,
             epoch: None,
@@ -264,13 +261,13 @@ impl Guarding {
             }
             return Ok(());
         }
-        self.check(ran.n_nodes)?;
+        self.check(&ran)?;
         if let Err(fault) = self.hook().finish() {
             tracing::error!(%fault, "a guard failed");
         }
         for (sequence, track) in tracks {
             self.tracks.insert(sequence, track);
-            self.twins.retain(|to, from| *to != sequence && *from != sequence);
+            self.part(sequence);
         }
         self.share(&shared);
         self.close_gaps(ran.n_logits);
@@ -428,20 +425,14 @@ impl Guarding {
         self.tokens.clear();
         let mut of_sequences: BTreeMap<SequenceId, SequenceRows> = BTreeMap::new();
         let mut others: BTreeMap<(SequenceId, SequenceId), usize> = BTreeMap::new();
-        // SAFETY: the context lives, as the caller guarantees.
-        let n_sequences = unsafe { (self.llama.n_seq_max)(self.context) };
         let n_tokens = usize::try_from(batch.n_tokens).unwrap_or(0);
         // SAFETY: the arrays that are not null have `n_tokens` elements, those of sequence ids as many as their counts say (llama.h).
         unsafe {
             for index in 0..n_tokens {
                 let n_ids =
                     if batch.n_seq_id.is_null() || batch.seq_id.is_null() { 0 } else { *batch.n_seq_id.add(index) };
-                // llama.cpp ends the process where it is asked for one that it has not.
-                let id = |of: usize| match *(*batch.seq_id.add(index)).add(of) {
-                    id if u32::try_from(id).is_ok_and(|id| id < n_sequences) => Ok(SequenceId(id)),
-                    id => Err(Refusal::NoSequence(id, n_sequences)),
-                };
-                let sequence = if n_ids > 0 { id(0)? } else { SequenceId(0) };
+                let id = |of: usize| *(*batch.seq_id.add(index)).add(of);
+                let sequence = if n_ids > 0 { self.known(id(0))? } else { SequenceId(0) };
                 let rows = of_sequences
                     .entry(sequence)
                     .or_insert_with(|| SequenceRows { in_cells: self.in_cells(sequence), indices: Vec::new() });
@@ -457,7 +448,7 @@ impl Guarding {
                 let kind = RowKind::Prompt;
                 self.rows.push(BatchRow { sequence, position: TokenPosition(position), kind, output });
                 for other in 1..usize::try_from(n_ids).unwrap_or(0) {
-                    let other = id(other)?;
+                    let other = self.known(id(other))?;
                     if other != sequence {
                         *others.entry((sequence, other)).or_default() += 1;
                     }
@@ -564,7 +555,7 @@ impl Guarding {
     fn copy(&mut self, from: SequenceId, to: SequenceId) {
         self.hook().copy(from, to);
         self.speeches.remove(&to);
-        self.twins.retain(|one, other| *one != to && *other != to);
+        self.part(to);
         match self.tracks.get(&from).copied() {
             Some(track) => {
                 self.tracks.insert(to, track);
@@ -572,6 +563,11 @@ impl Guarding {
             }
             None => drop(self.tracks.remove(&to)),
         }
+    }
+
+    /// Says that the cells of `sequence` are no other's any more.
+    fn part(&mut self, sequence: SequenceId) {
+        self.twins.retain(|to, from| *to != sequence && *from != sequence);
     }
 
     /// Sees that no token is chosen by logits that no gate has decided about: fires gates that have yet to decide where there are any, and all of the batch where
@@ -596,14 +592,8 @@ impl Guarding {
     /// # Safety
     /// The context must live.
     pub unsafe fn is_empty(&self, sequence: SequenceId) -> bool {
-        if self.context.is_null() {
-            return false;
-        }
         // SAFETY: guaranteed by the caller; the sequence is one that the context has.
-        unsafe {
-            let n_sequences = (self.llama.n_seq_max)(self.context);
-            u32::try_from(sequence.0).is_ok_and(|id| id < n_sequences) && self.in_cells(sequence) == 0
-        }
+        unsafe { self.known(sequence.0).is_ok_and(|sequence| self.in_cells(sequence) == 0) }
     }
 
     /// Has cells of `from` copied to `to` by llama.cpp, positions from `first` to before `end` (below 0: all).
@@ -616,8 +606,8 @@ impl Guarding {
     pub unsafe fn copy_cells(&mut self, from: SequenceId, to: SequenceId, first: i32, end: i32) -> Result<(), Refusal> {
         // SAFETY: guaranteed by the caller.
         unsafe {
-            self.has(from)?;
-            self.has(to)?;
+            self.known(from.0)?;
+            self.known(to.0)?;
             let was_empty = self.is_empty(to);
             (self.llama.seq_cp)((self.llama.get_memory)(self.context), from.0, to.0, first, end);
             self.copied(from, to, first, was_empty);
@@ -635,25 +625,27 @@ impl Guarding {
     pub unsafe fn shift_cells(&mut self, sequence: SequenceId, first: i32, end: i32, by: i32) -> Result<(), Refusal> {
         // SAFETY: guaranteed by the caller.
         unsafe {
-            self.has(sequence)?;
+            self.known(sequence.0)?;
             (self.llama.seq_add)((self.llama.get_memory)(self.context), sequence.0, first, end, by);
         }
         self.shifted(sequence, first, by);
         Ok(())
     }
 
-    /// Whether the context has decoded, and has such a sequence.
+    /// The sequence of that id, which the context, that has decoded, has: llama.cpp ends the process where it is asked for another.
     ///
     /// # Safety
     /// The context must live.
-    unsafe fn has(&self, sequence: SequenceId) -> Result<(), Refusal> {
+    unsafe fn known(&self, id: i32) -> Result<SequenceId, Refusal> {
         if self.context.is_null() {
             return Err(Refusal::OutOfOrder("nothing was decoded yet"));
         }
         // SAFETY: guaranteed by the caller.
         let n_sequences = unsafe { (self.llama.n_seq_max)(self.context) };
-        let has = u32::try_from(sequence.0).is_ok_and(|id| id < n_sequences);
-        if has { Ok(()) } else { Err(Refusal::NoSequence(sequence.0, n_sequences)) }
+        match u32::try_from(id) {
+            Ok(known) if known < n_sequences => Ok(SequenceId(id)),
+            _ => Err(Refusal::NoSequence(id, n_sequences)),
+        }
     }
 
     /// Says that cells of `from` have been copied to `to`, from position `first` on (below 0: all), which had none or had some.
@@ -677,7 +669,7 @@ impl Guarding {
         match sequence {
             Some(sequence) => {
                 self.tracks.remove(&sequence);
-                self.twins.retain(|to, from| *to != sequence && *from != sequence);
+                self.part(sequence);
             }
             None => {
                 self.tracks.clear();
@@ -691,18 +683,18 @@ impl Guarding {
         if let Some(track) = self.tracks.get_mut(&sequence) {
             track.shift(first, by);
         }
-        self.twins.retain(|to, from| *to != sequence && *from != sequence);
+        self.part(sequence);
         let kept = usize::try_from(first.saturating_add(by.min(0))).unwrap_or(0);
         self.hook().forget_rows_from(sequence, kept);
     }
 
     /// Makes sure, once, that what is relied upon is so: that llama.cpp asks about the nodes of its graphs, and that these read the tokens of the batch.
-    fn check(&mut self, n_nodes: usize) -> Result<(), Refusal> {
-        if n_nodes == 0 && self.is_linked {
-            return Err(Refusal::NotAttached);
-        }
-        if n_nodes == 0 {
-            return Err(Refusal::Unknown("it decodes without asking the eval callback"));
+    fn check(&mut self, ran: &Ran) -> Result<(), Refusal> {
+        if ran.n_nodes == 0 {
+            return Err(match ran.is_linked {
+                true => Refusal::NotAttached,
+                false => Refusal::Unknown("it decodes without asking the eval callback"),
+            });
         }
         if !self.checked {
             let one = self.rows.iter().all(|row| row.sequence == self.rows[0].sequence);

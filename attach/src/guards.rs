@@ -179,8 +179,7 @@ impl Guards {
 
     /// Why the directory can't be read, where it never could be.
     pub fn unreadable(&self) -> Option<String> {
-        let state = lock(&self.state);
-        state.directory.problem().filter(|_| state.directory.entries().is_empty()).map(str::to_owned)
+        lock(&self.state).unreadable().map(str::to_owned)
     }
 
     /// What is wrong with the directory, its guards, and what they are to guard.
@@ -315,6 +314,11 @@ pub fn listed(program: &Program) -> String {
 }
 
 impl State {
+    /// Why the directory can't be read, where it never could be.
+    fn unreadable(&self) -> Option<&str> {
+        self.directory.problem().filter(|_| self.directory.entries().is_empty())
+    }
+
     /// The folder that `name` is of, or whose guard is called so.
     fn folder_called(&self, name: &str) -> Result<String, ChangeError> {
         if self.directory.entries().contains_key(name) {
@@ -370,7 +374,7 @@ impl State {
             let why = entry.problem.as_ref().map_or_else(|| "it can't be read".to_owned(), ToString::to_string);
             return Err(format!("guard `{folder}` was never read before: {why}").into());
         }
-        if let Some(problem) = self.directory.problem().filter(|_| self.directory.entries().is_empty()) {
+        if let Some(problem) = self.unreadable() {
             return Err(problem.into());
         }
         let all: Vec<&Arc<Guard>> = self.directory.guards().map(|(_, guard)| guard).collect();

@@ -57,6 +57,8 @@ enum Announced {
 /// What a decode was.
 pub struct Ran {
     pub is_guarded: bool,
+    /// Whether the app was to set our callback.
+    pub is_linked: bool,
     /// Nodes that were asked about.
     pub n_nodes: usize,
     /// Rows of logits that were computed.
@@ -161,7 +163,12 @@ impl Seat {
     /// Ends the decode that was announced last.
     pub fn end(&mut self) -> Ran {
         let announced = std::mem::replace(&mut self.announced, Announced::Nothing);
-        Ran { is_guarded: announced == Announced::Guarded, n_nodes: self.n_nodes, n_logits: self.n_logits }
+        Ran {
+            is_guarded: announced == Announced::Guarded,
+            is_linked: self.is_linked,
+            n_nodes: self.n_nodes,
+            n_logits: self.n_logits,
+        }
     }
 
     /// # Safety

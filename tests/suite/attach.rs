@@ -26,11 +26,18 @@ pub fn library() -> PathBuf {
 
 /// Whether all of `paths` are there; where one is not, a word of it, and of what makes it. Where real models are required, so are these.
 pub fn required(paths: &[&Path], made_by: &str) -> bool {
-    let Some(missing) = paths.iter().find(|path| !path.exists()) else { return true };
+    let missing = paths.iter().find(|path| !path.exists());
+    missing.is_none_or(|missing| required_if(false, &format!("`{}`", missing.display()), made_by))
+}
+
+/// As [`required`], of `what` that `is_here` or not.
+pub fn required_if(is_here: bool, what: &str, made_by: &str) -> bool {
     let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
-    assert!(!required, "`{}` is required but not here: run `{made_by}`", missing.display());
-    eprintln!("skipped: `{}` is not here; `{made_by}` makes it", missing.display());
-    false
+    assert!(is_here || !required, "{what} is required but not here: run `{made_by}`");
+    if !is_here {
+        eprintln!("skipped: {what} is not here; `{made_by}` makes it");
+    }
+    is_here
 }
 
 /// Where node-llama-cpp is, as `make test` installs it; `None`, and a word of it, where it or the library is not.

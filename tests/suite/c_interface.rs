@@ -1,6 +1,6 @@
 //! `include/pilotfish.h` from C, C++ and Python: the examples, and a program that does all that it has. In C llama.cpp is the one that the tests have, linked in.
 
-use crate::attach::{app, directory, library, python, required};
+use crate::attach::{app, directory, library, python, required, required_if};
 use crate::real::{SMALL, located};
 use crate::support::{Fixture, pilotfish};
 use serde_json::Value;
@@ -179,7 +179,7 @@ fn the_python_example_says_what_pilotfish_does() {
 fn what_is_installed_is_found_by_pkg_config() {
     let Some(library) = built() else { return };
     let has_it = Command::new("pkg-config").arg("--version").output().is_ok_and(|ran| ran.status.success());
-    if !required_if(has_it, "pkg-config") {
+    if !required_if(has_it, "pkg-config", "make portable-attach") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -203,16 +203,6 @@ fn what_is_installed_is_found_by_pkg_config() {
     assert_eq!(said.trim(), env!("CARGO_PKG_VERSION"));
 }
 
-/// Whether a tool is here; a word of it where it is not. Where real models are required, so is it.
-fn required_if(is_here: bool, tool: &str) -> bool {
-    let required = std::env::var("PILOTFISH_REAL_MODELS").is_ok_and(|value| value == "require");
-    assert!(is_here || !required, "{tool} is required but not here: `make test` installs it");
-    if !is_here {
-        eprintln!("skipped: {tool} is not here; `make test` installs it");
-    }
-    is_here
-}
-
 /// What lives and dies in an app, each thing with the library called by it and with the library preloaded, under valgrind, which tells of each byte that is used
 /// and is not the app's.
 #[test]
@@ -221,7 +211,8 @@ fn nothing_is_used_after_it_was_freed() {
     let library = Path::new(ROOT).join("target/tools/portable/debug/libpilotfish_attach.so");
     let Some(package) = app() else { return };
     let has_valgrind = Command::new("valgrind").arg("--version").output().is_ok_and(|ran| ran.status.success());
-    if !required(&[&library], "make portable-attach") || !required_if(has_valgrind, "valgrind") {
+    if !required(&[&library], "make portable-attach") || !required_if(has_valgrind, "valgrind", "make portable-attach")
+    {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
