@@ -271,7 +271,7 @@ fn answer(attached: &'static Attached, request: Request) -> Result<Outcome, Stri
             attached.models.guards().reload();
             Ok(Outcome::InForce(attached.models.guards().status()))
         }
-        Request::Score { text, model, chat } => score(attached, &text, model, chat).map(Outcome::Score),
+        Request::Score { text, model, form } => score(attached, &text, model, form).map(Outcome::Score),
         Request::Metrics => Ok(Outcome::Metrics(attached.record.text())),
     }
 }

@@ -1,6 +1,6 @@
 //! One context of the app's under its guards: what each batch is to the sequences that are known, the decode, and what follows from it.
 
-use crate::guards::{LoadedModel, tell_standing};
+use crate::guards::LoadedModel;
 use crate::llama::{Batch, Context, Llama, Model};
 use crate::record::{Of, Record, Written};
 use crate::seat::{Ran, Seat};
@@ -396,7 +396,6 @@ impl Guarding {
         let standing = self.model.standing();
         let program = standing.program.map_err(Refusal::NoProgram)?;
         if self.epoch != Some(standing.epoch) {
-            tell_standing(standing.epoch, &program);
             self.epoch = Some(standing.epoch);
             let model = Arc::clone(&self.model);
             let hook = self.hook();

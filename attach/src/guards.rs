@@ -155,8 +155,9 @@ impl Guards {
         let standing = Standing { epoch: state.epoch, program: Err("not compiled yet".into()) };
         let model = LoadedModel { identity, shape, quantization, vocabulary, standing: Mutex::new(standing) };
         let program = state.compile(&model, &state.changed);
-        if let Err(problem) = &program {
-            tracing::error!("{problem}");
+        match &program {
+            Ok(program) => tell_standing(state.epoch, program, None),
+            Err(problem) => tracing::error!("{problem}"),
         }
         lock(&model.standing).program = program;
         let model = Arc::new(model);
@@ -224,7 +225,7 @@ impl Guards {
         state.epoch += 1;
         for (model, program) in models.iter().zip(programs) {
             if let Ok(program) = &program {
-                tracing::info!("epoch {}: {}, as `{guard}` was changed", state.epoch, listed(program));
+                tell_standing(state.epoch, program, Some(guard));
             }
             *lock(&model.standing) = Standing { epoch: state.epoch, program };
         }
@@ -271,7 +272,7 @@ impl Guards {
                     *standing = Standing { epoch: state.epoch, program };
                 }
                 (Ok(program), _) => {
-                    tell_standing(state.epoch, program);
+                    tell_standing(state.epoch, program, None);
                     *standing = Standing { epoch: state.epoch, program: Ok(Arc::clone(program)) };
                 }
             }
@@ -297,19 +298,12 @@ fn problems(directory: &GuardDirectory) -> impl Iterator<Item = String> {
     directory.problem().map(str::to_owned).into_iter().chain(of_entries)
 }
 
-/// Tells what is in force from now on.
-pub fn tell_standing(epoch: u64, program: &Program) {
-    match program.guards() {
-        [] => tracing::warn!("NOT GUARDED: epoch {epoch}: no guard is in force"),
-        _ => tracing::info!("epoch {epoch}: {}", listed(program)),
-    }
-}
-
-/// The names of a program's guards, for people.
-pub fn listed(program: &Program) -> String {
+/// Tells what is in force for a model from now on, and which guard was changed for that, if one was.
+fn tell_standing(epoch: u64, program: &Program, changed: Option<&str>) {
+    let why = changed.map_or_else(String::new, |guard| format!(", as `{guard}` was changed"));
     match program.name() {
-        none if none.is_empty() => "no guard".to_owned(),
-        names => format!("guarded by {names}"),
+        none if none.is_empty() => tracing::warn!("NOT GUARDED: epoch {epoch}: no guard is in force{why}"),
+        names => tracing::info!("epoch {epoch}: guarded by {names}{why}"),
     }
 }
 

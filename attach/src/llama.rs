@@ -320,7 +320,7 @@ impl Llama {
     ///
     /// # Safety
     /// As of [`metadata`](Self::metadata).
-    pub unsafe fn prompt_tokens(&self, model: *const Model, [before, text, after]: &[String; 3]) -> Vec<i32> {
+    pub unsafe fn prompt_tokens(&self, model: *const Model, [before, text, after]: [&str; 3]) -> Vec<i32> {
         // SAFETY: guaranteed by the caller.
         unsafe {
             if before.is_empty() && after.is_empty() {

@@ -2,6 +2,7 @@
 
 use crate::guards::{LoadedModel, lock};
 use pilotfish::Program;
+use pilotfish::attach::PID;
 use pilotfish::attach::control::{AuditStatus, Counts, GateScore, InForce};
 use pilotfish::audit::{AuditError, AuditLog, AuditOptions, AuditWriter, Receipt};
 use pilotfish::hook::Ended;
@@ -16,8 +17,6 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// Stands for the process's id in the name of an audit log.
-const PID: &str = "{pid}";
 /// Records that may wait for the disk: the threads that decode wait for theirs.
 const CAPACITY: usize = 256;
 

@@ -5,7 +5,7 @@ use crate::guards::LoadedModel;
 use crate::llama::{Batch, Context, Llama, Model};
 use crate::loaded;
 use crate::preload::{Attached, Doing, while_doing};
-use pilotfish::attach::control::Score;
+use pilotfish::attach::control::{Score, TextForm};
 use pilotfish::tensor::SequenceId;
 use std::ffi::{CString, c_char, c_void};
 use std::ptr::{null, null_mut};
@@ -42,11 +42,11 @@ pub fn while_unused<T>(free: impl FnOnce() -> T) -> T {
     free()
 }
 
-/// Has the gates read `text`, as the first prompt of a sequence: as it is, or (`chat`) as what a user says in the model's own template.
+/// Has the gates read `text`, as the first prompt of a sequence.
 ///
 /// # Errors
 /// In words: there is no such model, or several and none is named; it can't be guarded; the text is too long, or can't be put into the template.
-pub fn score(attached: &'static Attached, text: &str, number: Option<usize>, chat: bool) -> Result<Score, String> {
+pub fn score(attached: &'static Attached, text: &str, number: Option<usize>, form: TextForm) -> Result<Score, String> {
     let llama = attached.llama.as_ref().map_err(Clone::clone)?;
     let _in_use = IN_USE.read().unwrap_or_else(PoisonError::into_inner);
     let models = attached.models.guards().models();
@@ -62,7 +62,7 @@ pub fn score(attached: &'static Attached, text: &str, number: Option<usize>, cha
     };
     let raw_model = attached.models.address_of(model).ok_or("the model is not loaded any more")?;
     // SAFETY: the model is known, so it lives, and it can't be freed while `IN_USE` is held.
-    unsafe { scored(attached, llama, model, raw_model, text, chat) }
+    unsafe { scored(attached, llama, model, raw_model, text, form) }
 }
 
 /// # Safety
@@ -73,15 +73,22 @@ unsafe fn scored(
     model: &Arc<LoadedModel>,
     raw_model: *const Model,
     text: &str,
-    chat: bool,
+    form: TextForm,
 ) -> Result<Score, String> {
     // So that the log tells it from what the app decodes.
     let _span = tracing::info_span!("score").entered();
     let real = function!(c"llama_decode": unsafe extern "C" fn(*mut Context, Batch) -> i32);
     // SAFETY: guaranteed by the caller.
     let (tokens, own) = unsafe {
-        let parts = if chat { chat_parts(raw_model, text)? } else { [String::new(), text.to_owned(), String::new()] };
-        (llama.prompt_tokens(raw_model, &parts), OwnContext::new(raw_model)?)
+        let tokens = match form {
+            TextForm::Plain => llama.prompt_tokens(raw_model, ["", text, ""]),
+            TextForm::Templated => llama.prompt_tokens(raw_model, [text, "", ""]),
+            TextForm::Chat => {
+                let parts = chat_parts(raw_model, text)?;
+                llama.prompt_tokens(raw_model, parts.each_ref().map(String::as_str))
+            }
+        };
+        (tokens, OwnContext::new(raw_model)?)
     };
     // SAFETY: the context lives.
     let room = unsafe { (llama.n_ctx)(own.context) } as usize;

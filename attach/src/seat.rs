@@ -6,6 +6,7 @@ use pilotfish::tensor::LayerIndex;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
+use std::sync::Once;
 
 /// What llama.cpp's user data points to.
 pub struct Seat {
@@ -72,8 +73,14 @@ pub struct Ran {
 pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: *mut c_void) -> bool {
     // SAFETY: guaranteed by the caller.
     let Some(seat) = (unsafe { user_data.cast::<Seat>().as_mut() }) else {
-        tracing::error!("`cb_eval` is pilotfish's, and `cb_eval_user_data` is null: nothing guards this context");
-        return false;
+        // Of whom it is cannot be known, so that nothing is computed: each node is asked for, and stops the graph.
+        static TOLD: Once = Once::new();
+        TOLD.call_once(|| {
+            tracing::error!(
+                "`cb_eval` is pilotfish's, and `cb_eval_user_data` is null: the context is not guarded, and computes nothing"
+            );
+        });
+        return ask;
     };
     let hook = (&raw mut seat.hook).cast::<c_void>();
     // SAFETY: the app's callback gets what it would get from llama.cpp, with its own user data.

@@ -40,11 +40,23 @@ pub enum Request {
         /// Which of the loaded models, by its number in the status; the only one if it is not said.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         model: Option<usize>,
-        /// Whether the text is put into the model's own chat template.
         #[serde(default)]
-        chat: bool,
+        form: TextForm,
     },
     Metrics,
+}
+
+/// What a text to score is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TextForm {
+    /// Text, also where it spells a control token.
+    #[default]
+    Plain,
+    /// What a user says, which is put into the model's own chat template.
+    Chat,
+    /// A whole prompt, as an app has put it into a template: what spells a control token is one.
+    Templated,
 }
 
 /// A line from the process.

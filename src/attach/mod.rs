@@ -16,6 +16,8 @@ pub const GUARDS: &str = "PILOTFISH_ATTACH_GUARDS";
 pub const FAIL: &str = "PILOTFISH_ATTACH_FAIL";
 /// Names the audit log.
 pub const AUDIT: &str = "PILOTFISH_ATTACH_AUDIT";
+/// Stands for the process's id in the name of an audit log.
+pub const PID: &str = "{pid}";
 /// Names the socket; `off` for none.
 pub const CONTROL: &str = "PILOTFISH_ATTACH_CONTROL";
 
@@ -51,7 +53,7 @@ impl Control {
 pub struct Policy {
     pub guards: PathBuf,
     pub fail: Fail,
-    /// The audit log, `{pid}` in its name being the process's id.
+    /// The audit log, with [`PID`] in its name or without.
     pub audit: Option<PathBuf>,
     pub control: Control,
 }

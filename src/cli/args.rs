@@ -130,8 +130,11 @@ pub enum CtlCommand {
         #[arg(long, value_name = "N")]
         model: Option<usize>,
         /// Put the text into the model's own chat template, as what a user says
-        #[arg(long)]
+        #[arg(long, conflicts_with = "templated")]
         chat: bool,
+        /// The text is a whole prompt, as an app has put it into a template: what spells a control token is one
+        #[arg(long)]
+        templated: bool,
     },
     /// Counts, as Prometheus reads them.
     Metrics,

@@ -2,13 +2,14 @@ use super::Outcome;
 use super::args::AttachArguments;
 use anyhow::{Context, bail, ensure};
 use memchr::memmem;
-use pilotfish::attach::{self, Control, Policy};
+use pilotfish::attach::{self, Control, Fail, Policy};
+use pilotfish::audit::{AuditLog, AuditOptions};
 use pilotfish::guard::MANIFEST_FILE;
 use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -42,7 +43,7 @@ pub fn attach(arguments: &AttachArguments) -> anyhow::Result<Outcome> {
         String::from_utf8_lossy(OWN_FUNCTION)
     );
     let (program, rest) = arguments.command.split_first().context("no command is given")?;
-    let executable = find(program)?;
+    let executable = which::which(program).with_context(|| format!("there is no command `{}`", program.display()))?;
     check(&executable)?;
     // The app may run in another folder.
     let absolute = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("`{}`", path.display()));
@@ -59,11 +60,24 @@ pub fn attach(arguments: &AttachArguments) -> anyhow::Result<Outcome> {
     };
     let audit = audit.as_ref().map(absolute).transpose()?;
     let policy = Policy { guards, fail: arguments.fail.into(), audit, control };
+    if let (Some(audit), Fail::Closed) = (&policy.audit, policy.fail) {
+        check_audit(audit)?;
+    }
     let mut command = Command::new(&executable);
     command.arg0(program).args(rest).envs(policy.to_environment()).env("LD_PRELOAD", preload(&library)?);
     // Only comes back where it fails.
     let error = command.exec();
     Err(error).with_context(|| format!("can't run `{}`", executable.display()))
+}
+
+/// Sees that an audit log can be written at `path`: without one every decode would fail.
+fn check_audit(path: &Path) -> anyhow::Result<()> {
+    // Each process has its own, and this one may be none of those that write.
+    let checked = match path.to_string_lossy().contains(attach::PID) {
+        true => path.parent().is_none_or(Path::is_dir).then_some(()).context("there is no such folder"),
+        false => AuditLog::open(path, AuditOptions::default()).map(drop).map_err(Into::into),
+    };
+    checked.with_context(|| format!("the audit log `{}` can't be written", path.display()))
 }
 
 /// The library: the one that is given, or that the environment names, or one beside the command or in the `lib` beside its folder.
@@ -93,19 +107,6 @@ fn preload(library: &Path) -> anyhow::Result<OsString> {
         preload.push(before);
     }
     Ok(preload)
-}
-
-/// The file that a shell would run for `program`.
-fn find(program: &OsStr) -> anyhow::Result<PathBuf> {
-    if program.as_bytes().contains(&b'/') {
-        return Ok(PathBuf::from(program));
-    }
-    let path = env::var_os("PATH").unwrap_or_default();
-    let is_runnable = |path: &PathBuf| {
-        path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
-    };
-    let found = env::split_paths(&path).map(|folder| folder.join(program)).find(is_runnable);
-    found.with_context(|| format!("there is no command `{}` in PATH", program.display()))
 }
 
 /// Where the dynamic linker would take no notice of what is preloaded, says so: the app would run without a guard.

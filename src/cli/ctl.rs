@@ -4,7 +4,7 @@ use super::table::table;
 use anyhow::{Context, bail, ensure};
 use pilotfish::attach::control::{
     Answer, Asked, Counts, GuardStatus, InForce, MAX_LINE_BYTES, ModelStatus, Outcome as Answered, Request, Score,
-    Status, VERSION,
+    Status, TextForm, VERSION,
 };
 use pilotfish::attach::{Fail, sockets};
 use pilotfish::program::Setting;
@@ -72,12 +72,17 @@ fn request(command: &CtlCommand) -> anyhow::Result<Request> {
             }
             Request::Toggle { guard: guard.clone(), enabled, interventions }
         }
-        CtlCommand::Score { text, model, chat } => {
+        CtlCommand::Score { text, model, chat, templated } => {
             let text = match text {
                 Some(text) => text.clone(),
                 None => std::io::read_to_string(std::io::stdin()).context("can't read the text from stdin")?,
             };
-            Request::Score { text, model: *model, chat: *chat }
+            let form = match (chat, templated) {
+                (true, _) => TextForm::Chat,
+                (_, true) => TextForm::Templated,
+                _ => TextForm::Plain,
+            };
+            Request::Score { text, model: *model, form }
         }
     })
 }

@@ -1,5 +1,5 @@
-/* The C interface, used well and badly: abi MODEL GUARDS PROMPT HARMLESS. For tests/suite/c_interface.rs, with the fixture's model, one guard of it, which steers,
- * a prompt for which its gate fires, and one for which it does not. Prints `done`. */
+/* The C interface, used well and badly: abi MODEL GUARDS BLOCKING PROMPT HARMLESS MESSAGE. For tests/suite/c_interface.rs, with the fixture's model, one guard of
+ * it, which steers, the same guard where it blocks with MESSAGE, a prompt for which its gate fires, and one for which it does not. Prints `done`. */
 
 #define _GNU_SOURCE
 #include <llama.h>
@@ -91,8 +91,45 @@ static const void * resolve(const char * name, void * data) {
     return strcmp(name, "llama_decode") == 0 ? NULL : (const void *) (size_t) llama_n_ctx;
 }
 
+/* What is said in place of an answer goes on where it was, also behind decodes that llama.cpp refuses: of an answer's next token, and of a further prompt. */
+static void says_its_message(struct llama_model * model, const char * directory, const char * message) {
+    const struct llama_vocab * vocab = llama_model_get_vocab(model);
+    llama_token said[32];
+    const int n_said = llama_tokenize(vocab, message, (int) strlen(message), said, 31, false, false);
+    CHECK(n_said > 3);
+    said[n_said] = llama_vocab_eot(vocab) == LLAMA_TOKEN_NULL ? llama_vocab_eos(vocab) : llama_vocab_eot(vocab);
+    pilotfish_guards * guards;
+    pilotfish_context * guard;
+    OK(pilotfish_guards_open(directory, &guards));
+    OK(pilotfish_context_new(guards, model, &guard));
+    struct llama_context_params params = llama_context_default_params();
+    params.n_ctx = 256;
+    PILOTFISH_ATTACH(guard, &params);
+    struct llama_context * context = llama_init_from_model(model, params);
+    CHECK(context != NULL);
+    struct llama_batch batch = llama_batch_init(64, 0, 1);
+    fill(&batch, PROMPT, N_TOKENS, 0, 0);
+    for (int i = 0; i <= n_said; i++) {
+        OK(pilotfish_context_decode(guard, context, &batch, NULL));
+        pilotfish_end end;
+        OK(pilotfish_context_ended(guard, 0, &end));
+        CHECK(end.reason == PILOTFISH_END_REASON_BLOCKED && strcmp(end.message, message) == 0);
+        CHECK(likeliest(llama_get_logits_ith(context, -1), llama_vocab_n_tokens(vocab)) == said[i]);
+        const int next = N_TOKENS + i;
+        fill(&batch, said, 1, next + 5, 0);
+        FAILS(pilotfish_context_decode(guard, context, &batch, NULL), DECODE_FAILED, "llama_decode");
+        fill(&batch, HARMLESS, N_HARMLESS, next + 5, 0);
+        FAILS(pilotfish_context_decode(guard, context, &batch, NULL), DECODE_FAILED, "llama_decode");
+        fill(&batch, said + i, 1, next, 0);
+    }
+    llama_batch_free(batch);
+    llama_free(context);
+    pilotfish_context_free(guard);
+    pilotfish_guards_free(guards);
+}
+
 int main(int argc, char ** argv) {
-    if (argc != 5) {
+    if (argc != 7) {
         return 64;
     }
     llama_log_set(quiet, NULL);
@@ -117,16 +154,15 @@ int main(int argc, char ** argv) {
     FAILS(pilotfish_context_new(NULL, NULL, &guard), INVALID_ARGUMENT, "`guards` is null");
     FAILS(pilotfish_context_end(NULL, 0), INVALID_ARGUMENT, "`context` is null");
     CHECK(pilotfish_context_user_data(NULL) == NULL);
-    CHECK(!pilotfish_eval_callback(NULL, true, NULL));
+    CHECK(pilotfish_eval_callback(NULL, true, NULL) && !pilotfish_eval_callback(NULL, false, NULL));
     CHECK(pilotfish_context_n_gates(NULL, 0) == 0);
     pilotfish_guards_free(NULL);
     pilotfish_context_free(NULL);
 
     struct llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     CHECK(model != NULL);
-    const int length = (int) strlen(argv[3]);
-    N_TOKENS = llama_tokenize(llama_model_get_vocab(model), argv[3], length, PROMPT, 32, true, true);
-    N_HARMLESS = llama_tokenize(llama_model_get_vocab(model), argv[4], (int) strlen(argv[4]), HARMLESS, 32, true, true);
+    N_TOKENS = llama_tokenize(llama_model_get_vocab(model), argv[4], (int) strlen(argv[4]), PROMPT, 32, true, true);
+    N_HARMLESS = llama_tokenize(llama_model_get_vocab(model), argv[5], (int) strlen(argv[5]), HARMLESS, 32, true, true);
     CHECK(N_TOKENS > 2 && N_HARMLESS > 2);
     const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     OK(pilotfish_guards_open(argv[2], &guards));
@@ -156,6 +192,16 @@ int main(int argc, char ** argv) {
     OK(pilotfish_context_gate(guard, 0, 0, &gate));
     CHECK(gate.fired);
     llama_memory_clear(llama_get_memory(context), true);
+
+    /* Nor does a context compute anything whose guard is null. */
+    PILOTFISH_ATTACH(NULL, &params);
+    struct llama_context * orphan = llama_init_from_model(model, params);
+    CHECK(orphan != NULL);
+    fill(&batch, PROMPT, N_TOKENS, 0, 0);
+    CHECK(llama_decode(alone, batch) == 0 && llama_decode(orphan, batch) == 0);
+    CHECK(likeliest(llama_get_logits_ith(alone, -1), n_vocab) != likeliest(llama_get_logits_ith(orphan, -1), n_vocab));
+    llama_free(orphan);
+    llama_memory_clear(llama_get_memory(alone), true);
 
     /* One batch after another. */
     pilotfish_end end;
@@ -357,6 +403,8 @@ int main(int argc, char ** argv) {
     }
     OK(pilotfish_guards_reload(guards, &epoch));
     CHECK(epoch == 7);
+
+    says_its_message(model, argv[3], argv[6]);
 
     llama_batch_free(batch);
     llama_free(context);

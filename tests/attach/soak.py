@@ -67,10 +67,10 @@ class Server:
         command = [
             arguments.pilotfish, "attach", "--guards", guards, "--", arguments.llama_server, "--model", model, "--host", "127.0.0.1", "--port", self.port,
             "--parallel", arguments.slots, "--ctx-size", 512 * arguments.slots, "--cache-ram", 0, "--no-cache-prompt", "--threads", arguments.threads,
-            "--threads-batch", arguments.threads, "--no-ui", "--log-verbosity", 2]
+            # Where many connections come at once, the server's own number may leave some without a thread until others close (docs/attach.md).
+            "--threads-batch", arguments.threads, "--threads-http", arguments.clients + 8, "--no-ui", "--log-verbosity", 2]
         self.log = collections.deque(maxlen=100)
         self.counts = collections.Counter()
-        self.epochs = set()
         self.process = subprocess.Popen(
             [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
             env=os.environ | {"PILOTFISH_LOG": "pilotfish=info,pilotfish_attach=info"})
@@ -86,12 +86,7 @@ class Server:
         # To the end, or it would wait for us.
         for line in self.process.stderr:
             self.log.append(line.rstrip())
-            # Each is told twice: as it is read, and where a context takes it.
-            epoch = re.search(r"epoch (\d+): guarded by", line)
-            if epoch:
-                self.epochs.add(epoch[1])
-                self.counts["reloads"] = len(self.epochs)
-            for name, pattern in [("broken", "stays in force"), ("blocked", " blocks: gate "), ("faults", "failed|NOT GUARDED|refused")]:
+            for name, pattern in [("reloads", r"epoch \d+: guarded by"), ("broken", "stays in force"), ("blocked", " blocks: gate "), ("faults", "failed|NOT GUARDED|refused")]:
                 self.counts[name] += bool(re.search(pattern, line))
 
     def _is_ready(self):

@@ -602,7 +602,7 @@ fn commands_that_nothing_can_be_attached_to_are_told() {
         (library.path().to_str().unwrap(), &["true"], "is no directory"),
         (HARM_GATE, &["true"], "is a guard's own folder"),
         (folder, &["pilotfish-there-is-no-such-command"], "there is no command"),
-        (folder, &["/nowhere/at/all"], "can't read `/nowhere/at/all`"),
+        (folder, &["/nowhere/at/all"], "there is no command `/nowhere/at/all`"),
         (folder, &[env!("CARGO_BIN_EXE_pilotfish"), "--version"], "has llama.cpp linked into it"),
         (folder, &["/sbin/ldconfig", "--version"], "is linked statically"),
     ] {

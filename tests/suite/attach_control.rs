@@ -2,7 +2,7 @@
 
 use crate::attach::{App, HARM_GATE, app, decode, directory, json_line, prompts};
 use crate::real::{SMALL, located};
-use crate::support::{Fixture, Ran, done};
+use crate::support::{Fixture, Ran, done, pilotfish};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -259,7 +259,12 @@ fn what_a_guard_ends_is_counted_and_on_record() {
     assert_eq!(metric(&text, r#"pilotfish_blocked_total{guard="harm-gate"}"#), 1, "{text}");
     // With the template the harmful one is flagged over the socket too, and the harmless one is not.
     for (text, flagged) in texts.iter().zip([false, true]) {
-        assert_eq!(asked(&app, &["score", "--chat", text])["flagged"], flagged, "`{text}`");
+        let chat = asked(&app, &["score", "--chat", text]);
+        assert_eq!(chat["flagged"], flagged, "`{text}`");
+        // The same prompt as an app would have it, and as nothing but text.
+        let templated = format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");
+        assert_eq!(asked(&app, &["score", "--templated", &templated]), chat);
+        assert_ne!(asked(&app, &["score", &templated])["tokens"], chat["tokens"]);
     }
     let log = folder.path().join(format!("audit-{}.jsonl", app.child.id()));
     let records = records(&log);
@@ -271,7 +276,7 @@ fn what_a_guard_ends_is_counted_and_on_record() {
     );
     let fired: Vec<&Value> = of_event(&records, "prompt").iter().map(|record| &record["gates"][0]["fired"]).collect();
     assert_eq!(fired, [false, true]);
-    assert_eq!(of_event(&records, "score").len(), 2);
+    assert_eq!(of_event(&records, "score").len(), 6);
 }
 
 /// What should be on record and can't be does not happen, unless the app is told to go on.
@@ -283,18 +288,26 @@ fn where_the_audit_log_can_not_be_written_nothing_decodes_unless_told_to() {
     let (_, tokens) = prompts(fixture.folder.path(), fixture.model(), &TEXTS[..1]);
     let log = fixture.folder.path().join("audit.jsonl");
     let log = log.to_str().unwrap();
-    let start =
-        |more: &[&str]| App::start_python_with(&package, &fixture.model, 1, Some(guards.path()), &[], more, &[]);
-    let mut first = start(&["--audit", log]);
+    let start = |more: &[&str], through: &[&str]| {
+        App::start_python_with(&package, &fixture.model, 1, Some(guards.path()), &[], more, through)
+    };
+    let mut first = start(&["--audit", log], &[]);
     assert_eq!(first.does(&[decode(&tokens[0], 0, 0)])[0][0], 0, "{}", first.log());
-    // A second process on one log.
-    let mut second = start(&["--audit", log]);
+    // A second process on one log is not begun, nor one without a place for its own.
+    let nowhere = fixture.folder.path().join("none/audit-{pid}.jsonl");
+    for (log, why) in [(log, "another process writes the audit log"), (nowhere.to_str().unwrap(), "no such folder")] {
+        let refused =
+            pilotfish(&["attach", "--guards", guards.path().to_str().unwrap(), "--audit", log, "--", "false"]);
+        assert!(refused.code == 2 && refused.stderr.contains(why), "{refused:?}");
+    }
+    // Where that was not seen before, nothing decodes.
+    let mut second = start(&[], &["env", &format!("PILOTFISH_ATTACH_AUDIT={log}")]);
     assert_eq!(second.does(&[decode(&tokens[0], 0, 0)])[0], json!([-3]));
     assert!(second.log().contains("another process writes the audit log"), "{}", second.log());
     let status = asked(&second, &["status"]);
     assert!(status["audit"]["problem"].as_str().unwrap().contains("another process"), "{status}");
     assert_eq!((&status["counts"]["refused"], &status["counts"]["unguarded"]), (&json!(1), &json!(0)));
-    let mut open = start(&["--audit", log, "--fail", "open"]);
+    let mut open = start(&["--audit", log, "--fail", "open"], &[]);
     assert_eq!(open.does(&[decode(&tokens[0], 0, 0)])[0][0], 0, "{}", open.log());
     assert!(open.log().contains("NOT ON RECORD"), "{}", open.log());
     assert_eq!(open.decisions(), first.decisions(), "it is guarded all the same");

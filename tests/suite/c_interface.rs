@@ -96,8 +96,12 @@ fn the_c_interface_does_what_its_header_says() {
     let program = compile_static(folder.path(), "cc", &["-std=c11"], "tests/attach/abi.c", &library);
     let fixture = Fixture::new(&["--intervene", "add", "--strength", "3"]);
     let guards = directory(&[&fixture.guard]);
-    let Said { status, out, log } =
-        run(&program, &[&fixture.model, guards.path()], &["shark sea sea", "pilot fish sea"]);
+    let message = "sea shark sea fish";
+    fixture.edit_manifest("on_fire = \"steer\"", "on_fire = \"block\"");
+    fixture.edit_manifest("description = ", &format!("message = \"{message}\"\ndescription = "));
+    let blocking = directory(&[&fixture.guard]);
+    let folders = [fixture.model.as_path(), guards.path(), blocking.path()];
+    let Said { status, out, log } = run(&program, &folders, &["shark sea sea", "pilot fish sea", message]);
     assert_eq!((status, out.as_str()), (Some(0), "done\n"), "{log}");
 }
 
