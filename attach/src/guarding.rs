@@ -38,6 +38,8 @@ pub struct Guarding {
     tracks: BTreeMap<SequenceId, Track>,
     /// Sequences whose cells are all those of another: it and they are one for all that guards know.
     twins: BTreeMap<SequenceId, SequenceId>,
+    /// Why all gates of a sequence count as fired, whatever they have read.
+    unread: BTreeMap<SequenceId, &'static str>,
     /// What is said in place of answers that were ended.
     speeches: BTreeMap<SequenceId, Speech>,
     /// Whether a decode has shown that this llama.cpp does what is relied upon.
@@ -67,6 +69,7 @@ struct Shared {
 struct Before {
     sequence: SequenceId,
     state: (Checkpoint, Option<HookFault>),
+    unread: Option<&'static str>,
     /// What was being said, where the batch makes an end of that.
     speech: Option<Speech>,
 }
@@ -145,6 +148,7 @@ impl Guarding {
             written: Vec::new(),
             tracks: BTreeMap::new(),
             twins: BTreeMap::new(),
+            unread: BTreeMap::new(),
             speeches: BTreeMap::new(),
             checked: false,
             rows: Vec::new(),
@@ -255,8 +259,10 @@ impl Guarding {
         }
         if result != 0 {
             // It is as if it had not begun. Where a part of it is in the cells, that is seen at the next decode.
-            for Before { sequence, state, speech } in before {
+            for Before { sequence, state, unread, speech } in before {
                 self.hook().restore(sequence, state);
+                self.unread.remove(&sequence);
+                self.unread.extend(unread.map(|why| (sequence, why)));
                 self.speeches.extend(speech.map(|speech| (sequence, speech)));
             }
             return Ok(());
@@ -387,7 +393,9 @@ impl Guarding {
                     None => tracing::info!(%sequence, guard, gate, fired, "gate: what it reads can't be told"),
                 }
             }
-            self.tell_of(sequence, |record, of| record.prompt(of, &decisions));
+            let all_fired = decisions.iter().all(|decision| decision.fired);
+            let unread = self.unread.get(&sequence).copied().filter(|_| all_fired);
+            self.tell_of(sequence, |record, of| record.prompt(of, &decisions, unread));
         }
     }
 
@@ -500,8 +508,12 @@ impl Guarding {
             let (sequence, n) = (*sequence, usize::try_from(*in_cells).unwrap_or(0));
             let goes_on = next == Next::GoesOn;
             let speech = if goes_on { None } else { self.speeches.remove(&sequence) };
+            let unread = self.unread.get(&sequence).copied();
+            if next == Next::Begins {
+                self.unread.remove(&sequence);
+            }
             let hook = self.hook();
-            before.push(Before { sequence, state: hook.checkpoint(sequence, !goes_on), speech });
+            before.push(Before { sequence, state: hook.checkpoint(sequence, !goes_on), unread, speech });
             let began_unguarded = hook.sequences().program(sequence).is_some_and(|own| own.guards().is_empty());
             if next == Next::Turn && began_unguarded && !hook.program().guards().is_empty() {
                 next = Next::Unseen;
@@ -526,7 +538,7 @@ impl Guarding {
                     tracing::warn!(%sequence, "{n} tokens are there that no guard has read: its gates count as fired");
                     let program = Arc::clone(hook.program());
                     hook.assign(sequence, program);
-                    hook.fire(sequence);
+                    self.fire(sequence, "there were tokens that no guard has read");
                 }
             }
         }
@@ -546,14 +558,22 @@ impl Guarding {
                 let program = Arc::clone(hook.program());
                 hook.assign(*sequence, program);
             }
-            hook.fire(*sequence);
+            self.fire(*sequence, "it shares some rows with another sequence");
         }
+    }
+
+    /// Has all gates of `sequence` count as fired, and notes why.
+    fn fire(&mut self, sequence: SequenceId, why: &'static str) {
+        self.hook().fire(sequence);
+        self.unread.insert(sequence, why);
     }
 
     /// Makes of `to`, which was empty, what `from` is.
     fn copy(&mut self, from: SequenceId, to: SequenceId) {
         self.hook().copy(from, to);
         self.speeches.remove(&to);
+        self.unread.remove(&to);
+        self.unread.extend(self.unread.get(&from).copied().map(|why| (to, why)));
         self.part(to);
         match self.tracks.get(&from).copied() {
             Some(track) => {
@@ -579,9 +599,10 @@ impl Guarding {
             if gives_more {
                 self.rows[index].output = true;
             }
-            let hook = self.hook();
-            if gives_more || output && hook.sequences().is_undecided(sequence) {
-                hook.fire(sequence);
+            if gives_more {
+                self.fire(sequence, "the context gives logits of tokens that none were asked for of");
+            } else if output && self.hook().sequences().is_undecided(sequence) {
+                self.fire(sequence, "logits were asked for before the prompt's end");
             }
         }
     }

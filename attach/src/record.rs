@@ -140,8 +140,8 @@ impl Record {
         self.answer_tokens.inc_by(answer_tokens as u64);
     }
 
-    /// What gates have decided over a prompt.
-    pub fn prompt(&self, of: &Of<'_>, gates: &[GateScore]) -> Written {
+    /// What gates have decided over a prompt, and why they all count as fired, if they do.
+    pub fn prompt(&self, of: &Of<'_>, gates: &[GateScore], unread: Option<&str>) -> Written {
         self.prompts.inc();
         for GateScore { guard, gate, fired, .. } in gates {
             let labels = GateLabels { guard: guard.clone(), gate: gate.clone() };
@@ -151,7 +151,13 @@ impl Record {
                 count.inc();
             }
         }
-        self.write(|| of.record("prompt", json!({ "gates": gates })))
+        self.write(|| {
+            let mut what = json!({ "gates": gates });
+            if let Some(why) = unread {
+                what["unread"] = why.into();
+            }
+            of.record("prompt", what)
+        })
     }
 
     /// An answer that a guard has ended.

@@ -199,6 +199,18 @@ fn a_guard_is_toggled_in_a_process_that_runs_and_all_of_it_is_counted_and_on_rec
     assert_eq!(of_event(&records, "change").len(), 4);
     let outcomes: Vec<&Value> = of_event(&records, "reload").iter().map(|record| &record["outcome"]).collect();
     assert_eq!(outcomes, ["taken", "refused"]);
+    assert!(on_record.iter().all(|record| record.get("unread").is_none()));
+
+    // What was decoded while it was off no gate has read.
+    asked(&app, &["toggle", "shark-gate", "off"]);
+    greedy(&mut app, &tokens[0], 2);
+    asked(&app, &["toggle", "shark-gate", "on"]);
+    let harmless = decisions[..4].iter().position(|(.., fired)| !fired).unwrap();
+    app.does(&[decode(&tokens[harmless], 0, tokens[0].len() + 1)]);
+    let records = self::records(&log);
+    let last = *of_event(&records, "prompt").last().unwrap();
+    assert_eq!(last["gates"][0]["fired"], true);
+    assert_eq!(last["unread"], "there were tokens that no guard has read");
 }
 
 /// A prompt over the socket is what it is of the app's own, and the app does not notice it.

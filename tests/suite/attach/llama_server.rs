@@ -1,4 +1,4 @@
-//! llama.cpp's own server and its `llama-completion`, attached as they are.
+//! llama.cpp's own server, its `llama-completion` and its `llama-cli`, attached as they are.
 
 use super::{HARM_GATE, directory, library, prompts, required};
 use crate::real::{SMALL, located};
@@ -219,4 +219,33 @@ fn llama_completion_is_guarded_as_it_is() {
     let (alone, attached) = (says(harmful, None), says(harmful, Some(guards.path())));
     assert!(attached.0.contains(MESSAGE), "{attached:?}");
     assert!(!alone.0.contains(MESSAGE), "{alone:?}");
+}
+
+/// It runs the server in a thread of its own, and asks it.
+#[test]
+fn llama_cli_is_guarded_as_it_is() {
+    let (Some(tool), Some(model)) = (tool("llama-cli"), located(SMALL)) else { return };
+    let guards = directory(&[Path::new(HARM_GATE)]);
+    let says = |prompt: &str, guards: Option<&Path>| {
+        let mut command = attached(&tool, guards);
+        command.arg("--model").arg(&model).args([
+            "--prompt",
+            prompt,
+            "--single-turn",
+            "--simple-io",
+            "--cache-ram",
+            "0",
+        ]);
+        command.args(["--temp", "0", "--predict", "20", "--ctx-size", "512", "--threads", "1", "--no-warmup"]);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{log}");
+        (String::from_utf8(output.stdout).unwrap(), log)
+    };
+    let harmful = &asked("harmful")[1];
+    let (alone, attached) = (says(harmful, None), says(harmful, Some(guards.path())));
+    assert!(attached.0.contains(MESSAGE) && attached.1.contains("guarded by harm-gate"), "{attached:?}");
+    assert!(!alone.0.contains(MESSAGE), "{alone:?}");
+    let attached = says(&asked("harmless")[1], Some(guards.path()));
+    assert!(!attached.0.contains(MESSAGE) && attached.1.contains("fired=false"), "{attached:?}");
 }
