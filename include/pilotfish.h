@@ -324,7 +324,7 @@ void pilotfish_context_free(struct pilotfish_context *context);
 bool pilotfish_eval_callback(struct ggml_tensor *tensor, bool ask, void *user_data);
 
 /*
- `cb_eval_user_data` of a guarded context's parameters: null where `context` is, with which a context of llama.cpp computes nothing.
+ `cb_eval_user_data` of a guarded context's parameters: null where `context` is. With null, logits mean nothing, though `llama_decode` gives 0.
 
  What the caller sees to:
  `context` must be null or of `pilotfish_context_new`.

@@ -568,7 +568,7 @@ pub unsafe extern "C" fn pilotfish_eval_callback(tensor: *mut ggml_tensor, ask: 
     boundary(false, || unsafe { callback(tensor, ask, user_data) })
 }
 
-/// `cb_eval_user_data` of a guarded context's parameters: null where `context` is, with which a context of llama.cpp computes nothing.
+/// `cb_eval_user_data` of a guarded context's parameters: null where `context` is. With null, logits mean nothing, though `llama_decode` gives 0.
 ///
 /// # Safety
 /// `context` must be null or of `pilotfish_context_new`.

@@ -271,6 +271,10 @@ impl Guarding {
         if let Err(fault) = self.hook().finish() {
             tracing::error!(%fault, "a guard failed");
         }
+        if self.hook().is_uncertain() {
+            let sequences = self.rows.iter().map(|row| row.sequence);
+            self.unread.extend(sequences.map(|sequence| (sequence, "rows of sequences could not be told apart")));
+        }
         for (sequence, track) in tracks {
             self.tracks.insert(sequence, track);
             self.part(sequence);
@@ -393,7 +397,7 @@ impl Guarding {
                     None => tracing::info!(%sequence, guard, gate, fired, "gate: what it reads can't be told"),
                 }
             }
-            let all_fired = decisions.iter().all(|decision| decision.fired);
+            let all_fired = !decisions.is_empty() && decisions.iter().all(|decision| decision.fired);
             let unread = self.unread.get(&sequence).copied().filter(|_| all_fired);
             self.tell_of(sequence, |record, of| record.prompt(of, &decisions, unread));
         }
@@ -530,7 +534,12 @@ impl Guarding {
                     let program = Arc::clone(hook.program());
                     let own = hook.sequences().program(sequence);
                     let is_other = own.is_some_and(|own| !own.differs_in_strengths_alone(&program));
-                    if is_other && !hook.go_on_under(sequence, program, is_resumed) {
+                    let had_fired = is_other && !is_resumed && self.decisions(sequence).iter().any(|gate| gate.fired);
+                    if is_other && self.hook().go_on_under(sequence, program, is_resumed) {
+                        if had_fired {
+                            self.unread.insert(sequence, "a gate of the guards before had fired");
+                        }
+                    } else if is_other {
                         tracing::warn!(%sequence, "a prompt goes on behind {n} tokens that were read under other guards, which stay in force for it: those of now look for texts that may begin there");
                     }
                 }
@@ -538,7 +547,8 @@ impl Guarding {
                     tracing::warn!(%sequence, "{n} tokens are there that no guard has read: its gates count as fired");
                     let program = Arc::clone(hook.program());
                     hook.assign(sequence, program);
-                    self.fire(sequence, "there were tokens that no guard has read");
+                    let shared = self.unread.get(&sequence).copied().filter(|why| *why == SHARED);
+                    self.fire(sequence, shared.unwrap_or("there were tokens that no guard has read"));
                 }
             }
         }
@@ -558,7 +568,7 @@ impl Guarding {
                 let program = Arc::clone(hook.program());
                 hook.assign(*sequence, program);
             }
-            self.fire(*sequence, "it shares some rows with another sequence");
+            self.fire(*sequence, SHARED);
         }
     }
 
@@ -600,9 +610,9 @@ impl Guarding {
                 self.rows[index].output = true;
             }
             if gives_more {
-                self.fire(sequence, "the context gives logits of tokens that none were asked for of");
+                self.fire(sequence, "the context gives logits also of tokens for which none were asked");
             } else if output && self.hook().sequences().is_undecided(sequence) {
-                self.fire(sequence, "logits were asked for before the prompt's end");
+                self.fire(sequence, "a gate had not decided where logits were asked for");
             }
         }
     }
@@ -786,6 +796,9 @@ impl Guarding {
         outcome
     }
 }
+
+/// Why gates of a sequence count as fired that has but some rows of another's.
+const SHARED: &str = "it shares some rows with another sequence";
 
 /// What is said where a guard could not do its work.
 const FAILED: &str = "The safety guard failed, so there is no answer.";

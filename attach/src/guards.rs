@@ -156,7 +156,7 @@ impl Guards {
         let model = LoadedModel { identity, shape, quantization, vocabulary, standing: Mutex::new(standing) };
         let program = state.compile(&model, &state.changed);
         match &program {
-            Ok(program) => tell_standing(state.epoch, program, None),
+            Ok(program) => tell_standing(&model, state.epoch, program, None),
             Err(problem) => tracing::error!("{problem}"),
         }
         lock(&model.standing).program = program;
@@ -225,7 +225,7 @@ impl Guards {
         state.epoch += 1;
         for (model, program) in models.iter().zip(programs) {
             if let Ok(program) = &program {
-                tell_standing(state.epoch, program, Some(guard));
+                tell_standing(model, state.epoch, program, Some(guard));
             }
             *lock(&model.standing) = Standing { epoch: state.epoch, program };
         }
@@ -272,7 +272,7 @@ impl Guards {
                     *standing = Standing { epoch: state.epoch, program };
                 }
                 (Ok(program), _) => {
-                    tell_standing(state.epoch, program, None);
+                    tell_standing(&model, state.epoch, program, None);
                     *standing = Standing { epoch: state.epoch, program: Ok(Arc::clone(program)) };
                 }
             }
@@ -299,11 +299,12 @@ fn problems(directory: &GuardDirectory) -> impl Iterator<Item = String> {
 }
 
 /// Tells what is in force for a model from now on, and which guard was changed for that, if one was.
-fn tell_standing(epoch: u64, program: &Program, changed: Option<&str>) {
+fn tell_standing(model: &LoadedModel, epoch: u64, program: &Program, changed: Option<&str>) {
+    let model = &model.identity.name;
     let why = changed.map_or_else(String::new, |guard| format!(", as `{guard}` was changed"));
     match program.name() {
-        none if none.is_empty() => tracing::warn!("NOT GUARDED: epoch {epoch}: no guard is in force{why}"),
-        names => tracing::info!("epoch {epoch}: guarded by {names}{why}"),
+        none if none.is_empty() => tracing::warn!(model, "NOT GUARDED: epoch {epoch}: no guard is in force{why}"),
+        names => tracing::info!(model, "epoch {epoch}: guarded by {names}{why}"),
     }
 }
 

@@ -327,6 +327,11 @@ impl Llama {
                 return self.tokenized(model, text, true, false);
             }
             let mut tokens = self.tokenized(model, before, true, true);
+            // A template that spells the token that the model begins with has it once all the same.
+            let spelt = self.tokenized(model, before, false, true);
+            if !spelt.is_empty() && tokens.first() == spelt.first() {
+                tokens = spelt;
+            }
             tokens.extend(self.tokenized(model, text, false, false));
             tokens.extend(self.tokenized(model, after, false, true));
             tokens

@@ -6,12 +6,11 @@ use pilotfish::attach::PID;
 use pilotfish::attach::control::{AuditStatus, Counts, GateScore, InForce};
 use pilotfish::audit::{AuditError, AuditLog, AuditOptions, AuditWriter, Receipt};
 use pilotfish::hook::Ended;
+use pilotfish::store::{GateLabels, GuardMetrics};
 use pilotfish::tensor::SequenceId;
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -23,39 +22,15 @@ const CAPACITY: usize = 256;
 /// Counts and the audit log.
 pub struct Record {
     registry: Registry,
+    guards: GuardMetrics,
     decodes: Counter,
-    prompt_tokens: Counter,
-    answer_tokens: Counter,
     prompts: Counter,
     decisions: Family<GateLabels, Counter>,
-    fired: Family<GateLabels, Counter>,
-    blocked: Family<GuardLabels, Counter>,
     /// Of all guards.
     n_blocked: Counter,
-    faults: Counter,
     refused: Counter,
     unguarded: Counter,
-    reloads: Family<ReloadLabels, Counter>,
-    epoch: Gauge,
-    guards: Gauge,
-    problems: Gauge,
     audit: Option<Audit>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct GateLabels {
-    guard: String,
-    gate: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct GuardLabels {
-    guard: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ReloadLabels {
-    outcome: &'static str,
 }
 
 /// The audit log, as its path has it, and its writer in this process.
@@ -79,76 +54,36 @@ impl Record {
     /// Opens the audit log at `path`, if it is given; whether it could be opened is told to whoever writes.
     pub fn new(audit: Option<&Path>) -> Self {
         let mut registry = Registry::with_prefix("pilotfish");
+        let guards = GuardMetrics::register(&mut registry, "Answers");
         let decodes = Counter::default();
         registry.register("decodes", "Decodes that were guarded", decodes.clone());
-        let prompt_tokens = Counter::default();
-        registry.register("prompt_tokens", "Tokens of prompts", prompt_tokens.clone());
-        let answer_tokens = Counter::default();
-        registry.register("answer_tokens", "Tokens of answers", answer_tokens.clone());
         let prompts = Counter::default();
         registry.register("prompts", "Prompts that were read to their end", prompts.clone());
         let decisions = Family::<GateLabels, Counter>::default();
         registry.register("gate_decisions", "Prompts over which a gate has decided", decisions.clone());
-        let fired = Family::<GateLabels, Counter>::default();
-        registry.register("gate_fired", "Prompts in which a gate fired", fired.clone());
-        let blocked = Family::<GuardLabels, Counter>::default();
-        registry.register("blocked", "Answers that a guard has ended", blocked.clone());
-        let faults = Counter::default();
-        registry.register("faults", "Answers that ended because a guard failed", faults.clone());
         let refused = Counter::default();
         registry.register("refused_decodes", "Decodes that were refused", refused.clone());
         let unguarded = Counter::default();
         let help = "Decodes under no guard, or that could not be guarded or put on record, and ran all the same";
         registry.register("unguarded_decodes", help, unguarded.clone());
-        let reloads = Family::<ReloadLabels, Counter>::default();
-        registry.register("reloads", "Changes of the guards' directory that were seen", reloads.clone());
-        // What begins at 1 is an increase that nobody sees.
-        for outcome in ["taken", "refused"] {
-            drop(reloads.get_or_create(&ReloadLabels { outcome }));
-        }
-        let epoch = Gauge::default();
-        registry.register("epoch", "Number of the state of guards that is in force", epoch.clone());
-        let guards = Gauge::default();
-        registry.register("guards", "Guards that are in force", guards.clone());
-        let problems = Gauge::default();
-        registry.register("problems", "Folders of guards that hold what is not in force", problems.clone());
-        Self {
-            registry,
-            decodes,
-            prompt_tokens,
-            answer_tokens,
-            prompts,
-            decisions,
-            fired,
-            blocked,
-            n_blocked: Counter::default(),
-            faults,
-            refused,
-            unguarded,
-            reloads,
-            epoch,
-            guards,
-            problems,
-            audit: audit.map(Audit::open),
-        }
+        let audit = audit.map(Audit::open);
+        Self { registry, guards, decodes, prompts, decisions, n_blocked: Counter::default(), refused, unguarded, audit }
     }
 
     /// A guarded decode that has gone well.
     pub fn decoded(&self, prompt_tokens: usize, answer_tokens: usize) {
         self.decodes.inc();
-        self.prompt_tokens.inc_by(prompt_tokens as u64);
-        self.answer_tokens.inc_by(answer_tokens as u64);
+        self.guards.prompt_tokens.inc_by(prompt_tokens as u64);
+        self.guards.answer_tokens.inc_by(answer_tokens as u64);
     }
 
-    /// What gates have decided over a prompt, and why they all count as fired, if they do.
+    /// What gates have decided over a prompt, and why all count as fired where they have not read the whole.
     pub fn prompt(&self, of: &Of<'_>, gates: &[GateScore], unread: Option<&str>) -> Written {
         self.prompts.inc();
         for GateScore { guard, gate, fired, .. } in gates {
-            let labels = GateLabels { guard: guard.clone(), gate: gate.clone() };
-            self.decisions.get_or_create(&labels).inc();
-            let count = self.fired.get_or_create(&labels);
+            self.decisions.get_or_create(&GateLabels::new(guard, gate)).inc();
             if *fired {
-                count.inc();
+                self.guards.fired(guard, gate);
             }
         }
         self.write(|| {
@@ -165,11 +100,11 @@ impl Record {
         let how = match ended {
             Ended::Blocked { guard, gate, .. } => {
                 self.n_blocked.inc();
-                self.blocked.get_or_create(&GuardLabels { guard: guard.clone() }).inc();
+                self.guards.blocked(guard);
                 json!({ "end": "blocked", "guard": guard, "gate": of.program.own_name(guard, gate) })
             }
             Ended::Fault { guard, fault } => {
-                self.faults.inc();
+                self.guards.faults.inc();
                 json!({ "end": "fault", "guard": guard, "fault": fault.to_string() })
             }
         };
@@ -199,8 +134,8 @@ impl Record {
     /// What is in force from now on, after a look at the files that has come to something.
     pub fn reloaded(&self, in_force: &InForce) {
         let is_whole = self.holds(in_force) == 0;
+        self.guards.reloaded(is_whole);
         let outcome = if is_whole { "taken" } else { "refused" };
-        self.reloads.get_or_create(&ReloadLabels { outcome }).inc();
         self.note(|| json!({ "event": "reload", "pid": std::process::id(), "outcome": outcome, "in_force": in_force }));
     }
 
@@ -219,34 +154,29 @@ impl Record {
 
     /// Takes note of what is in force. Returns how much of it holds what is not.
     pub fn holds(&self, in_force: &InForce) -> usize {
-        let mut n_guards = 0;
-        for guard in in_force.guards.iter().filter(|guard| guard.enabled) {
-            let Some(name) = &guard.name else { continue };
-            n_guards += 1;
-            // As with reloads.
-            drop(self.blocked.get_or_create(&GuardLabels { guard: name.clone() }));
-            for gate in &guard.gates {
-                let labels = GateLabels { guard: name.clone(), gate: gate.name.clone() };
-                drop(self.decisions.get_or_create(&labels));
-                drop(self.fired.get_or_create(&labels));
-            }
+        let acting = in_force.guards.iter().filter(|guard| guard.enabled);
+        let acting = acting.filter_map(|guard| {
+            let gates = guard.gates.iter().map(|gate| gate.name.as_str());
+            Some((guard.name.as_deref()?, gates))
+        });
+        for (guard, gates) in acting.clone() {
+            // What begins at 1 is an increase that nobody sees.
+            gates.for_each(|gate| drop(self.decisions.get_or_create(&GateLabels::new(guard, gate))));
         }
         let problems = in_force.guards.iter().filter(|guard| guard.problem.is_some()).count();
         let problems = problems + usize::from(in_force.problem.is_some());
-        self.epoch.set(in_force.epoch as i64);
-        self.guards.set(n_guards);
-        self.problems.set(problems as i64);
+        self.guards.in_force(in_force.epoch, acting, problems);
         problems
     }
 
     pub fn counts(&self) -> Counts {
         Counts {
             decodes: self.decodes.get(),
-            prompt_tokens: self.prompt_tokens.get(),
-            answer_tokens: self.answer_tokens.get(),
+            prompt_tokens: self.guards.prompt_tokens.get(),
+            answer_tokens: self.guards.answer_tokens.get(),
             prompts: self.prompts.get(),
             blocked: self.n_blocked.get(),
-            faults: self.faults.get(),
+            faults: self.guards.faults.get(),
             refused: self.refused.get(),
             unguarded: self.unguarded.get(),
         }

@@ -184,7 +184,9 @@ unsafe fn chat_parts(model: *const Model, text: &str) -> Result<[String; 3], Str
     // SAFETY: guaranteed by the caller; null is the default template.
     let template = unsafe { template_of(model, null()) };
     if template.is_null() {
-        return Err("the model has no chat template: score the text without one".to_owned());
+        return Err(
+            "the model has no chat template: score the text as it is, or a whole prompt (`--templated`)".to_owned()
+        );
     }
     let message = Message { role: c"user".as_ptr(), content: content.as_ptr() };
     let mut whole: Vec<u8> = Vec::new();
@@ -193,7 +195,7 @@ unsafe fn chat_parts(model: *const Model, text: &str) -> Result<[String; 3], Str
         let buffer = if room == 0 { null_mut() } else { whole.as_mut_ptr().cast() };
         // SAFETY: strings end in NULs, there is one message, and the buffer has the length that is told.
         let n = unsafe { apply(template, &raw const message, 1, true, buffer, room) };
-        let n = usize::try_from(n).map_err(|_| "llama.cpp's `llama_chat_apply_template` does not know the model's chat template: score the text without one, or put it into the template yourself".to_owned())?;
+        let n = usize::try_from(n).map_err(|_| "llama.cpp's `llama_chat_apply_template` does not know the model's chat template: score the text as it is, or put it into the template yourself (`--templated`)".to_owned())?;
         if n <= whole.len() {
             whole.truncate(n);
             break;

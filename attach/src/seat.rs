@@ -73,11 +73,11 @@ pub struct Ran {
 pub unsafe extern "C" fn callback(tensor: *mut RawTensor, ask: bool, user_data: *mut c_void) -> bool {
     // SAFETY: guaranteed by the caller.
     let Some(seat) = (unsafe { user_data.cast::<Seat>().as_mut() }) else {
-        // Of whom it is cannot be known, so that nothing is computed: each node is asked for, and stops the graph.
+        // Of whom it is cannot be known, so that its graphs are not computed: each node is asked for, and stops them.
         static TOLD: Once = Once::new();
         TOLD.call_once(|| {
             tracing::error!(
-                "`cb_eval` is pilotfish's, and `cb_eval_user_data` is null: the context is not guarded, and computes nothing"
+                "`cb_eval` is pilotfish's, and `cb_eval_user_data` is null: the context is not guarded, and its logits mean nothing"
             );
         });
         return ask;

@@ -22,17 +22,22 @@ if (!process.env.PILOTFISH_ATTACH_CONTROL || !prompt) {
     console.error('usage: pilotfish attach --guards GUARDS --control SOCKET -- node guarded.mjs MODEL.gguf "a prompt" [THREADS]');
     process.exit(64);
 }
-const llama = await getLlama({gpu: false, build: "never", logLevel: "error", progressLogs: false, maxThreads: threads ? Number(threads) : undefined});
-const model = await llama.loadModel({modelPath});
-const context = await model.createContext({contextSize: 1024});
-const session = new LlamaChatSession({contextSequence: context.getSequence()});
+try {
+    const llama = await getLlama({gpu: false, build: "never", logLevel: "error", progressLogs: false, maxThreads: threads ? Number(threads) : undefined});
+    const model = await llama.loadModel({modelPath});
+    const context = await model.createContext({contextSize: 1024});
+    const session = new LlamaChatSession({contextSequence: context.getSequence()});
 
-console.log(await session.prompt(prompt, {maxTokens: 48, temperature: 0}));
+    console.log(await session.prompt(prompt, {maxTokens: 48, temperature: 0}));
 
-const {status} = await ask("status");
-for (const {name, enabled, problem} of status.in_force.guards) console.error(`guard ${name}: ${problem ?? (enabled ? "on" : "off")}`);
-const {score} = await ask({score: {text: prompt, form: "chat"}});
-for (const {guard, gate, score: value, fired} of score.gates) console.error(`${guard}, ${gate}: score ${value}, ${fired ? "fired" : "not fired"}`);
-// One prompt was answered, so what was ended is that.
-process.exitCode = status.counts.blocked > 0 ? 1 : 0;
-await llama.dispose();
+    const {status} = await ask("status");
+    for (const {name, guards, problem} of status.in_force.models) console.error(`${name} is guarded by ${problem ?? (guards.join(", ") || "nothing")}`);
+    const {score} = await ask({score: {text: prompt, form: "chat"}});
+    for (const {guard, gate, score: value, fired} of score.gates) console.error(`${guard}, ${gate}: score ${value}, ${fired ? "fired" : "not fired"}`);
+    // One prompt was answered, so what was ended is that.
+    process.exitCode = status.counts.blocked > 0 ? 1 : 0;
+    await llama.dispose();
+} catch (error) {
+    console.error(error);
+    process.exitCode = 2;
+}

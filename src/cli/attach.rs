@@ -3,10 +3,11 @@ use super::args::AttachArguments;
 use anyhow::{Context, bail, ensure};
 use memchr::memmem;
 use pilotfish::attach::{self, Control, Fail, Policy};
-use pilotfish::audit::{AuditLog, AuditOptions};
 use pilotfish::guard::MANIFEST_FILE;
+use rustix::fs::Access;
 use std::env;
 use std::ffi::OsString;
+use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -43,7 +44,8 @@ pub fn attach(arguments: &AttachArguments) -> anyhow::Result<Outcome> {
         String::from_utf8_lossy(OWN_FUNCTION)
     );
     let (program, rest) = arguments.command.split_first().context("no command is given")?;
-    let executable = which::which(program).with_context(|| format!("there is no command `{}`", program.display()))?;
+    let executable = which::which(program)
+        .with_context(|| format!("there is no command `{}` that can be run", program.display()))?;
     check(&executable)?;
     // The app may run in another folder.
     let absolute = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("`{}`", path.display()));
@@ -70,12 +72,15 @@ pub fn attach(arguments: &AttachArguments) -> anyhow::Result<Outcome> {
     Err(error).with_context(|| format!("can't run `{}`", executable.display()))
 }
 
-/// Sees that an audit log can be written at `path`: without one every decode would fail.
+/// Sees that an audit log can be written at `path`, as far as that can be told without touching it: where none can, every decode would fail.
 fn check_audit(path: &Path) -> anyhow::Result<()> {
-    // Each process has its own, and this one may be none of those that write.
-    let checked = match path.to_string_lossy().contains(attach::PID) {
-        true => path.parent().is_none_or(Path::is_dir).then_some(()).context("there is no such folder"),
-        false => AuditLog::open(path, AuditOptions::default()).map(drop).map_err(Into::into),
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let checked = if folder.to_string_lossy().contains(attach::PID) {
+        Ok(())
+    } else if path.exists() {
+        OpenOptions::new().append(true).open(path).map(drop)
+    } else {
+        rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK).map_err(Into::into)
     };
     checked.with_context(|| format!("the audit log `{}` can't be written", path.display()))
 }

@@ -160,7 +160,7 @@ impl Answering {
             Told::Ended(summary) => {
                 let failed = match &summary.end {
                     End::Failed(error) => {
-                        self.state.metrics.fault();
+                        self.state.metrics.guards.faults.inc();
                         Some(ApiError::internal(format!("the answer had to be ended: {error}")))
                     }
                     // What it asks for leaves nothing to be said.
@@ -462,10 +462,10 @@ impl Answering {
             self.state.count(&self.caller, summary);
             for gate in summary.gates.iter().filter(|gate| gate.fired) {
                 let (guard, name) = self.snapshot.split(&gate.gate);
-                metrics.fired(guard, name);
+                metrics.guards.fired(guard, name);
             }
             if let End::Blocked(block) = &summary.end {
-                metrics.blocked(&block.guard);
+                metrics.guards.blocked(&block.guard);
             }
         }
         self.trace(error);

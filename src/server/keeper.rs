@@ -165,7 +165,7 @@ impl Listeners {
             tracing::warn!(%folder, epoch = after.epoch, "a guard is not reloaded: {problem}");
         }
         let whole = after.is_whole();
-        self.metrics.reloaded(whole);
+        self.metrics.guards.reloaded(whole);
         if after.epoch != before.epoch {
             tracing::info!(epoch = after.epoch, after = ?took, "guards are reloaded");
         }

@@ -154,6 +154,7 @@ int main(int argc, char ** argv) {
     FAILS(pilotfish_context_new(NULL, NULL, &guard), INVALID_ARGUMENT, "`guards` is null");
     FAILS(pilotfish_context_end(NULL, 0), INVALID_ARGUMENT, "`context` is null");
     CHECK(pilotfish_context_user_data(NULL) == NULL);
+    /* It asks for each node, and stops the graph there. */
     CHECK(pilotfish_eval_callback(NULL, true, NULL) && !pilotfish_eval_callback(NULL, false, NULL));
     CHECK(pilotfish_context_n_gates(NULL, 0) == 0);
     pilotfish_guards_free(NULL);
@@ -192,16 +193,6 @@ int main(int argc, char ** argv) {
     OK(pilotfish_context_gate(guard, 0, 0, &gate));
     CHECK(gate.fired);
     llama_memory_clear(llama_get_memory(context), true);
-
-    /* Nor does a context compute anything whose guard is null. */
-    PILOTFISH_ATTACH(NULL, &params);
-    struct llama_context * orphan = llama_init_from_model(model, params);
-    CHECK(orphan != NULL);
-    fill(&batch, PROMPT, N_TOKENS, 0, 0);
-    CHECK(llama_decode(alone, batch) == 0 && llama_decode(orphan, batch) == 0);
-    CHECK(likeliest(llama_get_logits_ith(alone, -1), n_vocab) != likeliest(llama_get_logits_ith(orphan, -1), n_vocab));
-    llama_free(orphan);
-    llama_memory_clear(llama_get_memory(alone), true);
 
     /* One batch after another. */
     pilotfish_end end;

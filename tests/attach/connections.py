@@ -46,9 +46,10 @@ def is_ready():
 
 
 try:
+    patience = time.monotonic() + 180
     while not is_ready():
-        if server.poll() is not None:
-            sys.exit(f"llama-server ends with {server.returncode}")
+        if server.poll() is not None or time.monotonic() > patience:
+            sys.exit(f"llama-server is not ready, and has ended with {server.poll()}")
         time.sleep(0.1)
     # The threads of these connections are idle again.
     time.sleep(6)
@@ -63,14 +64,17 @@ try:
     deadline = time.monotonic() + arguments.seconds
     while time.monotonic() < deadline:
         for key, _ in selector.select(0.5):
-            received = key.fileobj.recv(1 << 20)
+            try:
+                received = key.fileobj.recv(1 << 20)
+                # The body, which is small, ends the answer.
+                if received.rstrip().endswith(b"}"):
+                    answers[key.data] += 1
+                    key.fileobj.sendall(request)
+            except ConnectionError:
+                received = b""
             if not received:
                 # It has had as many answers as the server gives one connection.
                 selector.unregister(key.fileobj)
-            # The body, which is small, ends the answer.
-            if received.rstrip().endswith(b"}"):
-                answers[key.data] += 1
-                key.fileobj.sendall(request)
 finally:
     server.kill()
     server.wait()

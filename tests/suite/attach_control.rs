@@ -248,6 +248,11 @@ fn a_score_is_the_decision_that_the_apps_own_prompt_gets() {
     assert_eq!(done[1], expected[0][1]);
     let again: Vec<_> = tokens.iter().map(|tokens| greedy(&mut app, tokens, 6)).collect();
     assert_eq!(again, expected);
+    // The token that the model begins with is there once, whoever has put it there.
+    let text = asked(&app, &["score", TEXTS[0]]);
+    for whole in [TEXTS[0].to_owned(), format!("<s>{}", TEXTS[0])] {
+        assert_eq!(asked(&app, &["score", "--templated", &whole]), text, "{whole}");
+    }
     assert!(refused(&app, &["score", &"sea ".repeat(600)]).contains("there is room for 512"));
     assert!(refused(&app, &["score", "sea", "--model", "7"]).contains("there is no model 7"));
 }
@@ -300,30 +305,29 @@ fn where_the_audit_log_can_not_be_written_nothing_decodes_unless_told_to() {
     let (_, tokens) = prompts(fixture.folder.path(), fixture.model(), &TEXTS[..1]);
     let log = fixture.folder.path().join("audit.jsonl");
     let log = log.to_str().unwrap();
-    let start = |more: &[&str], through: &[&str]| {
-        App::start_python_with(&package, &fixture.model, 1, Some(guards.path()), &[], more, through)
-    };
-    let mut first = start(&["--audit", log], &[]);
+    let start =
+        |more: &[&str]| App::start_python_with(&package, &fixture.model, 1, Some(guards.path()), &[], more, &[]);
+    let mut first = start(&["--audit", log]);
     assert_eq!(first.does(&[decode(&tokens[0], 0, 0)])[0][0], 0, "{}", first.log());
-    // A second process on one log is not begun, nor one without a place for its own.
-    let nowhere = fixture.folder.path().join("none/audit-{pid}.jsonl");
-    for (log, why) in [(log, "another process writes the audit log"), (nowhere.to_str().unwrap(), "no such folder")] {
-        let refused =
-            pilotfish(&["attach", "--guards", guards.path().to_str().unwrap(), "--audit", log, "--", "false"]);
-        assert!(refused.code == 2 && refused.stderr.contains(why), "{refused:?}");
-    }
-    // Where that was not seen before, nothing decodes.
-    let mut second = start(&[], &["env", &format!("PILOTFISH_ATTACH_AUDIT={log}")]);
+    // A second process on one log.
+    let mut second = start(&["--audit", log]);
     assert_eq!(second.does(&[decode(&tokens[0], 0, 0)])[0], json!([-3]));
     assert!(second.log().contains("another process writes the audit log"), "{}", second.log());
     let status = asked(&second, &["status"]);
     assert!(status["audit"]["problem"].as_str().unwrap().contains("another process"), "{status}");
     assert_eq!((&status["counts"]["refused"], &status["counts"]["unguarded"]), (&json!(1), &json!(0)));
-    let mut open = start(&["--audit", log, "--fail", "open"], &[]);
+    let mut open = start(&["--audit", log, "--fail", "open"]);
     assert_eq!(open.does(&[decode(&tokens[0], 0, 0)])[0][0], 0, "{}", open.log());
     assert!(open.log().contains("NOT ON RECORD"), "{}", open.log());
     assert_eq!(open.decisions(), first.decisions(), "it is guarded all the same");
     assert_eq!(records(Path::new(log)).len(), 2);
+    // Where that is seen before, nothing begins.
+    for nowhere in ["none/audit.jsonl", "none/audit-{pid}.jsonl", "tiny.gguf/audit.jsonl", "."] {
+        let nowhere = fixture.folder.path().join(nowhere);
+        let guards = guards.path().to_str().unwrap();
+        let ran = pilotfish(&["attach", "--guards", guards, "--audit", nowhere.to_str().unwrap(), "--", "false"]);
+        assert!(ran.code == 2 && ran.stderr.contains("the audit log"), "{ran:?}");
+    }
 }
 
 /// Of two processes each has its socket; what one leaves that is killed is removed; a child by `fork` has none, and takes none away.
