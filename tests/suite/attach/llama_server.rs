@@ -199,19 +199,22 @@ fn guards_reload_inside_llama_server() {
     }
 }
 
+/// What one of llama.cpp's own tools says to a prompt, and its log.
+fn says(tool: &Path, model: &Path, more: &[&str], prompt: &str, guards: Option<&Path>) -> (String, String) {
+    let mut command = attached(tool, guards);
+    command.arg("--model").arg(model).args(["--prompt", prompt, "--single-turn", "--simple-io"]).args(more);
+    command.args(["--temp", "0", "--predict", "20", "--ctx-size", "512", "--threads", "1"]);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{log}");
+    (String::from_utf8(output.stdout).unwrap(), log)
+}
+
 #[test]
 fn llama_completion_is_guarded_as_it_is() {
     let (Some(tool), Some(model)) = (tool("llama-completion"), located(SMALL)) else { return };
     let guards = directory(&[Path::new(HARM_GATE)]);
-    let says = |prompt: &str, guards: Option<&Path>| {
-        let mut command = attached(&tool, guards);
-        command.arg("--model").arg(&model).args(["--prompt", prompt, "--single-turn", "--no-display-prompt"]);
-        command.args(["--temp", "0", "--predict", "20", "--ctx-size", "512", "--threads", "1", "--simple-io"]);
-        let output = command.stdin(Stdio::null()).output().unwrap();
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{log}");
-        (String::from_utf8(output.stdout).unwrap(), log)
-    };
+    let says = |prompt: &str, guards| says(&tool, &model, &["--no-display-prompt"], prompt, guards);
     let (harmless, harmful) = (&asked("harmless")[1], &asked("harmful")[1]);
     let (alone, attached) = (says(harmless, None), says(harmless, Some(guards.path())));
     assert_eq!(attached.0, alone.0);
@@ -226,22 +229,7 @@ fn llama_completion_is_guarded_as_it_is() {
 fn llama_cli_is_guarded_as_it_is() {
     let (Some(tool), Some(model)) = (tool("llama-cli"), located(SMALL)) else { return };
     let guards = directory(&[Path::new(HARM_GATE)]);
-    let says = |prompt: &str, guards: Option<&Path>| {
-        let mut command = attached(&tool, guards);
-        command.arg("--model").arg(&model).args([
-            "--prompt",
-            prompt,
-            "--single-turn",
-            "--simple-io",
-            "--cache-ram",
-            "0",
-        ]);
-        command.args(["--temp", "0", "--predict", "20", "--ctx-size", "512", "--threads", "1", "--no-warmup"]);
-        let output = command.stdin(Stdio::null()).output().unwrap();
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{log}");
-        (String::from_utf8(output.stdout).unwrap(), log)
-    };
+    let says = |prompt: &str, guards| says(&tool, &model, &["--cache-ram", "0", "--no-warmup"], prompt, guards);
     let harmful = &asked("harmful")[1];
     let (alone, attached) = (says(harmful, None), says(harmful, Some(guards.path())));
     assert!(attached.0.contains(MESSAGE) && attached.1.contains("guarded by harm-gate"), "{attached:?}");
