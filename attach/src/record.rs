@@ -54,7 +54,7 @@ impl Record {
     /// Opens the audit log at `path`, if it is given; whether it could be opened is told to whoever writes.
     pub fn new(audit: Option<&Path>) -> Self {
         let mut registry = Registry::with_prefix("pilotfish");
-        let guards = GuardMetrics::register(&mut registry, "Answers");
+        let guards = GuardMetrics::register(&mut registry, "Prompts");
         let decodes = Counter::default();
         registry.register("decodes", "Decodes that were guarded", decodes.clone());
         let prompts = Counter::default();

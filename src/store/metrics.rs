@@ -58,7 +58,7 @@ impl GuardMetrics {
         registry.register("answer_tokens", "Tokens of answers", metrics.answer_tokens.clone());
         registry.register(
             "faults",
-            format!("{units} that ended because a guard, or llama.cpp, failed"),
+            format!("{units} whose answer ended because a guard, or llama.cpp, failed"),
             metrics.faults.clone(),
         );
         registry.register("gate_fired", format!("{units} in which a gate fired"), metrics.fired.clone());
