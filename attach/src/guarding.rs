@@ -608,8 +608,6 @@ impl Guarding {
             let BatchRow { sequence, output, .. } = self.rows[index];
             if gives_more {
                 self.rows[index].output = true;
-            }
-            if gives_more {
                 self.fire(sequence, "the context gives logits also of tokens for which none were asked");
             } else if output && self.hook().sequences().is_undecided(sequence) {
                 self.fire(sequence, "a gate had not decided where logits were asked for");

@@ -134,8 +134,7 @@ impl Record {
     /// What is in force from now on, after a look at the files that has come to something.
     pub fn reloaded(&self, in_force: &InForce) {
         let is_whole = self.holds(in_force) == 0;
-        self.guards.reloaded(is_whole);
-        let outcome = if is_whole { "taken" } else { "refused" };
+        let outcome = self.guards.reloaded(is_whole);
         self.note(|| json!({ "event": "reload", "pid": std::process::id(), "outcome": outcome, "in_force": in_force }));
     }
 

@@ -102,9 +102,10 @@ impl GuardMetrics {
         self.blocked.get_or_create(&GuardLabels { guard: guard.to_owned() }).inc();
     }
 
-    /// A change of the directory, and whether all of it is in force.
-    pub fn reloaded(&self, whole: bool) {
+    /// A change of the directory, and whether all of it is in force. Returns what that is called.
+    pub fn reloaded(&self, whole: bool) -> &'static str {
         let outcome = if whole { "taken" } else { "refused" };
         self.reloads.get_or_create(&ReloadLabels { outcome }).inc();
+        outcome
     }
 }

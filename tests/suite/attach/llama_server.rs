@@ -1,6 +1,6 @@
 //! llama.cpp's own server, its `llama-completion` and its `llama-cli`, attached as they are.
 
-use super::{HARM_GATE, directory, library, prompts, required};
+use super::{HARM_GATE, MESSAGE, directory, library, prompts, required};
 use crate::real::{SMALL, located};
 use serde_json::{Value, json};
 use std::net::TcpListener;
@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-const MESSAGE: &str = "This request looks harmful, so it is not answered.";
 const SLOTS: usize = 4;
 /// Of a harmless answer, as many as are said alike however prompts are batched.
 const N_PREDICT: usize = 12;
